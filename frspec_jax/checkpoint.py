@@ -1,0 +1,256 @@
+"""The checkpoint folder: everything about a target that a user points at with `--ckpt`.
+
+    CKPT/config.json             ModelConfig, and the format's version
+    CKPT/params/                 the weights (Orbax), in the layout of llama.LlamaParams
+    CKPT/tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
+    CKPT/ranking.npz             token counts (vocabulary.Ranking)
+    CKPT/drafts/NAME/config.json, params/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from frspec_jax.config import DraftConfig, ModelConfig
+from frspec_jax.drafters.eagle import EagleParams
+from frspec_jax.errors import UserError
+from frspec_jax.layers import LayerParams
+from frspec_jax.llama import LlamaParams
+
+FORMAT = "frspec-jax 1"
+DRAFT_FORMAT = "frspec-jax eagle 1"
+
+
+# Shapes ------------------------------------------------------------------------------------------
+
+
+def _layer_shapes(config: ModelConfig, dtype: Any, attention_norm: bool) -> LayerParams:
+    def weight(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return LayerParams(
+        attention_norm=weight(hidden) if attention_norm else None,
+        qkv=weight(hidden, qkv),
+        qkv_bias=weight(qkv) if config.attention_bias else None,
+        output=weight(config.num_heads * config.head_dim, hidden),
+        output_bias=weight(hidden) if config.output_bias else None,
+        mlp_norm=weight(hidden),
+        gate_up=weight(hidden, 2 * inner),
+        gate_up_bias=weight(2 * inner) if config.mlp_bias else None,
+        down=weight(inner, hidden),
+        down_bias=weight(hidden) if config.mlp_bias else None,
+    )
+
+
+def model_shapes(config: ModelConfig, dtype: Any = np.float32) -> LlamaParams:
+    """The weights of `config` as `ShapeDtypeStruct`s: what conversion must fill and loading expects."""
+    table = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), dtype)
+    return LlamaParams(
+        embedding=table,
+        layers=tuple(_layer_shapes(config, dtype, attention_norm=True) for _ in range(config.num_layers)),
+        final_norm=jax.ShapeDtypeStruct((config.hidden_size,), dtype),
+        lm_head=None if config.tied_head else table,
+    )
+
+
+def draft_shapes(draft: DraftConfig, target: ModelConfig, dtype: Any = np.float32) -> EagleParams:
+    """The weights of an EAGLE draft as `ShapeDtypeStruct`s."""
+    hidden = draft.hidden_size
+    return EagleParams(
+        fc=jax.ShapeDtypeStruct((2 * hidden, hidden), dtype),
+        fc_bias=jax.ShapeDtypeStruct((hidden,), dtype) if draft.fc_bias else None,
+        layer=_layer_shapes(draft.layer_of(target), dtype, attention_norm=False),
+    )
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name once the block has ended well.
+
+    An interruption leaves nothing under the name `out`. An existing `out` is refused.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{flag} {out} exists already; remove it or name another folder")
+    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+    except OSError as error:
+        raise UserError(f"{flag} {out} cannot be written: {error.strerror}; name another folder") from None
+    try:
+        yield part
+        part.rename(out)
+    except OSError as error:
+        raise UserError(f"{flag} {out} could not be written whole: {error.strerror or error}; nothing was left") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save_params(folder: Path, params: Any) -> None:
+    """Write a pytree of weights to `folder` (Orbax); returns once it is on disk."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(folder).resolve(), params)
+
+
+def fingerprint(params: LlamaParams) -> str:
+    """A short name of a target's weights, by which a draft knows whose features it was trained on."""
+    digest = hashlib.sha256()
+    for array in (params.final_norm, params.embedding[:64]):
+        digest.update(np.asarray(array, np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_model(folder: Path, config: ModelConfig, params: LlamaParams) -> None:
+    """Fill `folder` (of `new_folder`) with a target's config.json and weights; the tokenizer is the caller's."""
+    data = {"format": FORMAT, "fingerprint": fingerprint(params), **config.to_json()}
+    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+    save_params(folder / "params", params)
+
+
+def write_draft(folder: Path, draft: DraftConfig, params: EagleParams, target: str, about: dict[str, Any]) -> None:
+    """Fill `folder` (of `new_folder`) with an EAGLE draft.
+
+    target: the `fingerprint` of its target. about: facts for the reader (source, training).
+    """
+    config = {"format": DRAFT_FORMAT, "target": target, **dataclasses.asdict(draft), "about": about}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_params(folder / "params", params)
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path, expected: str, what: str) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no config.json, so it is no {what}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); convert it again") from None
+    if data.get("format") != expected:
+        raise UserError(f"{file} does not say format {expected!r}, so {folder} is no {what}")
+    return data
+
+
+def _load_params(folder: Path, shapes: Any) -> Any:
+    """Restore a pytree of weights into the shapes and dtypes of `shapes`."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder.resolve(), wanted)
+    except Exception as error:  # Orbax raises many kinds for a folder that is cut short or of another shape
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder} is damaged or incomplete ({reason[:200]}); convert it again") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder; the weights and the tokenizer are read when they are first asked for."""
+
+    path: Path
+    config: ModelConfig
+    fingerprint: str
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a checkpoint folder.
+
+        Raises:
+          UserError: the folder is missing, or is a Hugging Face or GGUF model that needs
+            conversion (the message has the command), or is damaged.
+        """
+        path = Path(path)
+        if path.suffix == ".gguf":
+            raise UserError(f"--ckpt {path} is a GGUF file; run: python -m convert gguf {path} --out {path.stem}")
+        if not path.is_dir():
+            raise UserError(f"--ckpt {path} is no folder; give one that python -m convert has written")
+        if (path / "config.json").is_file() and not (path / "params").exists():
+            with contextlib.suppress(ValueError, OSError):
+                if "architectures" in json.loads((path / "config.json").read_text()):
+                    raise UserError(
+                        f"--ckpt {path} is a Hugging Face model; run: python -m convert hf {path} --out {path.name}-jax"
+                    )
+        data = _read_config(path, FORMAT, "checkpoint folder")
+        try:
+            known = {k: v for k, v in data.items() if k not in ("format", "fingerprint")}
+            return cls(path, ModelConfig.from_json(known), data["fingerprint"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}/config.json is damaged ({error}); convert the model again") from None
+
+    def params(self, dtype: Any = jnp.float32) -> LlamaParams:
+        """The target's weights, in `dtype`, on the default device."""
+        return _load_params(self.path / "params", model_shapes(self.config, dtype))
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, as transformers' `PreTrainedTokenizerFast`."""
+        from transformers import AutoTokenizer
+
+        if not (self.path / "tokenizer.json").is_file():
+            raise UserError(f"{self.path} holds no tokenizer.json; convert the model again, from a source that has one")
+        return AutoTokenizer.from_pretrained(str(self.path))
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: those of generation_config.json, and the tokenizer's own."""
+        ids: set[int] = set()
+        file = self.path / "generation_config.json"
+        if file.is_file():
+            value = json.loads(file.read_text()).get("eos_token_id")
+            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        if self.tokenizer.eos_token_id is not None:
+            ids.add(int(self.tokenizer.eos_token_id))
+        return tuple(sorted(ids))
+
+    def draft_folder(self, name: str | None) -> Path | None:
+        """The folder of a draft: by path, by name under drafts/, or (None) the only one there, if any."""
+        drafts = self.path / "drafts"
+        names = sorted(p.name for p in drafts.iterdir() if (p / "config.json").is_file()) if drafts.is_dir() else []
+        if name is None:
+            if len(names) > 1:
+                raise UserError(f"{self.path} holds the drafts {', '.join(names)}; choose one with --draft")
+            return drafts / names[0] if names else None
+        if name in names:
+            return drafts / name
+        if Path(name).is_dir():
+            return Path(name)
+        known = f"{self.path} holds {', '.join(names)}" if names else f"{self.path} holds none"
+        raise UserError(f"--draft {name} is neither a draft of this checkpoint ({known}) nor a folder")
+
+    def draft(self, folder: Path, dtype: Any = jnp.float32) -> tuple[DraftConfig, EagleParams]:
+        """A draft's configuration and weights.
+
+        Raises:
+          UserError: the draft was made for a target of another size, or is damaged.
+        """
+        data = _read_config(folder, DRAFT_FORMAT, "EAGLE draft (python -m convert eagle makes one)")
+        fields = {field.name for field in dataclasses.fields(DraftConfig)}
+        draft = DraftConfig(**{k: v for k, v in data.items() if k in fields})
+        if draft.hidden_size != self.config.hidden_size or data.get("target") != self.fingerprint:
+            raise UserError(
+                f"--draft {folder} was made for another target than {self.path}; "
+                "give the draft of this one, or convert it with --target"
+            )
+        return draft, _load_params(folder / "params", draft_shapes(draft, self.config, dtype))

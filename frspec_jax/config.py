@@ -1,0 +1,279 @@
+"""Static descriptions of models, drafts, trees and sampling: frozen, validated, hashable.
+
+Everything here may be a static argument of a jitted function. What varies from one request to the
+next (lengths, seeds, token ids) lives in arrays instead, see `engine.DecodeState`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from frspec_jax.errors import UserError
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+TREE_LIMIT = 256  # nodes; ancestor sets are int32 words, eight of them at this size
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context.
+
+    `linear` divides every frequency by `factor`. `llama3` divides only the slow ones and blends in
+    between (Llama 3.1). `yarn` blends by the number of rotations within the original context and
+    multiplies the rotated vectors by `attention_factor` (arXiv 2309.00071).
+    """
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    @classmethod
+    def from_hf(cls, rope: Mapping[str, Any] | None, context: int) -> RopeScaling:
+        """Read the `rope_scaling` (or, since transformers 5, `rope_parameters`) of a config.json."""
+        if not rope:
+            return cls()
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind in ("default", None):
+            return cls()
+        factor = float(rope.get("factor", 1.0))
+        original = int(rope.get("original_max_position_embeddings") or context)
+        if kind == "linear":
+            return cls("linear", factor)
+        if kind == "llama3":
+            low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+            return cls("llama3", factor, original, low, high)
+        if kind == "yarn":
+            if rope.get("factor") is None:
+                factor = context / original
+            return cls(
+                "yarn",
+                factor,
+                original,
+                beta_fast=float(rope.get("beta_fast") or 32.0),
+                beta_slow=float(rope.get("beta_slow") or 1.0),
+                attention_factor=_yarn_attention_factor(rope, factor),
+                truncate=bool(rope.get("truncate", True)),
+            )
+        raise UserError(
+            f"config.json asks for rope scaling of type {kind!r}; linear, llama3 and yarn are supported"
+        )
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
+    """YaRN's temperature on the rotated vectors, with DeepSeek's `mscale` variant of it."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return mscale(float(rope["mscale"])) / mscale(float(rope["mscale_all_dim"]))
+    return mscale(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A target of the Llama family (Llama 2 and 3, SmolLM2, Qwen2 and 2.5)."""
+
+    architecture: Literal["llama", "qwen2"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling
+    max_context: int
+    tied_head: bool
+    attention_bias: bool = False  # bias on Q, K and V (Qwen2; Llama with attention_bias)
+    output_bias: bool = False  # bias on the attention's output (Llama with attention_bias)
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"config.json: {self.num_heads} query heads cannot be shared by {self.num_kv_heads} KV heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"config.json: head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+
+    @property
+    def queries_per_kv(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """Read a Hugging Face config.json.
+
+        Raises:
+          UserError: an architecture, activation, sliding window or rope scaling that is not
+            supported, or a missing entry.
+        """
+        names = hf.get("architectures") or []
+        known = [name for name in names if name in ARCHITECTURES]
+        if not known:
+            raise UserError(
+                f"{source}: architecture {names or hf.get('model_type')!r} is not supported; "
+                f"supported are {', '.join(ARCHITECTURES)}"
+            )
+        architecture = ARCHITECTURES[known[0]]
+        if hf.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{source}: hidden_act {hf['hidden_act']!r} is not supported; the family uses silu")
+        if hf.get("use_sliding_window"):
+            raise UserError(f"{source}: use_sliding_window is set; sliding-window attention is not supported")
+        try:
+            heads, hidden = int(hf["num_attention_heads"]), int(hf["hidden_size"])
+            context = int(hf.get("max_position_embeddings") or 2048)
+            rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+            bias = bool(hf.get("attention_bias", False))
+            return cls(
+                architecture=architecture,  # type: ignore[arg-type]
+                vocab_size=int(hf["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(hf["intermediate_size"]),
+                num_layers=int(hf["num_hidden_layers"]),
+                num_heads=heads,
+                num_kv_heads=int(hf.get("num_key_value_heads") or heads),
+                head_dim=int(hf.get("head_dim") or hidden // heads),
+                rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+                rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+                rope_scaling=RopeScaling.from_hf(rope, context),
+                max_context=context,
+                tied_head=bool(hf.get("tie_word_embeddings", False)),
+                attention_bias=architecture == "qwen2" or bias,
+                output_bias=architecture == "llama" and bias,
+                mlp_bias=bool(hf.get("mlp_bias", False)),
+            )
+        except KeyError as missing:
+            raise UserError(f"{source}: the entry {missing} is missing") from None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
+        return cls(**{**data, "rope_scaling": RopeScaling(**data["rope_scaling"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """An EAGLE draft: one decoder layer on the target's features, sized freely but for the hidden size."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    fc_bias: bool = False
+    attention_bias: bool = False
+
+    @classmethod
+    def like(cls, target: ModelConfig) -> DraftConfig:
+        """A draft with the shape of one of the target's own layers: the published EAGLE recipe."""
+        return cls(
+            hidden_size=target.hidden_size,
+            intermediate_size=target.intermediate_size,
+            num_heads=target.num_heads,
+            num_kv_heads=target.num_kv_heads,
+            head_dim=target.head_dim,
+            rms_norm_eps=target.rms_norm_eps,
+            attention_bias=target.attention_bias,
+        )
+
+    def layer_of(self, target: ModelConfig) -> ModelConfig:
+        """The draft's layer as a one-layer model that shares the target's rotary embedding."""
+        return dataclasses.replace(
+            target,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=1,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            rms_norm_eps=self.rms_norm_eps,
+            attention_bias=self.attention_bias,
+            output_bias=False,
+            mlp_bias=False,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeConfig:
+    """The static shape of a draft tree.
+
+    size: N, nodes including the root. depth: D, levels below the root (EAGLE's own flag counts one
+    less). top_k: K, beams a level and children a node. `TreeConfig(1, 0, 1)` is vanilla decoding.
+    """
+
+    size: int
+    depth: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= TREE_LIMIT:
+            raise UserError(f"--tree-size {self.size} is out of range: 1 to {TREE_LIMIT} nodes, the root counted")
+        if self.depth < 0 or self.top_k < 1:
+            raise UserError(f"--depth {self.depth} and --draft-top-k {self.top_k}: give at least 0 and 1")
+        if (self.size == 1) != (self.depth == 0):
+            raise UserError("--tree-size 1 goes with --depth 0 (vanilla decoding), and neither goes alone")
+        if self.size - 1 > self.candidates:
+            raise UserError(
+                f"--tree-size {self.size} asks for more nodes than --depth {self.depth} and "
+                f"--draft-top-k {self.top_k} can propose ({self.candidates} and the root); lower it"
+            )
+
+    @property
+    def candidates(self) -> int:
+        """Nodes proposed before the re-rank: K + (D - 1) K²."""
+        return self.top_k + (self.depth - 1) * self.top_k**2 if self.depth else 0
+
+    @property
+    def words(self) -> int:
+        """int32 words that hold one bit a node."""
+        return -(-self.size // 32)
+
+    @property
+    def draft_rows(self) -> int:
+        """K/V rows that drafting writes beyond the committed ones: (D - 1) K."""
+        return max(0, self.depth - 1) * self.top_k
+
+
+VANILLA = TreeConfig(size=1, depth=0, top_k=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Temperature, then top-k, then top-p: the order of transformers' warpers.
+
+    temperature 0 is greedy decoding; top_k 0 and top_p 1 switch their filter off.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature} must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise UserError(f"--top-k {self.top_k} must be 0 (off) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p} must be above 0 and at most 1 (off)")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0

@@ -1,0 +1,112 @@
+"""EAGLE-2's draft: one decoder layer that predicts the target's next feature (arXiv 2401.15077, 2406.16858).
+
+Pair t joins the target's feature at position t with the embedding of the token at t + 1, and its
+output stands in for the target's feature at t + 1: the target's own LM head, cropped to the
+sub-vocabulary, reads the next tokens off it (FR-Spec, arXiv 2502.14856). The embedding, the head
+and the rotary embedding are the target's.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from frspec_jax.config import ModelConfig, TreeConfig
+from frspec_jax.kv_cache import LayerKV
+from frspec_jax.layers import LayerParams, decoder_layer
+from frspec_jax.tree import Beam, DraftTree, rerank
+from frspec_jax.vocabulary import DraftHead
+from pallas_kernels.subvocab_head import subvocab_top_k
+from pallas_kernels.tree_attention import bit_words
+
+
+@struct.dataclass
+class EagleParams:
+    """The weights of an EAGLE draft."""
+
+    fc: Array  # [2 H, H]: the first H rows multiply the embedding, the rest the feature
+    fc_bias: Array | None  # [H]
+    layer: LayerParams  # without an attention norm
+
+
+def extend(
+    params: EagleParams,
+    config: ModelConfig,
+    embeddings: Array,
+    features: Array,
+    positions: Array,
+    cache: LayerKV,
+    write_at: Array,
+    committed: Array,
+    ancestors: Array,
+) -> tuple[Array, LayerKV]:
+    """Run T pairs through the draft.
+
+    Args:
+      config: `DraftConfig.layer_of(target)`.
+      embeddings: [T, H] of the tokens at positions + 1; features: [T, H], the target's or predicted.
+      positions, write_at, committed, ancestors: as in `decoder_layer`.
+
+    Returns:
+      Predicted features [T, H], and the cache.
+    """
+    with jax.named_scope("fc"):
+        x = jnp.concatenate([embeddings, features.astype(embeddings.dtype)], axis=-1) @ params.fc
+        if params.fc_bias is not None:
+            x = x + params.fc_bias
+    return decoder_layer(params.layer, config, x, positions, cache, write_at, committed, ancestors)
+
+
+def propose(
+    params: EagleParams,
+    config: ModelConfig,
+    tree: TreeConfig,
+    embedding: Array,
+    head: DraftHead,
+    feature: Array,
+    root: Array,
+    committed: Array,
+    cache: LayerKV,
+) -> tuple[DraftTree, LayerKV]:
+    """Grow EAGLE-2's dynamic tree below the root, then keep its best `tree.size` nodes.
+
+    Level 0 reads the K best tokens off `feature`; each further level runs the K beams through the
+    draft, takes each one's K best tokens, and makes the K best of those K² the next beams.
+
+    Args:
+      embedding: [V, H], the target's. head: the cropped LM head.
+      feature: [H], the draft's output for the last committed pair.
+      root: int32 scalar, the last emitted token. committed: int32 scalar, pairs in the cache.
+    """
+    k = tree.top_k
+
+    def best_tokens(rows: Array) -> tuple[Array, Array]:
+        with jax.named_scope("draft_head"):
+            scores, index = subvocab_top_k(rows, head.weight, k)
+            return scores, head.ids[index]  # the only place where a sub-vocabulary index becomes an id
+
+    with jax.named_scope("draft_level_0"):
+        scores, tokens = best_tokens(feature[None])
+        beam = Beam.start(tree, scores[0], tokens[0])
+        inputs = jnp.broadcast_to(feature, (k, feature.shape[0]))
+    for level in range(1, tree.depth):
+        with jax.named_scope(f"draft_level_{level}"):
+            outputs, cache = extend(
+                params,
+                config,
+                embedding[beam.tokens],
+                inputs,
+                jnp.broadcast_to(committed + level - 1, (k,)),
+                cache,
+                committed + (level - 1) * k,
+                committed,
+                bit_words(beam.visible),
+            )
+            scores, tokens = best_tokens(outputs)
+            beam, parents = beam.grow(scores, tokens)
+            inputs = outputs[parents]
+    with jax.named_scope("rerank"):
+        return rerank(tree, beam, root), cache
+

@@ -1,0 +1,125 @@
+"""The parts of a Llama decoder layer, shared by the target and the EAGLE draft."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from frspec_jax import kv_cache
+from frspec_jax.config import ModelConfig
+from frspec_jax.kv_cache import LayerKV
+from pallas_kernels.tree_attention import tree_attention
+
+
+@struct.dataclass
+class LayerParams:
+    """One decoder layer. Products are x @ weight; Q, K and V, and gate and up, are one product each."""
+
+    attention_norm: Array | None  # [H]; None in an EAGLE draft, whose layer has no input norm
+    qkv: Array  # [H, (heads + 2 kv_heads) head_dim]
+    qkv_bias: Array | None  # [(heads + 2 kv_heads) head_dim]
+    output: Array  # [heads head_dim, H]
+    output_bias: Array | None  # [H]
+    mlp_norm: Array  # [H]
+    gate_up: Array  # [H, 2 F]
+    gate_up_bias: Array | None  # [2 F]
+    down: Array  # [F, H]
+    down_bias: Array | None  # [H]
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Scale to unit mean square, in float32, and back to x's dtype before the learned weight."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angle a position, in radians, of each of the head_dim / 2 rotated pairs: float32 [head_dim / 2]."""
+    dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    base = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
+    if scaling.kind == "linear":
+        base = base / scaling.factor
+    elif scaling.kind == "llama3":
+        wavelength = 2 * math.pi / base
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        blend = (scaling.original_context / wavelength - low) / (high - low)  # 0: slow, divided; 1: fast, kept
+        blend = np.clip(blend, 0.0, 1.0)
+        base = (1 - blend) * base / scaling.factor + blend * base
+    elif scaling.kind == "yarn":
+
+        def pair_that_rotates(times: float) -> float:
+            return dim * math.log(scaling.original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+        first, last = pair_that_rotates(scaling.beta_fast), pair_that_rotates(scaling.beta_slow)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        ramp = (np.arange(dim // 2, dtype=np.float32) - first) / max(last - first, 0.001)
+        slow = np.clip(ramp, 0.0, 1.0)
+        base = slow * base / scaling.factor + (1 - slow) * base
+    return base.astype(np.float32)
+
+
+def rotate(x: Array, positions: Array, config: ModelConfig) -> Array:
+    """Rotary position embedding, the halves of head_dim forming the pairs (Hugging Face's layout).
+
+    x: [T, heads, head_dim]; positions: [T] int32. Angles are computed where they are used, so no
+    table limits the context.
+    """
+    angle = positions[:, None].astype(jnp.float32) * rope_frequencies(config)  # [T, head_dim / 2]
+    scale = config.rope_scaling.attention_factor
+    cos, sin = (jnp.cos(angle) * scale)[:, None], (jnp.sin(angle) * scale)[:, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _product(x: Array, weight: Array, bias: Array | None) -> Array:
+    y = x @ weight
+    return y if bias is None else y + bias
+
+
+def project_qkv(layer: LayerParams, config: ModelConfig, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+    """Rotated queries [T, heads, head_dim], rotated keys and plain values [T, kv_heads, head_dim]."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    qkv = _product(x, layer.qkv, layer.qkv_bias).reshape(x.shape[0], heads + 2 * kv_heads, config.head_dim)
+    rotated = rotate(qkv[:, : heads + kv_heads], positions, config)
+    return rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
+
+
+def gated_mlp(layer: LayerParams, x: Array) -> Array:
+    """down(silu(gate(x)) * up(x))."""
+    gate, up = jnp.split(_product(x, layer.gate_up, layer.gate_up_bias), 2, axis=-1)
+    return _product(jax.nn.silu(gate) * up, layer.down, layer.down_bias)
+
+
+def decoder_layer(
+    layer: LayerParams,
+    config: ModelConfig,
+    x: Array,
+    positions: Array,
+    cache: LayerKV,
+    write_at: Array,
+    committed: Array,
+    ancestors: Array,
+) -> tuple[Array, LayerKV]:
+    """One Llama decoder layer over T tokens, whose keys and values are put into the cache first.
+
+    Args:
+      x: [T, H] residual stream. positions: [T] int32.
+      write_at: int32 scalar, the cache row of the first of the T tokens.
+      committed, ancestors: what each token sees, as in `tree_attention`.
+    """
+    with jax.named_scope("attention"):
+        normed = x if layer.attention_norm is None else rms_norm(x, layer.attention_norm, config.rms_norm_eps)
+        q, k, v = project_qkv(layer, config, normed, positions)
+        cache = kv_cache.write(cache, k, v, write_at)
+        mixed = tree_attention(q, cache.keys, cache.values, committed, ancestors)
+        x = x + _product(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias)
+    with jax.named_scope("mlp"):
+        return x + gated_mlp(layer, rms_norm(x, layer.mlp_norm, config.rms_norm_eps)), cache

@@ -1,0 +1,70 @@
+"""The target: a Llama-family model as a pure function over a pytree of weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from frspec_jax.config import ModelConfig
+from frspec_jax.kv_cache import KVCache
+from frspec_jax.layers import LayerParams, decoder_layer, rms_norm
+from pallas_kernels.tree_attention import bit_words
+
+
+@struct.dataclass
+class LlamaParams:
+    """The weights of a target."""
+
+    embedding: Array  # [V, H]
+    layers: tuple[LayerParams, ...]
+    final_norm: Array  # [H]
+    lm_head: Array | None  # [V, H]; None where it is tied to the embedding
+
+    @property
+    def head(self) -> Array:
+        """The LM head's rows [V, H], whichever array holds them."""
+        return self.embedding if self.lm_head is None else self.lm_head
+
+
+def forward(
+    params: LlamaParams,
+    config: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    cache: KVCache,
+    committed: Array,
+    ancestors: Array,
+) -> tuple[Array, KVCache]:
+    """Run T tokens through the target: a chunk of a prompt, one token, or a draft tree.
+
+    Args:
+      tokens, positions: [T] int32.
+      cache: its rows `committed` .. `committed + T - 1` receive the tokens' keys and values.
+      committed: int32 scalar, rows that every token sees.
+      ancestors: [T, W] int32 bit words: which of the T tokens each one sees, itself included.
+
+    Returns:
+      Features [T, H] (the hidden state after the final norm, the LM head's input), and the cache.
+    """
+    x = params.embedding[tokens]
+    updated = []
+    for index, (layer, layer_cache) in enumerate(zip(params.layers, cache, strict=True)):
+        with jax.named_scope(f"layer_{index}"):
+            x, layer_cache = decoder_layer(
+                layer, config, x, positions, layer_cache, committed, committed, ancestors
+            )
+        updated.append(layer_cache)
+    return rms_norm(x, params.final_norm, config.rms_norm_eps), tuple(updated)
+
+
+def logits(params: LlamaParams, features: Array) -> Array:
+    """Full-vocabulary logits [T, V], float32, of features [T, H]."""
+    with jax.named_scope("lm_head"):
+        return jnp.einsum("th,vh->tv", features, params.head, preferred_element_type=jnp.float32)
+
+
+def causal(tokens: int) -> Array:
+    """Ancestor words [T, ceil(T / 32)] of a chain: each token sees itself and those before it."""
+    return bit_words(jnp.tril(jnp.ones((tokens, tokens), bool)))

@@ -1,0 +1,131 @@
+"""EAGLE-2's draft tree (arXiv 2406.16858): beam history, global re-rank, and the accepted path.
+
+Integers and scores only: no model stands here, so any drafter can grow a tree with it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+
+from frspec_jax.config import TreeConfig
+from pallas_kernels.tree_attention import bit_words
+
+
+@struct.dataclass
+class DraftTree:
+    """N nodes, parents before children; node 0 is the root, the last emitted token."""
+
+    tokens: Array  # [N] int32, full-vocabulary ids
+    parent: Array  # [N] int32; the root is its own parent
+    depth: Array  # [N] int32, 0 for the root
+    ancestors: Array  # [N, words] int32, bit j: node j is this node or above it
+
+    @classmethod
+    def of_root(cls, root: Array) -> DraftTree:
+        """The tree of vanilla decoding: the root alone."""
+        zero = jnp.zeros((1,), jnp.int32)
+        return cls(root[None], zero, zero, jnp.ones((1, 1), jnp.int32))
+
+
+@struct.dataclass
+class Beam:
+    """The frontier of a growing tree, and every candidate proposed so far.
+
+    Candidates are numbered as they are proposed: K at level 1, then K² a level, K for each beam.
+    """
+
+    tokens: Array  # [K] the beams' tokens
+    scores: Array  # [K] float32, cumulative log-probability under the draft
+    number: Array  # [K] the beams' numbers among the candidates
+    visible: Array  # [K, (D-1) K] which of the draft's tree rows each beam sees, its own included
+    rows: Array  # [K] the draft's tree row of each beam's parent; only `grow` reads it
+    history_tokens: Array  # [candidates so far]
+    history_scores: Array  # [candidates so far]
+    history_parent: Array  # [candidates so far] the parent's number; -1 for the root
+
+    @classmethod
+    def start(cls, tree: TreeConfig, scores: Array, tokens: Array) -> Beam:
+        """The first K candidates: children of the root. They will be the draft's tree rows 0 .. K-1."""
+        k = tree.top_k
+        number = jnp.arange(k, dtype=jnp.int32)
+        return cls(
+            tokens=tokens,
+            scores=scores,
+            number=number,
+            visible=jnp.eye(k, tree.draft_rows, dtype=bool),
+            rows=number,
+            history_tokens=tokens,
+            history_scores=scores,
+            history_parent=jnp.full((k,), -1, jnp.int32),
+        )
+
+    def grow(self, scores: Array, tokens: Array) -> tuple[Beam, Array]:
+        """Give each beam K children and keep the K best of all.
+
+        Args:
+          scores: [K, K] float32, log-probability of each child given its beam. tokens: [K, K].
+
+        Returns:
+          The next beam, and [K] which of the present beams each new one descends from.
+        """
+        k = tokens.shape[0]
+        cumulative = (self.scores[:, None] + scores).reshape(-1)
+        first = self.history_tokens.shape[0]  # the number of the first child
+        best_scores, best = lax.top_k(cumulative, k)
+        parents = best // k
+        level = (first - k) // (k * k) + 1  # levels whose rows the draft has written by now
+        next_rows = jnp.arange(level * k, (level + 1) * k)
+        own = next_rows[:, None] == jnp.arange(self.visible.shape[1])
+        return Beam(
+            tokens=tokens.reshape(-1)[best],
+            scores=best_scores,
+            number=(first + best).astype(jnp.int32),
+            visible=self.visible[parents] | own,
+            rows=next_rows,
+            history_tokens=jnp.concatenate([self.history_tokens, tokens.reshape(-1)]),
+            history_scores=jnp.concatenate([self.history_scores, cumulative]),
+            history_parent=jnp.concatenate([self.history_parent, jnp.repeat(self.number, k)]),
+        ), parents
+
+
+def rerank(tree: TreeConfig, beam: Beam, root: Array) -> DraftTree:
+    """Keep the N - 1 candidates of highest cumulative score, in the order in which they were proposed.
+
+    A child's score never exceeds its parent's, and a tie goes to the earlier candidate, so the kept
+    set holds every kept node's parent, and parents precede children.
+    """
+    kept = jnp.sort(lax.top_k(beam.history_scores, tree.size - 1)[1])  # [N-1] candidate numbers
+    above = beam.history_parent[kept]  # [N-1] candidate numbers, -1 for the root
+    parent = jnp.where(above < 0, 0, jnp.searchsorted(kept, above).astype(jnp.int32) + 1)
+    parent = jnp.concatenate([jnp.zeros((1,), jnp.int32), parent])
+    tokens = jnp.concatenate([root[None], beam.history_tokens[kept]])
+    ancestors = own = bit_words(jnp.eye(tree.size, dtype=bool))
+    for _ in range(tree.depth):
+        ancestors = own | ancestors[parent]
+    depth = lax.population_count(ancestors).sum(-1) - 1
+    return DraftTree(tokens, parent, depth, ancestors)
+
+
+def accepted_path(draft: DraftTree, chosen: Array, max_depth: int) -> tuple[Array, Array]:
+    """The longest path from the root whose every token is the one that the target chose above it.
+
+    Siblings carry distinct tokens, so at most one child of a node is right and the path is unique.
+
+    Args:
+      chosen: [N] int32, the target's token after each node.
+
+    Returns:
+      path: [D+1] node indices by depth, the root first, 0 past the end; and its depth, int32.
+    """
+    with jax.named_scope("accept"):
+        nodes = jnp.arange(draft.tokens.shape[0])
+        right = (draft.tokens == chosen[draft.parent]) | (nodes == 0)
+        accepted = ((draft.ancestors & ~bit_words(right)) == 0).all(-1)
+        deepest = jnp.argmax(jnp.where(accepted, draft.depth, -1))
+        words = draft.ancestors[deepest]
+        on_path = ((words[nodes >> 5] >> (nodes & 31)) & 1).astype(bool)
+        path = jnp.zeros((max_depth + 1,), jnp.int32).at[draft.depth].add(jnp.where(on_path, nodes, 0))
+        return path, draft.depth[deepest]

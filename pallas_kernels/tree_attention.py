@@ -1,0 +1,93 @@
+"""Attention of a few tokens over a KV cache, where the newest rows form a tree.
+
+Row j of the cache is visible to query i if it is committed (j < committed), or if it is an ancestor
+of i in the tree whose rows follow the committed ones: bit j - committed of `ancestors[i]`. A chain
+of ancestors gives ordinary causal attention, so prefill, one token and a tree are one operation.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+BLOCK = 256  # cache rows a step; capacities are multiples of it
+DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
+MASKED = -1e30  # finite, so that a fully masked block leaves no NaN behind
+
+
+def bit_words(visible: Array) -> Array:
+    """Pack booleans [..., R] into int32 words [..., ceil(R / 32)], bit r % 32 of word r // 32."""
+    rows = visible.shape[-1]
+    words = -(-rows // 32)
+    pad = [(0, 0)] * (visible.ndim - 1) + [(0, words * 32 - rows)]
+    bits = jnp.pad(visible, pad).reshape(*visible.shape[:-1], words, 32).astype(jnp.uint32)
+    return lax.bitcast_convert_type((bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32), jnp.int32)
+
+
+def has_bit(words: Array, row: Array) -> Array:
+    """Whether bit `row` is set in `words` [T, W]: booleans [T, *row.shape]; rows outside 0 .. 32 W - 1 are unset."""
+    inside = (row >= 0) & (row < 32 * words.shape[-1])
+    at = jnp.where(inside, row, 0)
+    return inside & ((words[:, at >> 5] >> (at & 31)) & 1).astype(bool)
+
+
+def tree_attention(q: Array, keys: Array, values: Array, committed: Array, ancestors: Array) -> Array:
+    """Softmax attention with float32 scores, scaled by 1/sqrt(head_dim).
+
+    Args:
+      q: [T, heads, head_dim], rotated.
+      keys, values: [kv_heads, S, head_dim], the tree's own rows included; S a multiple of BLOCK.
+      committed: int32 scalar, cache rows that every query sees.
+      ancestors: [T, W] int32 bit words over the rows from `committed` on, each query's own included.
+
+    Returns:
+      [T, heads, head_dim] in q's dtype.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads, capacity, _ = keys.shape
+    group = heads // kv_heads
+    # Grouped-query attention: the queries of one KV head are rows of one product.
+    rows = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
+
+    def scores(first: Array | int, k: Array) -> Array:
+        with jax.named_scope("scores"):
+            products = jnp.einsum("hqd,hkd->hqk", rows, k, preferred_element_type=jnp.float32)
+            row = first + jnp.arange(k.shape[1])
+            visible = (row < committed)[None] | has_bit(ancestors, row - committed)  # [T, k]
+            masked = jnp.repeat(visible, group, axis=0)[None]
+            return jnp.where(masked, products * head_dim**-0.5, MASKED)
+
+    if capacity <= DENSE_LIMIT:
+        weights = jax.nn.softmax(scores(0, keys), axis=-1)
+        out = jnp.einsum("hqk,hkd->hqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    else:
+        out = _over_live_blocks(scores, rows.shape, keys, values, committed + 32 * ancestors.shape[1])
+    out = out.reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
+    return out.reshape(tokens, heads, head_dim).astype(q.dtype)
+
+
+def _over_live_blocks(scores, shape: tuple[int, ...], keys: Array, values: Array, live: Array) -> Array:
+    """Online softmax over the blocks that hold live rows, so that free capacity costs nothing."""
+    kv_heads, rows, head_dim = shape
+
+    def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak, total, out = carry
+        at = (0, block * BLOCK, 0)
+        k = lax.dynamic_slice(keys, at, (kv_heads, BLOCK, head_dim))
+        v = lax.dynamic_slice(values, at, (kv_heads, BLOCK, head_dim))
+        s = scores(block * BLOCK, k)
+        new_peak = jnp.maximum(peak, s.max(-1))
+        weights = jnp.exp(s - new_peak[..., None])
+        old = jnp.exp(peak - new_peak)
+        mix = jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return new_peak, total * old + weights.sum(-1), out * old[..., None] + mix
+
+    start = (
+        jnp.full((kv_heads, rows), MASKED, jnp.float32),
+        jnp.zeros((kv_heads, rows), jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
+    blocks = jnp.minimum(-(-live // BLOCK), keys.shape[1] // BLOCK)
+    _, total, out = lax.fori_loop(0, blocks, step, start)
+    return out / total[..., None]
