@@ -47,12 +47,13 @@ def tree_attention(q: Array, keys: Array, values: Array, committed: Array, ances
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads
-    # Grouped-query attention: the queries of one KV head are rows of one product.
-    rows = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
+    # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
+    # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
+    columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
 
     def scores(first: Array | int, k: Array) -> Array:
         with jax.named_scope("scores"):
-            products = jnp.einsum("hqd,hkd->hqk", rows, k, preferred_element_type=jnp.float32)
+            products = jnp.einsum("hkd,hdq->hkq", k, columns, preferred_element_type=jnp.float32).swapaxes(1, 2)
             row = first + jnp.arange(k.shape[1])
             visible = (row < committed)[None] | has_bit(ancestors, row - committed)  # [T, k]
             masked = jnp.repeat(visible, group, axis=0)[None]
@@ -62,7 +63,7 @@ def tree_attention(q: Array, keys: Array, values: Array, committed: Array, ances
         weights = jax.nn.softmax(scores(0, keys), axis=-1)
         out = jnp.einsum("hqk,hkd->hqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     else:
-        out = _over_live_blocks(scores, rows.shape, keys, values, committed + 32 * ancestors.shape[1])
+        out = _over_live_blocks(scores, (kv_heads, tokens * group, head_dim), keys, values, committed + 32 * ancestors.shape[1])
     out = out.reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 

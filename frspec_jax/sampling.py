@@ -1,0 +1,61 @@
+"""From logits to tokens: temperature, top-k, top-p, and noise that depends on the position alone.
+
+A token is drawn as argmax(filtered logits + Gumbel noise), which is an exact draw from the softmax.
+The noise for the token at absolute position p is a function of (seed, sequence, p): whoever asks for
+that token, vanilla decoding or the verification of any tree, draws the same one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from frspec_jax.config import Sampling
+
+MASKED = -jnp.inf
+
+
+def gumbel_rows(seed: Array, sequence: Array, positions: Array, vocab_size: int) -> Array:
+    """Gumbel noise [P, V], float32, for the tokens at `positions` [P] of a sequence.
+
+    seed, sequence: int32 scalars; the sequence number tells apart the members of a batch.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), sequence)
+    keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
+    return jax.vmap(lambda k: jax.random.gumbel(k, (vocab_size,), jnp.float32))(keys)
+
+
+def warp(logits: Array, sampling: Sampling) -> Array:
+    """Temperature, then top-k, then top-p, as transformers' warpers: removed tokens become -inf.
+
+    logits: [N, V] float32. Tokens that tie with the last kept one are kept too.
+    """
+    logits = logits / sampling.temperature
+    if sampling.top_k and sampling.top_k < logits.shape[-1]:
+        kth = lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < kth, MASKED, logits)
+    if sampling.top_p < 1:
+        ranked = jnp.sort(logits, axis=-1)  # ascending: the tail that is cut comes first
+        tail = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+        keep = tail > 1 - sampling.top_p
+        keep = keep.at[:, -1].set(True)  # the best token stays, whatever rounding says
+        least = jnp.min(jnp.where(keep, ranked, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, MASKED, logits)
+    return logits
+
+
+def choose(logits: Array, sampling: Sampling, seed: Array, sequence: Array, positions: Array, row: Array) -> Array:
+    """The token that the target says after each of N nodes: int32 [N].
+
+    Args:
+      logits: [N, V] float32.
+      positions: [P] int32, the distinct absolute positions that are being filled.
+      row: [N] int32, which of `positions` each node's next token has. Nodes of one depth share
+        their noise: only one of them can be on the emitted path, and drafting never sees it.
+    """
+    with jax.named_scope("choose"):
+        if not sampling.greedy:
+            noise = gumbel_rows(seed, sequence, positions, logits.shape[-1])
+            logits = warp(logits, sampling) + noise[row]
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)

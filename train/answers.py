@@ -1,0 +1,178 @@
+"""`python -m train answers`: let the target answer prompts, and keep its answers with their features.
+
+A draft learns its target's own text far faster than it learns people's. Many sequences are decoded
+side by side; a slot whose answer has ended takes the next prompt, so that every pass stays full.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from frspec_jax import kv_cache, llama, sampling
+from frspec_jax.config import ModelConfig, Sampling
+from frspec_jax.kv_cache import KVCache
+from frspec_jax.llama import LlamaParams
+
+ROW = 32  # prompts are padded to whole multiples, so that few programs are compiled
+
+
+@struct.dataclass
+class Slots:
+    """B sequences being decoded side by side."""
+
+    cache: KVCache  # each array [B, kv_heads, S, head_dim]
+    length: Array  # [B] int32, tokens in the cache
+    last: Array  # [B] int32, the token to feed next
+    source: Array  # [B] int32, the prompt's number: the `sequence` of its noise
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("slots",))
+def _admit(
+    params: LlamaParams,
+    config: ModelConfig,
+    slots: Slots,
+    slot: Array,
+    tokens: Array,
+    count: Array,
+    source: Array,
+    seed: Array,
+    settings: Sampling,
+) -> tuple[Slots, Array]:
+    """Run a padded prompt `tokens` [T], `count` of them real, into one slot; its features [T, H]."""
+    zero = jnp.int32(0)
+    own = jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, slot, keepdims=False), slots.cache)
+    positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    features, own = llama.forward(params, config, tokens, positions, own, zero, llama.causal(tokens.shape[0]))
+    cache = jax.tree.map(lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, slot, 0), slots.cache, own)
+    last = llama.logits(params, features[count - 1][None])
+    first = sampling.choose(last, settings, seed, source, count[None], jnp.zeros(1, jnp.int32))[0]
+    slots = Slots(
+        cache, slots.length.at[slot].set(count), slots.last.at[slot].set(first), slots.source.at[slot].set(source)
+    )
+    return slots, features
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "steps"), donate_argnames=("slots",))
+def _decode(
+    params: LlamaParams, config: ModelConfig, slots: Slots, seed: Array, settings: Sampling, steps: int
+) -> tuple[Slots, Array, Array]:
+    """Feed `steps` tokens to every slot: the tokens fed [steps, B] and their features [steps, B, H]."""
+
+    def one(cache: KVCache, token: Array, length: Array) -> tuple[Array, KVCache]:
+        features, cache = llama.forward(params, config, token[None], length[None], cache, length, llama.causal(1))
+        return features[0], cache
+
+    def step(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
+        features, cache = jax.vmap(one)(slots.cache, slots.last, slots.length)
+        scores = llama.logits(params, features)
+
+        def draw(row: Array, source: Array, position: Array) -> Array:
+            return sampling.choose(row[None], settings, seed, source, position[None], jnp.zeros(1, jnp.int32))[0]
+
+        chosen = jax.vmap(draw)(scores, slots.source, slots.length + 1)
+        return Slots(cache, slots.length + 1, chosen, slots.source), (slots.last, features)
+
+    slots, (tokens, features) = lax.scan(step, slots, None, length=steps)
+    return slots, tokens, features
+
+
+def loops(tokens: list[int], longest: int = 32, repeats: int = 3) -> bool:
+    """Whether the text ends in the same `longest` or fewer tokens, said `repeats` times and 24 tokens in all."""
+    for period in range(1, longest + 1):
+        tail = max(repeats * period, 24)
+        if len(tokens) >= tail and tokens[-tail:-period] == tokens[-tail + period :]:
+            return True
+    return False
+
+
+def answer_prompts(
+    params: LlamaParams,
+    config: ModelConfig,
+    prompts: Iterable[tuple[int, list[int]]],
+    stop_ids: tuple[int, ...],
+    keep: Callable[[int, np.ndarray, int, np.ndarray], None],
+    *,
+    slots: int = 64,
+    capacity: int = 512,
+    max_new_tokens: int = 256,
+    settings: Sampling = Sampling(),
+    seed: int = 0,
+    steps: int = 8,
+    progress: Callable[[int, int], None] = lambda sequences, tokens: None,
+) -> None:
+    """Answer every prompt, `slots` at a time.
+
+    Args:
+      prompts: (number, token ids) pairs; a prompt with no room for an answer is passed over.
+      keep: called with (number, tokens [L], prompt length, features [L, H] float32) for each answer
+        that has ended: by a stop id, at `max_new_tokens`, at the capacity, or in a loop.
+      capacity: rows of each slot's cache, a multiple of 64. steps: tokens between two looks at the host.
+      progress: called with (answers, tokens) since the last call.
+    """
+    shape = (slots, config.num_kv_heads, capacity, config.head_dim)
+    dtype = params.embedding.dtype
+    layers = tuple(
+        kv_cache.LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
+    )
+    state = Slots(layers, *(jnp.zeros(slots, jnp.int32) for _ in range(3)))
+    waiting: Iterator[tuple[int, list[int]]] = iter(prompts)
+    running: dict[int, _Answer] = {}
+    free = list(range(slots))
+    while True:
+        while free:
+            following = next(waiting, None)
+            if following is None:
+                break
+            number, prompt = following
+            if not 0 < len(prompt) <= capacity - 2 * steps:
+                continue
+            slot = free.pop()
+            padded = np.zeros(min(-(-len(prompt) // ROW) * ROW, capacity), np.int32)
+            padded[: len(prompt)] = prompt
+            state, features = _admit(
+                params, config, state, jnp.int32(slot), padded, jnp.int32(len(prompt)), jnp.int32(number),
+                jnp.int32(seed), settings,
+            )  # fmt: skip
+            running[slot] = _Answer(number, list(prompt), len(prompt), [np.asarray(features[: len(prompt)])])
+        if not running:
+            return
+        state, tokens, features = _decode(params, config, state, jnp.int32(seed), settings, steps)
+        fed, rows = np.asarray(tokens), np.asarray(features)
+        # A free slot keeps decoding what it held: its length must not run past the capacity.
+        ended = 0
+        for slot, answer in list(running.items()):
+            if answer.take(fed[:, slot], rows[:, slot], stop_ids, max_new_tokens, capacity - steps):
+                keep(answer.number, np.array(answer.tokens, np.int32), answer.prompt_length, answer.features())
+                del running[slot]
+                free.append(slot)
+                ended += 1
+        idle = jnp.asarray([slot not in running for slot in range(slots)])
+        state = state.replace(length=jnp.where(idle, 0, state.length))
+        progress(ended, steps * len(running))
+
+
+class _Answer:
+    """One answer in the making."""
+
+    def __init__(self, number: int, tokens: list[int], prompt_length: int, rows: list[np.ndarray]) -> None:
+        self.number, self.tokens, self.prompt_length, self._rows = number, tokens, prompt_length, rows
+
+    def take(self, fed: np.ndarray, rows: np.ndarray, stop_ids: tuple[int, ...], limit: int, room: int) -> bool:
+        """Add the tokens fed since the last look; whether the answer has ended (the stop id is not kept)."""
+        stops = np.flatnonzero(np.isin(fed, stop_ids))
+        count = int(stops[0]) if len(stops) else len(fed)
+        self.tokens += fed[:count].tolist()
+        self._rows.append(rows[:count])
+        answered = len(self.tokens) - self.prompt_length
+        return bool(len(stops)) or answered >= limit or len(self.tokens) >= room or loops(self.tokens)
+
+    def features(self) -> np.ndarray:
+        return np.concatenate(self._rows)
