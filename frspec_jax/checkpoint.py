@@ -46,14 +46,14 @@ def _layer_shapes(config: ModelConfig, dtype: Any, attention_norm: bool) -> Laye
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return LayerParams(
         attention_norm=weight(hidden) if attention_norm else None,
-        qkv=weight(hidden, qkv),
+        qkv=weight(qkv, hidden),
         qkv_bias=weight(qkv) if config.attention_bias else None,
-        output=weight(config.num_heads * config.head_dim, hidden),
+        output=weight(hidden, config.num_heads * config.head_dim),
         output_bias=weight(hidden) if config.output_bias else None,
         mlp_norm=weight(hidden),
-        gate_up=weight(hidden, 2 * inner),
+        gate_up=weight(2 * inner, hidden),
         gate_up_bias=weight(2 * inner) if config.mlp_bias else None,
-        down=weight(inner, hidden),
+        down=weight(hidden, inner),
         down_bias=weight(hidden) if config.mlp_bias else None,
     )
 
@@ -73,7 +73,7 @@ def draft_shapes(draft: DraftConfig, target: ModelConfig, dtype: Any = np.float3
     """The weights of an EAGLE draft as `ShapeDtypeStruct`s."""
     hidden = draft.hidden_size
     return EagleParams(
-        fc=jax.ShapeDtypeStruct((2 * hidden, hidden), dtype),
+        fc=jax.ShapeDtypeStruct((hidden, 2 * hidden), dtype),
         fc_bias=jax.ShapeDtypeStruct((hidden,), dtype) if draft.fc_bias else None,
         layer=_layer_shapes(draft.layer_of(target), dtype, attention_norm=False),
     )

@@ -23,10 +23,11 @@ class RopeScaling:
 
     `linear` divides every frequency by `factor`. `llama3` divides only the slow ones and blends in
     between (Llama 3.1). `yarn` blends by the number of rotations within the original context and
-    multiplies the rotated vectors by `attention_factor` (arXiv 2309.00071).
+    multiplies the rotated vectors by `attention_factor` (arXiv 2309.00071). `factors` divides each
+    frequency by a number of its own (GGUF stores Llama 3.1's scaling so).
     """
 
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    kind: Literal["none", "linear", "llama3", "yarn", "factors"] = "none"
     factor: float = 1.0
     original_context: int = 0
     low_freq_factor: float = 1.0
@@ -35,6 +36,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    factors: tuple[float, ...] = ()  # [head_dim / 2]
 
     @classmethod
     def from_hf(cls, rope: Mapping[str, Any] | None, context: int) -> RopeScaling:
@@ -165,7 +167,8 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
-        return cls(**{**data, "rope_scaling": RopeScaling(**data["rope_scaling"])})
+        scaling = data["rope_scaling"]
+        return cls(**{**data, "rope_scaling": RopeScaling(**{**scaling, "factors": tuple(scaling["factors"])})})
 
 
 @dataclasses.dataclass(frozen=True)

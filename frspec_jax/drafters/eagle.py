@@ -15,7 +15,7 @@ from jax import Array
 
 from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.kv_cache import LayerKV
-from frspec_jax.layers import LayerParams, decoder_layer
+from frspec_jax.layers import LayerParams, decoder_layer, linear
 from frspec_jax.tree import Beam, DraftTree, rerank
 from frspec_jax.vocabulary import DraftHead
 from pallas_kernels.subvocab_head import subvocab_top_k
@@ -26,7 +26,7 @@ from pallas_kernels.tree_attention import bit_words
 class EagleParams:
     """The weights of an EAGLE draft."""
 
-    fc: Array  # [2 H, H]: the first H rows multiply the embedding, the rest the feature
+    fc: Array  # [H, 2 H]: the first H columns multiply the embedding, the rest the feature
     fc_bias: Array | None  # [H]
     layer: LayerParams  # without an attention norm
 
@@ -53,9 +53,7 @@ def extend(
       Predicted features [T, H], and the cache.
     """
     with jax.named_scope("fc"):
-        x = jnp.concatenate([embeddings, features.astype(embeddings.dtype)], axis=-1) @ params.fc
-        if params.fc_bias is not None:
-            x = x + params.fc_bias
+        x = linear(jnp.concatenate([embeddings, features.astype(embeddings.dtype)], axis=-1), params.fc, params.fc_bias)
     return decoder_layer(params.layer, config, x, positions, cache, write_at, committed, ancestors)
 
 

@@ -1,0 +1,1 @@
+"""Bring models and drafts in from other formats: Hugging Face, GGUF, EAGLE."""

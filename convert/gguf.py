@@ -1,0 +1,170 @@
+"""`python -m convert gguf FILE --out CKPT`: a llama or qwen2 model in llama.cpp's GGUF format.
+
+Weights of any quantisation that the gguf package reads are dequantised. The tokenizer and the chat
+template come out of the same file (gguf_tokenizer.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.gguf_tokenizer import save_tokenizer
+from convert.progress import tensor_progress
+from convert.weights import DTYPES, fill, model_parts, tensor_count
+from frspec_jax.checkpoint import model_shapes, new_folder, write_model
+from frspec_jax.config import ModelConfig, RopeScaling
+from frspec_jax.errors import UserError
+
+HELP = "a GGUF file (llama, qwen2), any quantisation"
+
+# GGUF's names, and those of Hugging Face. `N` stands for the layer's number.
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk.N.attn_norm": "model.layers.N.input_layernorm",
+    "blk.N.attn_q": "model.layers.N.self_attn.q_proj",
+    "blk.N.attn_k": "model.layers.N.self_attn.k_proj",
+    "blk.N.attn_v": "model.layers.N.self_attn.v_proj",
+    "blk.N.attn_output": "model.layers.N.self_attn.o_proj",
+    "blk.N.ffn_norm": "model.layers.N.post_attention_layernorm",
+    "blk.N.ffn_gate": "model.layers.N.mlp.gate_proj",
+    "blk.N.ffn_up": "model.layers.N.mlp.up_proj",
+    "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
+}
+FREQUENCY_FACTORS = "rope_freqs.weight"  # what each rotary frequency is divided by; read into the config
+
+
+def hf_name(name: str) -> str:
+    """A GGUF tensor's name in Hugging Face's terms; unknown ones stay as they are."""
+    stem, _, end = name.rpartition(".")
+    layer = re.match(r"blk\.(\d+)\.", stem)
+    pattern = re.sub(r"^blk\.\d+\.", "blk.N.", stem)
+    if pattern not in NAMES:
+        return name
+    return NAMES[pattern].replace("N", layer[1] if layer else "N") + "." + end
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of Q and K rows, which pairs neighbours for rotation; ours pairs halves."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+class GgufFile:
+    """An opened GGUF file: its metadata, and its tensors under Hugging Face's names."""
+
+    def __init__(self, path: Path) -> None:
+        import gguf
+
+        self.label = str(path)
+        if not path.is_file():
+            raise UserError(f"{path} is no file; give a .gguf file")
+        try:
+            reader = gguf.GGUFReader(path)
+        except Exception as error:  # the package raises many kinds for a file that is cut short or none of its own
+            raise UserError(f"{path} cannot be read as GGUF ({error}); download it again") from None
+        self._meta = reader.fields
+        self._tensors = {hf_name(t.name): t for t in reader.tensors}
+        self.architecture = self.get("general.architecture")
+        if self.architecture not in ("llama", "qwen2"):
+            raise UserError(f"{path} holds a model of architecture {self.architecture!r}; llama and qwen2 are supported")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A metadata value; `{arch}` in the key stands for the architecture."""
+        key = key.replace("{arch}", str(self.architecture)) if "{arch}" in key else key
+        return self._meta[key].contents() if key in self._meta else default
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def read(self, name: str) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        try:
+            array = dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
+        except NotImplementedError:
+            raise UserError(f"{self.label}: quantisation {tensor.tensor_type.name} of {name} is not supported") from None
+        if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
+            heads = "head_count" if "q_proj" in name else "head_count_kv"
+            array = unpermute(array, int(self.get(f"{{arch}}.attention.{heads}")))
+        return array
+
+    def config(self) -> ModelConfig:
+        """The model's configuration, out of the metadata and the tensors that are there."""
+        try:
+            return self._config()
+        except KeyError as missing:
+            raise UserError(f"{self.label}: the metadata entry {missing} is missing") from None
+
+    def _config(self) -> ModelConfig:
+        def need(key: str) -> Any:
+            value = self.get("{arch}." + key)
+            if value is None:
+                raise KeyError(f"{self.architecture}.{key}")
+            return value
+
+        heads, hidden, context = need("attention.head_count"), need("embedding_length"), need("context_length")
+        head_dim = self.get("{arch}.attention.key_length") or hidden // heads
+        names = set(self.names())
+        return ModelConfig(
+            architecture=self.architecture,
+            vocab_size=self.shape("model.embed_tokens.weight")[0],
+            hidden_size=hidden,
+            intermediate_size=need("feed_forward_length"),
+            num_layers=need("block_count"),
+            num_heads=heads,
+            num_kv_heads=self.get("{arch}.attention.head_count_kv") or heads,
+            head_dim=head_dim,
+            rms_norm_eps=need("attention.layer_norm_rms_epsilon"),
+            rope_theta=self.get("{arch}.rope.freq_base") or 10000.0,
+            rope_scaling=self._rope_scaling(context),
+            max_context=context,
+            tied_head="lm_head.weight" not in names,
+            attention_bias="model.layers.0.self_attn.q_proj.bias" in names,
+            output_bias="model.layers.0.self_attn.o_proj.bias" in names,
+        )
+
+    def _rope_scaling(self, context: int) -> RopeScaling:
+        if FREQUENCY_FACTORS in self._tensors:
+            return RopeScaling("factors", factors=tuple(map(float, self.read(FREQUENCY_FACTORS))))
+        kind = self.get("{arch}.rope.scaling.type", "none")
+        if kind == "none":
+            return RopeScaling()
+        settings = {
+            "rope_type": kind,
+            "factor": self.get("{arch}.rope.scaling.factor"),
+            "original_max_position_embeddings": self.get("{arch}.rope.scaling.original_context_length"),
+        }
+        return RopeScaling.from_hf({k: v for k, v in settings.items() if v is not None}, context)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="FILE", help="the .gguf file")
+    parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="the checkpoint folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the stored weights (default: float32)")
+
+
+def run(args: argparse.Namespace) -> None:
+    file = GgufFile(args.source)
+    config = file.config()
+    shapes, parts = model_shapes(config), model_parts(config)
+    with new_folder(args.out) as folder:
+        save_tokenizer(folder, file)
+        with tensor_progress(tensor_count(shapes, parts)) as progress:
+            params = fill(
+                shapes, parts, file, DTYPES[args.dtype], ignore=FREQUENCY_FACTORS.__eq__, progress=progress
+            )
+        write_model(folder, config, params)
+        (folder / "source.json").write_text(json.dumps({"format": "gguf", "file": args.source.name}) + "\n")
+    print(f"wrote {args.out}: {file.architecture}, {config.num_layers} layers, vocabulary {config.vocab_size:,}")
