@@ -206,11 +206,11 @@ class Checkpoint:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer, as transformers' `PreTrainedTokenizerFast`."""
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
 
         if not (self.path / "tokenizer.json").is_file():
             raise UserError(f"{self.path} holds no tokenizer.json; convert the model again, from a source that has one")
-        return AutoTokenizer.from_pretrained(str(self.path))
+        return PreTrainedTokenizerFast.from_pretrained(str(self.path))
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
