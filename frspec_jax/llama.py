@@ -10,7 +10,6 @@ from jax import Array
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.layers import LayerParams, decoder_layer, rms_norm
-from pallas_kernels.tree_attention import bit_words
 
 
 @struct.dataclass
@@ -63,8 +62,3 @@ def logits(params: LlamaParams, features: Array) -> Array:
     """Full-vocabulary logits [T, V], float32, of features [T, H]."""
     with jax.named_scope("lm_head"):
         return jnp.einsum("th,vh->tv", features, params.head, preferred_element_type=jnp.float32)
-
-
-def causal(tokens: int) -> Array:
-    """Ancestor words [T, ceil(T / 32)] of a chain: each token sees itself and those before it."""
-    return bit_words(jnp.tril(jnp.ones((tokens, tokens), bool)))

@@ -14,6 +14,11 @@ from frspec_jax.config import TreeConfig
 from pallas_kernels.tree_attention import bit_words
 
 
+def causal(tokens: int) -> Array:
+    """Ancestor words [T, ceil(T / 32)] of a chain: each token sees itself and those before it."""
+    return bit_words(jnp.tril(jnp.ones((tokens, tokens), bool)))
+
+
 @struct.dataclass
 class DraftTree:
     """N nodes, parents before children; node 0 is the root, the last emitted token."""

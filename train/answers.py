@@ -20,6 +20,7 @@ from frspec_jax import kv_cache, llama, sampling
 from frspec_jax.config import ModelConfig, Sampling
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
+from frspec_jax.tree import causal
 
 ROW = 32  # prompts are padded to whole multiples, so that few programs are compiled
 
@@ -50,7 +51,7 @@ def _admit(
     zero = jnp.int32(0)
     own = jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, slot, keepdims=False), slots.cache)
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    features, own = llama.forward(params, config, tokens, positions, own, zero, llama.causal(tokens.shape[0]))
+    features, own = llama.forward(params, config, tokens, positions, own, zero, causal(tokens.shape[0]))
     cache = jax.tree.map(lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, slot, 0), slots.cache, own)
     last = llama.logits(params, features[count - 1][None])
     first = sampling.choose(last, settings, seed, source, count[None], jnp.zeros(1, jnp.int32))[0]
@@ -67,7 +68,7 @@ def _decode(
     """Feed `steps` tokens to every slot: the tokens fed [steps, B] and their features [steps, B, H]."""
 
     def one(cache: KVCache, token: Array, length: Array) -> tuple[Array, KVCache]:
-        features, cache = llama.forward(params, config, token[None], length[None], cache, length, llama.causal(1))
+        features, cache = llama.forward(params, config, token[None], length[None], cache, length, causal(1))
         return features[0], cache
 
     def step(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:

@@ -8,15 +8,19 @@ and the rotary embedding are the target's.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from frspec_jax import kv_cache
 from frspec_jax.config import ModelConfig, TreeConfig
+from frspec_jax.drafters.base import Accepted
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, decoder_layer, linear
-from frspec_jax.tree import Beam, DraftTree, rerank
+from frspec_jax.tree import Beam, DraftTree, causal, rerank
 from frspec_jax.vocabulary import DraftHead
 from pallas_kernels.subvocab_head import subvocab_top_k
 from pallas_kernels.tree_attention import bit_words
@@ -108,3 +112,62 @@ def propose(
     with jax.named_scope("rerank"):
         return rerank(tree, beam, root), cache
 
+
+
+@struct.dataclass
+class EagleWeights:
+    """Everything that EAGLE reads when it drafts, but for the target's embedding."""
+
+    params: EagleParams
+    head: DraftHead
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle:
+    """EAGLE-2 as the engine sees it (`base.Drafter`)."""
+
+    config: ModelConfig  # the draft's one layer: `DraftConfig.layer_of(target)`
+
+    def new_cache(self, capacity: int, dtype: jnp.dtype) -> LayerKV:
+        return kv_cache.empty(self.config, capacity, dtype)[0]
+
+    def prefill(
+        self, weights: EagleWeights, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: LayerKV
+    ) -> LayerKV:
+        return self._extend(weights, embedding, features, next_tokens, start, cache)[1]
+
+    def propose(
+        self,
+        weights: EagleWeights,
+        embedding: Array,
+        tree: TreeConfig,
+        accepted: Accepted,
+        root: Array,
+        length: Array,
+        cache: LayerKV,
+    ) -> tuple[DraftTree, LayerKV]:
+        with jax.named_scope("extend"):  # overwrites what the draft wrote for the last tree
+            start = length - accepted.count
+            outputs, cache = self._extend(
+                weights, embedding, accepted.features, accepted.next_tokens, start, cache
+            )
+        feature = outputs[accepted.count - 1]
+        return propose(weights.params, self.config, tree, embedding, weights.head, feature, root, length, cache)
+
+    def _extend(
+        self, weights: EagleWeights, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: LayerKV
+    ) -> tuple[Array, LayerKV]:
+        """Run pairs whose features are the target's own, at positions from `start` on."""
+        pairs = features.shape[0]
+        positions = start + jnp.arange(pairs, dtype=jnp.int32)
+        return extend(
+            weights.params,
+            self.config,
+            embedding[next_tokens],
+            features,
+            positions,
+            cache,
+            start,
+            start,
+            causal(pairs),
+        )
