@@ -19,6 +19,7 @@ import numpy as np
 
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.errors import UserError
+from frspec_jax.llama import LlamaParams
 
 FORMAT = "frspec-jax features 1"
 _COLUMNS = (("features.f16", np.float16), ("answer.u8", np.uint8), ("tokens.i32", np.int32))
@@ -107,3 +108,12 @@ class FeatureStore:
         """tokens [L], answer [L] and features [L, H] of one sequence, as views of the memory map."""
         rows = slice(self.starts[index], self.starts[index] + self.lengths[index])
         return self.tokens[rows], self.answer[rows], self.features[rows]
+
+
+def open_corpora(paths: list[Path], checkpoint: Checkpoint, target: LlamaParams, cache: Path) -> list[FeatureStore]:
+    """The stores among `paths`, and one more for the text among them: `cache`, filled where it is not whole."""
+    stores = [FeatureStore(path, checkpoint) for path in paths if (path / "meta.json").is_file()]
+    texts = [path for path in paths if not (path / "meta.json").is_file()]
+    if texts:
+        raise UserError("text corpora: not yet")
+    return stores

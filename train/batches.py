@@ -1,0 +1,111 @@
+"""Packed batches: several sequences in each row, an order that is a function of (seed, step) alone.
+
+A resumed run therefore sees exactly the batches that the interrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from flax import struct
+from jax import Array
+
+from train.features import FeatureStore
+
+HELD_OUT = 50  # one sequence in so many is never trained on
+
+
+@struct.dataclass
+class Batch:
+    """R packed rows of T pairs. Pair t joins the feature of token t with token t + 1."""
+
+    features: Array  # [R, T, H] float32, the target's feature of token t
+    next_tokens: Array  # [R, T] int32, token t + 1
+    targets: Array  # [R, T, H] float32, the target's feature of token t + 1
+    mask: Array  # [R, T] float32, 1 where the pair counts: token t + 1 belongs to an answer
+    segment: Array  # [R, T] int32, the number of the sequence within its row, from 1; 0 is padding
+    position: Array  # [R, T] int32, t within its own sequence
+
+
+Piece = tuple[FeatureStore, int, int, int]  # a store, a sequence in it, first pair, pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Sequences of some stores, cut to at most `row` pairs and packed `rows` rows a batch."""
+
+    stores: tuple[FeatureStore, ...]
+    rows: int
+    row: int
+    seed: int
+
+    def _pieces(self, held_out: bool) -> list[Piece]:
+        found = []
+        for store in self.stores:
+            for index, length in enumerate(store.lengths):
+                mine = zlib.crc32(b"%d" % index) % HELD_OUT == 0
+                if mine == held_out:
+                    pairs = int(length) - 1
+                    found += [(store, index, at, min(self.row, pairs - at)) for at in range(0, pairs, self.row)]
+        return found
+
+    def _packed(self, pieces: list[Piece]) -> list[list[Piece]]:
+        """First fit over the few latest open rows: near full, and the order stays mixed."""
+        closed, open_rows = [], []
+        for piece in pieces:
+            for entry in open_rows:
+                if entry[0] >= piece[3]:
+                    entry[0] -= piece[3]
+                    entry[1].append(piece)
+                    break
+            else:
+                open_rows.append([self.row - piece[3], [piece]])
+                if len(open_rows) > 4 * self.rows:
+                    closed.append(open_rows.pop(0)[1])
+        return closed + [pieces for _, pieces in open_rows]
+
+    def training(self, first_step: int) -> Iterator[Batch]:
+        """Batches without end, from step `first_step` on."""
+        pieces, step, epoch = self._pieces(held_out=False), 0, 0
+        while True:
+            rng = np.random.default_rng((self.seed, epoch))
+            packed = self._packed([pieces[i] for i in rng.permutation(len(pieces))])
+            order = rng.permutation(len(packed))
+            for at in range(0, len(order) - self.rows + 1, self.rows) or [0]:
+                if step >= first_step:
+                    yield self._batch([packed[i] for i in order[at : at + self.rows]])
+                step += 1
+            epoch += 1
+
+    def held_out(self, batches: int) -> list[Batch]:
+        """The first batches of the sequences that are never trained on."""
+        packed = self._packed(self._pieces(held_out=True))
+        groups = [packed[at : at + self.rows] for at in range(0, len(packed), self.rows)]
+        return [self._batch(group) for group in groups[:batches]]
+
+    def _batch(self, rows: list[list[Piece]]) -> Batch:
+        width = self.stores[0].features.shape[1]
+        shape = (self.rows, self.row)
+        features, targets = (np.zeros((*shape, width), np.float32) for _ in range(2))
+        next_tokens, segment, position = (np.zeros(shape, np.int32) for _ in range(3))
+        mask = np.zeros(shape, np.float32)
+        for r, pieces in enumerate(rows):
+            at = 0
+            for number, (store, index, first, pairs) in enumerate(pieces, 1):
+                tokens, answer, rows_ = store.sequence(index)
+                here, source = slice(at, at + pairs), slice(first, first + pairs)
+                after = slice(first + 1, first + 1 + pairs)
+                features[r, here], targets[r, here] = rows_[source], rows_[after]
+                next_tokens[r, here], mask[r, here] = tokens[after], answer[after]
+                segment[r, here], position[r, here] = number, np.arange(first, first + pairs)
+                at += pairs
+        return Batch(features, next_tokens, targets, mask, segment, position)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """About how many batches one pass over the training sequences makes."""
+        pairs = sum(piece[3] for piece in self._pieces(held_out=False))
+        return max(1, pairs // (self.rows * self.row))

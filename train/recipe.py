@@ -1,0 +1,227 @@
+"""How an EAGLE draft learns: its passes over packed rows, the loss, and one optimiser step.
+
+EAGLE's published recipe (arXiv 2401.15077) is a SmoothL1 loss on the predicted feature and a soft
+cross-entropy on the target's distribution, one pass with the target's own features. Training-time
+test (EAGLE-3, arXiv 2503.01840; HASS, arXiv 2408.15766) adds passes on the draft's own features, as
+drafting will run them: `Recipe.unroll` passes in all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.train_state import TrainState
+from jax import Array
+
+from frspec_jax.checkpoint import draft_shapes
+from frspec_jax.config import DraftConfig, ModelConfig
+from frspec_jax.drafters.eagle import EagleParams
+from frspec_jax.layers import gated_mlp, linear, project_qkv, rms_norm
+from frspec_jax.llama import LlamaParams
+from train.batches import Batch
+
+MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the loss and the optimiser are made of."""
+
+    steps: int = 2000
+    lr: float = 1e-3
+    warmup: int = 100
+    decay: Literal["cosine", "linear"] = "cosine"
+    optimizer: Literal["adamw", "muon"] = "muon"
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global norm
+    feature_weight: float = 0.1  # of SmoothL1 on the features
+    ce_weight: float = 1.0  # of the soft cross-entropy
+    unroll: int = 2  # passes: the first on the target's features, the rest on the draft's own
+    unroll_decay: float = 0.8  # weight of each further pass, as a factor
+    noise: float = 0.0  # uniform noise on the features of the first pass, +- this much
+    loss_vocab: int = 8192  # the most frequent ids, over which the cross-entropy is taken; 0 is all
+    loss_random: int = 2048  # further ids, drawn anew each step, so that the tail is held down too
+
+    def schedule(self) -> optax.Schedule:
+        """Linear warm-up, then decay to zero over the remaining steps."""
+        rest = max(1, self.steps - self.warmup)
+        fall = optax.cosine_decay_schedule(self.lr, rest) if self.decay == "cosine" else optax.linear_schedule(self.lr, 0.0, rest)
+        return optax.join_schedules([optax.linear_schedule(0.0, self.lr, self.warmup), fall], [self.warmup])
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimiser. Muon (orthogonalised momentum) for matrices leaves vectors to AdamW."""
+        clip = optax.clip_by_global_norm(self.clip)
+        if self.optimizer == "adamw":
+            return optax.chain(clip, optax.adamw(self.schedule(), 0.9, 0.95, weight_decay=self.weight_decay))
+        muon = optax.contrib.muon(
+            self.schedule(), weight_decay=self.weight_decay, adam_b1=0.9, adam_b2=0.95, consistent_rms=0.2
+        )
+        return optax.chain(clip, muon)
+
+
+# EAGLE's published recipe: feature loss first, noise of 0.2 * 512 / T in all, one pass.
+EAGLE2 = Recipe(
+    steps=800_000, lr=3e-5, warmup=2000, decay="linear", optimizer="adamw", weight_decay=0.01, clip=0.5,
+    feature_weight=1.0, ce_weight=0.1, unroll=1, noise=0.1, loss_vocab=0, loss_random=0,
+)  # fmt: skip
+PRESETS = {"default": Recipe(), "eagle2": EAGLE2}
+
+
+def initial_params(key: Array, draft: DraftConfig, config: ModelConfig) -> EagleParams:
+    """A draft to start from: matrices normal, of deviation 1 / sqrt(inputs), so that every sum starts near unit size.
+
+    The products that write to the residual stream start at a tenth of that: the draft begins as its fc.
+    (Starting from the target's last layer is worse: it works on a residual stream that is many times
+    larger than the normed features that a draft reads and writes.)
+    """
+    shapes = draft_shapes(draft, config)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    random = [
+        jax.random.normal(k, leaf.shape) * leaf.shape[1] ** -0.5 if len(leaf.shape) == 2 else jnp.zeros(leaf.shape)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    params: EagleParams = jax.tree.unflatten(tree, random)
+    layer = params.layer
+    layer = layer.replace(mlp_norm=jnp.ones_like(layer.mlp_norm), output=0.1 * layer.output, down=0.1 * layer.down)
+    return params.replace(layer=layer)
+
+
+def _attend(q: Array, keys: list[Array], values: list[Array], visible: Array) -> Array:
+    """Attention of pass s over pass 0's earlier rows, and over the one row of each later pass on its path.
+
+    q: [T, heads, head_dim]; keys, values: s + 1 arrays [T, kv_heads, head_dim], the later ones already
+    shifted so that row t is what row t sees; visible: [T, T], which rows of pass 0 each row sees.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads = keys[0].shape[1]
+    q = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    main = jnp.einsum("thgd,shd->hgts", q, keys[0])
+    scores = [jnp.where(visible, main, MASKED)]
+    scores += [jnp.einsum("thgd,thd->hgt", q, k)[..., None] for k in keys[1:]]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    mixed = jnp.einsum("hgts,shd->thgd", weights[..., :tokens], values[0])
+    for extra, v in enumerate(values[1:]):
+        mixed += jnp.einsum("hgt,thd->thgd", weights[..., tokens + extra], v)
+    return mixed.reshape(tokens, heads * head_dim)
+
+
+def unrolled_passes(
+    params: EagleParams, config: ModelConfig, embeddings: Array, batch: Batch, unroll: int
+) -> list[Array]:
+    """Predicted features [T, H] of each pass over one row: what the draft makes of true features, of its own, ...
+
+    Pass s reads at pair t what pass s - 1 said at t - 1, and sees what drafting would: true pairs up to
+    t - s, then one pair of each pass before it.
+
+    Args:
+      embeddings: [T, H] of `batch.next_tokens`. batch: one row (no leading R).
+    """
+    tokens = embeddings.shape[0]
+    here = jnp.arange(tokens)
+    same = batch.segment[:, None] == batch.segment[None]
+    features, keys, values, outputs = batch.features, [], [], []
+    for s in range(unroll):
+        x = linear(jnp.concatenate([embeddings, features], axis=-1), params.fc, params.fc_bias)
+        q, k, v = project_qkv(params.layer, config, x, batch.position)
+        keys = [keys[0] if i == 0 else _shifted(old) for i, old in enumerate(keys)] + [k]
+        values = [values[0] if i == 0 else _shifted(old) for i, old in enumerate(values)] + [v]
+        visible = same & (here[None] <= here[:, None] - s)
+        x = x + linear(_attend(q, keys, values, visible), params.layer.output, params.layer.output_bias)
+        x = x + gated_mlp(params.layer, rms_norm(x, params.layer.mlp_norm, config.rms_norm_eps))
+        outputs.append(x)
+        features = _shifted(x)
+    return outputs
+
+
+def _shifted(rows: Array) -> Array:
+    """Row t becomes row t - 1's content; row 0, which no loss reads, keeps its own."""
+    return jnp.concatenate([rows[:1], rows[:-1]])
+
+
+def _valid(batch: Batch, s: int) -> Array:
+    """Mask of pass s: the pair counts, and the s pairs before it stand in its own sequence."""
+    before = jnp.pad(batch.segment, ((0, 0), (s, 0)))[:, : batch.segment.shape[1]]
+    return batch.mask * (before == batch.segment)
+
+
+def _passes(params: EagleParams, config: ModelConfig, embedding: Array, batch: Batch, unroll: int) -> list[Array]:
+    """`unrolled_passes` of every row: arrays [R, T, H]."""
+    each = functools.partial(unrolled_passes, params, config, unroll=unroll)
+    return jax.vmap(lambda e, b: each(e, b))(embedding[batch.next_tokens], batch)
+
+
+def loss_terms(
+    params: EagleParams, config: ModelConfig, embedding: Array, head: Array, batch: Batch, recipe: Recipe
+) -> tuple[Array, dict[str, Array]]:
+    """The recipe's loss, and its terms.
+
+    head: [M, H], the rows of the target's LM head over which the cross-entropy is taken.
+    """
+    want = jnp.einsum("rth,mh->rtm", batch.targets, head)
+    log_want = jax.nn.log_softmax(want, axis=-1)
+    share, best = jnp.exp(log_want), want.argmax(-1)
+    total, metrics = jnp.float32(0), {}
+    for s, output in enumerate(_passes(params, config, embedding, batch, recipe.unroll)):
+        mask = _valid(batch, s)
+        count = mask.sum() + 1e-5
+        said = jnp.einsum("rth,mh->rtm", output, head)
+        # Cross-entropy less the target's entropy: the KL divergence, whose floor is zero.
+        ce = -((share * (jax.nn.log_softmax(said, axis=-1) - log_want)).sum(-1) * mask).sum() / count
+        feature = (optax.huber_loss(output, batch.targets).mean(-1) * mask).sum() / count
+        total += recipe.unroll_decay**s * (recipe.ce_weight * ce + recipe.feature_weight * feature)
+        metrics |= {f"kl_{s}": ce, f"feature_{s}": feature}
+        metrics[f"top1_{s}"] = ((said.argmax(-1) == best) * mask).sum() / count
+    return total, {"loss": total, **metrics}
+
+
+def new_state(params: EagleParams, recipe: Recipe) -> TrainState:
+    """The optimiser's state at step 0. (flax's TrainState asks for a dict, so the draft is one entry of it.)"""
+    return TrainState.create(apply_fn=None, params={"draft": params}, tx=recipe.transformation())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("state",))
+def train_step(
+    state: TrainState, config: ModelConfig, recipe: Recipe, embedding: Array, head: Array, ranked: Array, seed: Array,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One step of the optimiser.
+
+    Args:
+      embedding, head: [V, H], the target's. ranked: [V] int32, all ids by frequency. seed: int32 scalar;
+        with the step's number it decides the noise and the random ids.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    ids_key, noise_key = jax.random.split(key)
+    if recipe.loss_vocab:
+        rest = jax.random.permutation(ids_key, ranked[recipe.loss_vocab :])[: recipe.loss_random]
+        head = head[jnp.concatenate([ranked[: recipe.loss_vocab], rest])]
+    if recipe.noise:
+        noise = jax.random.uniform(noise_key, batch.features.shape, minval=-recipe.noise, maxval=recipe.noise)
+        batch = batch.replace(features=batch.features + noise)
+    gradient = jax.grad(loss_terms, has_aux=True)
+    grads, metrics = gradient(state.params["draft"], config, embedding, head, batch, recipe)
+    return state.apply_gradients(grads={"draft": grads}), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("config", "passes"))
+def agreement(
+    params: EagleParams, config: ModelConfig, embedding: Array, head: Array, batch: Batch, passes: int
+) -> Array:
+    """How often the draft's best token, and its best three, hold the target's best one, over all of `head`.
+
+    Returns [passes, 3]: top-1 hits, top-3 hits and pairs counted, by pass (1: on true features).
+    """
+    best = jnp.einsum("rth,vh->rtv", batch.targets, head).argmax(-1)
+    rows = []
+    for s, output in enumerate(_passes(params, config, embedding, batch, passes)):
+        mask = _valid(batch, s)
+        top = jax.lax.top_k(jnp.einsum("rth,vh->rtv", output, head), 3)[1]
+        hits = (top == best[..., None]) * mask[..., None]
+        rows.append(jnp.stack([hits[..., 0].sum(), hits.sum(), mask.sum()]))
+    return jnp.stack(rows)
