@@ -32,17 +32,20 @@ def warp(logits: Array, sampling: Sampling) -> Array:
     logits: [N, V] float32. Tokens that tie with the last kept one are kept too.
     """
     logits = logits / sampling.temperature
-    if sampling.top_k and sampling.top_k < logits.shape[-1]:
-        kth = lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, MASKED, logits)
-    if sampling.top_p < 1:
-        ranked = jnp.sort(logits, axis=-1)  # ascending: the tail that is cut comes first
-        tail = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
-        keep = tail > 1 - sampling.top_p
-        keep = keep.at[:, -1].set(True)  # the best token stays, whatever rounding says
+    cut, vocab_size = sampling.top_p < 1, logits.shape[-1]
+    if 0 < sampling.top_k < vocab_size:
+        ranked = lax.top_k(logits, sampling.top_k)[0][:, ::-1]  # top-p then has only these to look at
+        least = ranked[:, :1]
+    elif cut:
+        ranked = jnp.sort(logits, axis=-1)
+        least = ranked[:, :1]
+    else:
+        return logits
+    if cut:
+        tail = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)  # ascending: the tail that is cut comes first
+        keep = (tail > 1 - sampling.top_p).at[:, -1].set(True)  # the best token stays, whatever rounding says
         least = jnp.min(jnp.where(keep, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, MASKED, logits)
-    return logits
+    return jnp.where(logits < least, MASKED, logits)
 
 
 def choose(logits: Array, sampling: Sampling, seed: Array, sequence: Array, positions: Array, row: Array) -> Array:

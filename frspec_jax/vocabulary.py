@@ -1,6 +1,24 @@
-"""Token rankings, and the sub-vocabulary that the draft's head keeps."""
+"""Token rankings, and the sub-vocabulary that the draft's head keeps (FR-Spec, arXiv 2502.14856).
+
+A ranking holds the counts of all ids, so that one file serves every size of the sub-vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
+
+from frspec_jax.errors import UserError
 
 
 @struct.dataclass
@@ -9,3 +27,126 @@ class DraftHead:
 
     weight: Array  # [V', H]
     ids: Array  # [V'] int32, unique full-vocabulary ids
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranking:
+    """How often each token id occurs in some corpora, by one tokenizer."""
+
+    counts: np.ndarray  # [V] int64
+    tokenizer: str  # `tokenizer_hash` of the tokenizer that counted
+    corpora: tuple[str, ...]  # names of the files that were counted
+
+    @property
+    def tokens(self) -> int:
+        """Occurrences counted."""
+        return int(self.counts.sum())
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """All ids [V] int32, most frequent first; of equal counts the lower id comes first."""
+        return np.argsort(-self.counts, kind="stable").astype(np.int32)
+
+    def coverage(self, ids: np.ndarray | Iterable[int]) -> float:
+        """The share of the counted occurrences that `ids` make up, 0 to 1."""
+        return float(self.counts[np.fromiter(ids, np.int64)].sum() / max(1, self.tokens))
+
+    def __add__(self, other: Ranking) -> Ranking:
+        """The ranking of both corpora together.
+
+        Raises:
+          UserError: another tokenizer counted the other.
+        """
+        if self.tokenizer != other.tokenizer or len(self.counts) != len(other.counts):
+            raise UserError(
+                "--merge: the rankings were counted with different tokenizers; count them again with one --ckpt"
+            )
+        corpora = tuple(dict.fromkeys(self.corpora + other.corpora))
+        return Ranking(self.counts + other.counts, self.tokenizer, corpora)
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file; an interruption leaves the old file, or none."""
+        part = path.with_name(f".{path.name}.part-{os.getpid()}.npz")
+        try:
+            np.savez_compressed(
+                part, counts=self.counts, tokenizer=np.array(self.tokenizer), corpora=np.array(self.corpora, dtype=np.str_)
+            )
+            part.replace(path)
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be written: {error.strerror}; name another file") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Ranking:
+        """Read a ranking.
+
+        Raises:
+          UserError: the file is missing, damaged, or no ranking.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                counts, tokenizer = data["counts"], str(data["tokenizer"])
+                corpora = tuple(map(str, data["corpora"]))
+        except FileNotFoundError:
+            raise UserError(f"{path} is no file; count a ranking with python -m train rank") from None
+        except Exception as error:  # numpy and zipfile raise many kinds for a file that is cut short or of another make
+            raise UserError(f"{path} is no ranking or is damaged ({error}); count it again with python -m train rank") from None
+        if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or counts.min(initial=0) < 0:
+            raise UserError(f"{path} holds no counts per token id; count it again with python -m train rank")
+        return cls(counts.astype(np.int64), tokenizer, corpora)
+
+    def check(self, tokenizer: str, vocab_size: int, path: Path) -> None:
+        """Refuse a ranking of another tokenizer: its ids would name other tokens, and acceptance would be lost silently."""
+        if self.tokenizer != tokenizer or len(self.counts) != vocab_size:
+            raise UserError(
+                f"{path} was counted with another tokenizer ({len(self.counts):,} ids) than the checkpoint's "
+                f"({vocab_size:,} ids); count one with python -m train rank --ckpt"
+            )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A short name of a tokenizer's vocabulary: which token each id stands for."""
+    digest = hashlib.sha256()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{number} {token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def control_ids(tokenizer: Any, stop_ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """The ids that every sub-vocabulary holds: terminators, and the special tokens that steer a chat."""
+    special = [n for n, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return tuple(sorted(n for n in {*special, *tokenizer.all_special_ids, *stop_ids} if 0 <= n < vocab_size))
+
+
+def sub_vocabulary(ranking: Ranking | None, size: int, vocab_size: int, always: Iterable[int]) -> np.ndarray:
+    """The ids [V'] int32 of the `size` most frequent tokens, with every id of `always` inside.
+
+    An id of `always` that is not frequent takes the place of the least frequent others. All ids
+    (`size == vocab_size`) come in their own order, and need no ranking.
+
+    Raises:
+      UserError: `size` is out of range, or has no room for `always` and one more.
+    """
+    must = np.unique(np.fromiter(always, np.int64)).astype(np.int32)
+    if size > vocab_size:
+        raise UserError(f"--draft-vocab {size} is larger than the vocabulary ({vocab_size:,} tokens); lower it, or say full")
+    if size == vocab_size:
+        return np.arange(vocab_size, dtype=np.int32)
+    if size <= len(must):
+        raise UserError(
+            f"--draft-vocab {size} is too small: {len(must)} control tokens are always inside; give at least {len(must) + 1}"
+        )
+    if ranking is None:
+        raise ValueError("a sub-vocabulary of less than all ids needs a ranking")
+    order = ranking.order
+    chosen = np.isin(order, must)
+    others = np.flatnonzero(~chosen)[: size - len(must)]
+    chosen[others] = True
+    return order[chosen]
+
+
+def crop(head: Array, ids: np.ndarray) -> DraftHead:
+    """The rows `ids` of an LM head [V, H], gathered once; all rows in their own order are shared, not copied."""
+    identity = len(ids) == head.shape[0] and bool((ids == np.arange(len(ids))).all())
+    return DraftHead(head if identity else head[jnp.asarray(ids)], jnp.asarray(ids, jnp.int32))

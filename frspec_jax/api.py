@@ -1,0 +1,334 @@
+"""Load a checkpoint, generate, stream: the Python side of `python -m frspec_jax.generate`.
+
+    model = frspec_jax.load("CKPT")
+    print(model.generate("Why is the sky blue?").text)
+    for piece in model.stream("Why is the sky blue?", Request(sampling=Sampling(0.7), seed=1)):
+        print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers.decoders import DecodeStream
+
+from frspec_jax import engine
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.config import VANILLA, Sampling, TreeConfig
+from frspec_jax.drafters.base import Drafter, Vanilla
+from frspec_jax.drafters.eagle import Eagle, EagleWeights
+from frspec_jax.errors import UserError
+from frspec_jax.kv_cache import rounded_capacity
+from frspec_jax.vocabulary import Ranking, control_ids, crop, sub_vocabulary, tokenizer_hash
+
+Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
+ALL_ROUNDS = np.int32(2**30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What suits a kind of device, from measurements (README, section on speed)."""
+
+    tree: TreeConfig
+    dtype: Any
+    chunk: int  # prompt tokens a pass
+
+
+DEFAULTS = {
+    # A pass over 60 tokens costs a CPU about three passes over one, and a GPU about one.
+    "cpu": Defaults(TreeConfig(size=8, depth=3, top_k=4), jnp.float32, 64),
+    "gpu": Defaults(TreeConfig(size=60, depth=6, top_k=10), jnp.bfloat16, 256),
+}
+
+
+def defaults() -> Defaults:
+    """The defaults of the device at hand."""
+    return DEFAULTS["cpu" if jax.default_backend() == "cpu" else "gpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What may differ from one prompt to the next."""
+
+    max_new_tokens: int = 512
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    raw: bool = False  # no chat template
+    system: str | None = None  # the system message of a chat
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One answer, and how it came about."""
+
+    text: str
+    tokens: list[int]  # the stop id included, where one ended the answer
+    prompt_tokens: int
+    finish_reason: str  # "stop" or "length"
+    method: str  # "vanilla", "eagle" or "eagle+fr"
+    draft_vocab: int | None  # V'; None where nothing drafts
+    rounds: int
+    accepted_length: float | None  # tokens a round, the bonus token counted; the first token is the prefill's
+    accepted_histogram: list[int]  # rounds that emitted 1, 2, ... D+1 tokens
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second of decoding; the first token is the prefill's."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def summary(self) -> str:
+        """One line for people."""
+        line = (
+            f"{len(self.tokens)} tokens ({self.finish_reason}); prefill {self.prefill_rate:.1f} tokens/s, "
+            f"decode {self.decode_rate:.1f} tokens/s"
+        )
+        if self.draft_vocab is not None and self.accepted_length is not None:
+            line += f"; accepted length {self.accepted_length:.2f} with bonus, V' = {self.draft_vocab:,}"
+        return f"{line} [{self.method}]"
+
+
+def load(
+    ckpt: str | Checkpoint,
+    *,
+    draft: str | None = None,
+    draft_vocab: int | str | None = None,
+    tree: TreeConfig | None = None,
+    dtype: Any = None,
+    context: int | None = None,
+    chunk: int | None = None,
+) -> Generator:
+    """Open a checkpoint folder and make it ready to generate.
+
+    Args:
+      draft: a draft's name or folder, "none" for vanilla decoding, or None for the only one there is.
+      draft_vocab: V', "full", or None: a quarter of the vocabulary where the checkpoint has a ranking.
+      tree: the draft tree's shape. dtype: of weights and caches. chunk: prompt tokens a pass.
+        None stands for what suits the device (`defaults`).
+      context: tokens that prompt, answer and draft tree may take together (default: at most 4096).
+
+    Raises:
+      UserError: with one sentence that says what to mend.
+    """
+    checkpoint = ckpt if isinstance(ckpt, Checkpoint) else Checkpoint.open(ckpt)
+    best = defaults()
+    dtype = best.dtype if dtype is None else dtype
+    config = checkpoint.config
+    if context is not None and not 1 <= context <= config.max_context:
+        raise UserError(f"--context {context} is out of range; the model was trained for 1 to {config.max_context} tokens")
+    folder = None if draft == "none" else checkpoint.draft_folder(draft)
+    target = checkpoint.params(dtype)
+    drafter: Drafter = Vanilla()
+    weights: Any = ()
+    size = None
+    if folder is None:
+        if draft_vocab is not None:
+            raise UserError(f"--draft-vocab {draft_vocab} needs a draft, and {checkpoint.path} has none; drop the flag or add one")
+        tree = VANILLA
+    else:
+        draft_config, params = checkpoint.draft(folder, dtype)
+        ids = draft_ids(checkpoint, draft_vocab)
+        size = len(ids)
+        tree = best.tree if tree is None else tree
+        if tree.top_k > size:
+            raise UserError(f"--draft-top-k {tree.top_k} is larger than --draft-vocab {size}; lower it")
+        if tree != VANILLA:
+            drafter, weights = Eagle(draft_config.layer_of(config)), EagleWeights(params, crop(target.head, ids))
+    return Generator(
+        checkpoint, engine.Weights(target, weights), drafter, tree, size, dtype,
+        rounded_capacity(context or min(config.max_context, 4096)), chunk or best.chunk,
+    )  # fmt: skip
+
+
+def draft_ids(checkpoint: Checkpoint, draft_vocab: int | str | None) -> np.ndarray:
+    """The ids [V'] int32 that the draft may propose: `load`'s `draft_vocab`, resolved."""
+    vocab_size = checkpoint.config.vocab_size
+    file = checkpoint.path / "ranking.npz"
+    if draft_vocab is None:
+        draft_vocab = vocab_size // 4 if file.is_file() else "full"
+    if draft_vocab == "full":
+        return np.arange(vocab_size, dtype=np.int32)
+    size = int(draft_vocab)
+    ranking = None
+    if size != vocab_size:
+        if not file.is_file():
+            raise UserError(
+                f"--draft-vocab {size} needs a ranking, and {checkpoint.path} has none; "
+                f"count one: python -m train rank CORPUS --ckpt {checkpoint.path}"
+            )
+        ranking = Ranking.load(file)
+        ranking.check(tokenizer_hash(checkpoint.tokenizer), vocab_size, file)
+    return sub_vocabulary(ranking, size, vocab_size, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size))
+
+
+class Generator:
+    """A loaded model; `load` makes one. Not for use from several threads at once: it owns one set of caches."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        weights: engine.Weights,
+        drafter: Drafter,
+        tree: TreeConfig,
+        draft_vocab: int | None,
+        dtype: Any,
+        capacity: int,
+        chunk: int,
+    ) -> None:
+        self.checkpoint, self.weights, self.drafter, self.tree = checkpoint, weights, drafter, tree
+        self.draft_vocab = None if isinstance(drafter, Vanilla) else draft_vocab
+        self.capacity, self.chunk = capacity, chunk
+        self._dtype = dtype
+        self._caches: engine.Caches | None = None
+        self._warm: set[engine.Plan] = set()
+
+    @property
+    def method(self) -> str:
+        if self.draft_vocab is None:
+            return "vanilla"
+        return "eagle" if self.draft_vocab == self.checkpoint.config.vocab_size else "eagle+fr"
+
+    def plan(self, sampling: Sampling) -> engine.Plan:
+        """What is compiled for these sampling settings."""
+        return engine.Plan(self.checkpoint.config, self.drafter, self.tree, sampling, self.checkpoint.stop_ids)
+
+    def encode(self, prompt: Prompt, request: Request = Request()) -> np.ndarray:
+        """A prompt as token ids [T] int32: through the chat template, unless the request or the model is raw."""
+        tokenizer = self.checkpoint.tokenizer
+        text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+        if not text.strip():
+            raise UserError("the prompt is empty; give some text with --prompt, --prompt-file or on standard input")
+        if request.raw or not tokenizer.chat_template:
+            if request.system is not None:
+                raise UserError("--system needs a chat template; the model has none, or --raw switches it off")
+            return np.asarray(tokenizer(text).input_ids, np.int32)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if request.system is not None:
+            messages = [{"role": "system", "content": request.system}, *messages]
+        return np.asarray(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), np.int32
+        )
+
+    def check(self, ids: np.ndarray, request: Request = Request()) -> int:
+        """How many tokens may be emitted after a prompt; refuses one that does not fit the cache."""
+        room = self.capacity - len(ids) - self.plan(request.sampling).margin
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, and --context {self.capacity} leaves room for "
+                f"{len(ids) + room - 1} beside the draft tree; shorten it or raise --context"
+            )
+        return min(request.max_new_tokens, room)
+
+    def warm_up(self, sampling: Sampling = Sampling()) -> None:
+        """Compile what these settings need, so that no request's time holds it."""
+        plan = self.plan(sampling)
+        if plan not in self._warm:
+            state = self._start(plan, np.zeros(1, np.int32), 2, 0)
+            self._finish(engine.run(plan, self.weights, state, np.int32(0)))
+            self._warm.add(plan)
+
+    def generate(self, prompt: Prompt, request: Request = Request()) -> Result:
+        """Answer one prompt."""
+        return self.generate_ids(self.encode(prompt, request), request)
+
+    def generate_ids(self, ids: np.ndarray, request: Request = Request()) -> Result:
+        """Answer one prompt that is token ids [T] already."""
+        plan, limit = self._admit(ids, request)
+        begin = time.perf_counter()
+        state = jax.block_until_ready(self._start(plan, ids, limit, request.seed))
+        prefilled = time.perf_counter()
+        state = jax.block_until_ready(engine.run(plan, self.weights, state, ALL_ROUNDS))
+        end = time.perf_counter()
+        result = self._result(state, len(ids), prefilled - begin, end - prefilled)
+        self._finish(state)
+        return result
+
+    def stream(self, prompt: Prompt, request: Request = Request()) -> Stream:
+        """Answer one prompt, text as it comes: iterate over the pieces, then read `.result`."""
+        return Stream(self, self.encode(prompt, request), request)
+
+    # What Stream shares with generate_ids.
+
+    def _admit(self, ids: np.ndarray, request: Request) -> tuple[engine.Plan, int]:
+        """The plan, compiled, and how many tokens may be emitted."""
+        limit = self.check(ids, request)
+        self.warm_up(request.sampling)
+        return self.plan(request.sampling), limit
+
+    def _start(self, plan: engine.Plan, ids: np.ndarray, limit: int, seed: int) -> engine.DecodeState:
+        caches = self._caches or engine.new_caches(plan, self.capacity, self._dtype)
+        self._caches = None  # donated; a request that is cut off leaves none, and the next makes new ones
+        return engine.start(plan, self.weights, caches, ids, chunk=self.chunk, limit=limit, seed=seed)
+
+    def _finish(self, state: engine.DecodeState) -> None:
+        self._caches = state.caches
+
+    def _result(self, state: engine.DecodeState, prompt: int, prefill: float, decode: float) -> Result:
+        tokens = np.asarray(state.output)[: int(state.emitted)].tolist()
+        rounds = int(state.rounds)
+        return Result(
+            text=self.checkpoint.tokenizer.decode(tokens, skip_special_tokens=True),
+            tokens=tokens,
+            prompt_tokens=prompt,
+            finish_reason="stop" if int(state.finished) == engine.STOPPED else "length",
+            method=self.method,
+            draft_vocab=self.draft_vocab,
+            rounds=rounds,
+            accepted_length=(len(tokens) - 1) / rounds if rounds else None,
+            accepted_histogram=np.asarray(state.histogram).tolist(),
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+        )
+
+
+class Stream:
+    """An answer in the making: an iterator over pieces of text, one a round; `result` once it has ended."""
+
+    def __init__(self, generator: Generator, ids: np.ndarray, request: Request) -> None:
+        self._generator, self._ids, self._request = generator, ids, request
+        self.result: Result | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        model, ids = self._generator, self._ids
+        plan, limit = model._admit(ids, self._request)
+        decoder = DecodeStream(skip_special_tokens=True)
+        tokenizer = model.checkpoint.tokenizer.backend_tokenizer
+        begin = time.perf_counter()
+        state = jax.block_until_ready(model._start(plan, ids, limit, self._request.seed))
+        prefill, decode, shown, written = time.perf_counter() - begin, 0.0, 0, ""
+        while True:
+            emitted = int(state.emitted)
+            fresh = np.asarray(state.output)[shown:emitted].tolist()
+            piece = "".join(part for token in fresh if (part := decoder.step(tokenizer, token)))
+            shown, written = emitted, written + piece
+            if piece:
+                yield piece
+            if int(state.finished) != engine.RUNNING:
+                break
+            begin = time.perf_counter()
+            state = jax.block_until_ready(engine.run(plan, model.weights, state, np.int32(1)))
+            decode += time.perf_counter() - begin
+        self.result = model._result(state, len(ids), prefill, decode)
+        model._finish(state)
+        rest = self.result.text[len(written) :]
+        if rest and self.result.text.startswith(written):  # bytes that never became a whole character
+            yield rest

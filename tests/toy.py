@@ -1,0 +1,95 @@
+"""Small real models for the tests: seeded random weights, a vocabulary of a few tokens, and a drafter that knows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from frspec_jax import engine
+from frspec_jax.checkpoint import draft_shapes, model_shapes
+from frspec_jax.config import VANILLA, DraftConfig, ModelConfig, RopeScaling, Sampling, TreeConfig
+from frspec_jax.drafters.base import Accepted, Vanilla
+from frspec_jax.drafters.eagle import Eagle, EagleParams, EagleWeights
+from frspec_jax.llama import LlamaParams
+from frspec_jax.tree import DraftTree, causal
+from frspec_jax.vocabulary import DraftHead
+
+
+def config(vocab_size: int = 24, **changes: Any) -> ModelConfig:
+    base = ModelConfig(
+        architecture="llama", vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=RopeScaling(), max_context=2048,
+        tied_head=False,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def random_like(shapes: Any, seed: int, scale: float) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s.shape) + (len(s.shape) == 1), jnp.float32), shapes)
+
+
+def target(cfg: ModelConfig, seed: int = 0) -> LlamaParams:
+    params = random_like(model_shapes(cfg), seed, 0.25)
+    return params.replace(final_norm=3 * params.final_norm)  # peaked enough that drafts can be right
+
+
+def draft(cfg: ModelConfig, seed: int = 1) -> tuple[DraftConfig, EagleParams]:
+    """A draft that is right now and then: it passes the feature on, with some noise of its own."""
+    shape = DraftConfig.like(cfg)
+    return shape, random_like(draft_shapes(shape, cfg), seed, 0.25)
+
+
+def weights(cfg: ModelConfig, ids: np.ndarray | None = None, seed: int = 0) -> tuple[engine.Weights, Eagle]:
+    """A target with an EAGLE draft whose head keeps `ids` (all of them by default)."""
+    params = target(cfg, seed)
+    shape, draft_params = draft(cfg, seed + 1)
+    ids = np.arange(cfg.vocab_size) if ids is None else ids
+    head = DraftHead(params.head[ids], jnp.asarray(ids, jnp.int32))
+    return engine.Weights(params, EagleWeights(draft_params, head)), Eagle(shape.layer_of(cfg))
+
+
+def vanilla_plan(cfg: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> engine.Plan:
+    return engine.Plan(cfg, Vanilla(), VANILLA, sampling, stop_ids)
+
+
+def decode(
+    plan: engine.Plan, w: engine.Weights, prompt: np.ndarray, limit: int = 24, *, seed: int = 0, chunk: int = 32,
+    capacity: int = 256,
+) -> tuple[list[int], engine.DecodeState]:  # fmt: skip
+    """The tokens that a plan emits after a prompt, and the last state."""
+    if isinstance(plan.drafter, Vanilla):
+        w = engine.Weights(w.target, ())
+    caches = engine.new_caches(plan, capacity, jnp.float32)
+    state = engine.start(plan, w, caches, np.asarray(prompt, np.int32), chunk=chunk, limit=limit, seed=seed)
+    state = engine.run(plan, w, state, np.int32(10_000))
+    return np.asarray(state.output)[: int(state.emitted)].tolist(), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """A drafter that is told the answer: it proposes, as a chain, the tokens that are to come.
+
+    Its weights are the whole text [T] int32, prompt and answer; from `wrong_from` on it errs.
+    """
+
+    wrong_from: int = 10**6
+
+    def new_cache(self, capacity: int, dtype: Any) -> Any:
+        return ()
+
+    def prefill(self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: Any) -> Any:
+        return cache
+
+    def propose(
+        self, weights: Any, embedding: Array, tree: TreeConfig, accepted: Accepted, root: Array, length: Array, cache: Any
+    ) -> tuple[DraftTree, Any]:
+        nodes = jnp.arange(tree.size, dtype=jnp.int32)
+        tokens = weights[length + nodes]
+        tokens = jnp.where(length + nodes >= self.wrong_from, tokens + 1, tokens)
+        return DraftTree(tokens.at[0].set(root), jnp.maximum(nodes - 1, 0), nodes, causal(tree.size)), cache
