@@ -31,7 +31,6 @@ from train.batches import HELD_OUT, Packing
 from train.features import FeatureStore, open_corpora
 from train.recipe import PRESETS, Recipe, agreement, initial_params, new_state, train_step
 
-HELP = "train an EAGLE-2 draft"
 PASSES = 5  # self-fed steps that an evaluation looks at
 # What a run must agree on with the one that it resumes.
 FIXED = ("preset", "rows", "row", "seed")
