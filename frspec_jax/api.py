@@ -1,9 +1,9 @@
 """Load a checkpoint, generate, stream: the Python side of `python -m frspec_jax.generate`.
 
-    model = frspec_jax.load("CKPT")
-    print(model.generate("Why is the sky blue?").text)
-    for piece in model.stream("Why is the sky blue?", Request(sampling=Sampling(0.7), seed=1)):
-        print(piece, end="", flush=True)
+model = frspec_jax.load("CKPT")
+print(model.generate("Why is the sky blue?").text)
+for piece in model.stream("Why is the sky blue?", Request(sampling=Sampling(0.7), seed=1)):
+    print(piece, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from frspec_jax.drafters.base import Drafter, Vanilla
 from frspec_jax.drafters.eagle import Eagle, EagleWeights
 from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import rounded_capacity
+from frspec_jax.llama import LlamaParams
 from frspec_jax.vocabulary import Ranking, control_ids, crop, sub_vocabulary, tokenizer_hash
 
 Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
@@ -116,6 +117,7 @@ def load(
     dtype: Any = None,
     context: int | None = None,
     chunk: int | None = None,
+    target: LlamaParams | None = None,
 ) -> Generator:
     """Open a checkpoint folder and make it ready to generate.
 
@@ -124,6 +126,7 @@ def load(
       draft_vocab: V', "full", or None: a quarter of the vocabulary where the checkpoint has a ranking.
       tree: the draft tree's shape. dtype: of weights and caches. chunk: prompt tokens a pass.
         None stands for what suits the device (`defaults`).
+      target: the weights, if they are loaded already: several models may share them.
       context: tokens that prompt, answer and draft tree may take together (default: at most 4096).
 
     Raises:
@@ -134,15 +137,19 @@ def load(
     dtype = best.dtype if dtype is None else dtype
     config = checkpoint.config
     if context is not None and not 1 <= context <= config.max_context:
-        raise UserError(f"--context {context} is out of range; the model was trained for 1 to {config.max_context} tokens")
+        raise UserError(
+            f"--context {context} is out of range; the model was trained for 1 to {config.max_context} tokens"
+        )
     folder = None if draft == "none" else checkpoint.draft_folder(draft)
-    target = checkpoint.params(dtype)
+    target = checkpoint.params(dtype) if target is None else target
     drafter: Drafter = Vanilla()
     weights: Any = ()
     size = None
     if folder is None:
         if draft_vocab is not None:
-            raise UserError(f"--draft-vocab {draft_vocab} needs a draft, and {checkpoint.path} has none; drop the flag or add one")
+            raise UserError(
+                f"--draft-vocab {draft_vocab} needs a draft, and {checkpoint.path} has none; drop the flag or add one"
+            )
         tree = VANILLA
     else:
         draft_config, params = checkpoint.draft(folder, dtype)

@@ -1,10 +1,10 @@
 """The checkpoint folder: everything about a target that a user points at with `--ckpt`.
 
-    CKPT/config.json             ModelConfig, and the format's version
-    CKPT/params/                 the weights (Orbax), in the layout of llama.LlamaParams
-    CKPT/tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
-    CKPT/ranking.npz             token counts (vocabulary.Ranking)
-    CKPT/drafts/NAME/config.json, params/
+CKPT/config.json             ModelConfig, and the format's version
+CKPT/params/                 the weights (Orbax), in the layout of llama.LlamaParams
+CKPT/tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
+CKPT/ranking.npz             token counts (vocabulary.Ranking)
+CKPT/drafts/NAME/config.json, params/
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def new_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
         yield part
         part.rename(out)
     except OSError as error:
-        raise UserError(f"{flag} {out} could not be written whole: {error.strerror or error}; nothing was left") from None
+        raise UserError(
+            f"{flag} {out} could not be written whole: {error.strerror or error}; nothing was left"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

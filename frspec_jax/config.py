@@ -65,9 +65,7 @@ class RopeScaling:
                 attention_factor=_yarn_attention_factor(rope, factor),
                 truncate=bool(rope.get("truncate", True)),
             )
-        raise UserError(
-            f"config.json asks for rope scaling of type {kind!r}; linear, llama3 and yarn are supported"
-        )
+        raise UserError(f"config.json asks for rope scaling of type {kind!r}; linear, llama3 and yarn are supported")
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:

@@ -96,9 +96,7 @@ def _prefill_chunk(
         features, target = llama.forward(
             weights.target, plan.config, tokens[:-1], positions, caches.target, start, causal(chunk)
         )
-        draft = plan.drafter.prefill(
-            weights.draft, weights.target.embedding, features, tokens[1:], start, caches.draft
-        )
+        draft = plan.drafter.prefill(weights.draft, weights.target.embedding, features, tokens[1:], start, caches.draft)
     return Caches(target, draft), features[count - 1]
 
 

@@ -39,20 +39,34 @@ def arguments() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="print one JSON object a prompt, not the text")
     sampling = parser.add_argument_group("sampling", "applied in this order, as in transformers")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens; 0 keeps all (default: 0)")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest share P (default: 1)")
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="keep the K best tokens; 0 keeps all (default: 0)"
+    )
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest share P (default: 1)"
+    )
     sampling.add_argument("--seed", type=int, default=0, help="same seed, same text, whatever drafts (default: 0)")
     draft = parser.add_argument_group("drafting", "changes the speed, never the text")
-    draft.add_argument("--draft", metavar="NAME", help="a draft's name or folder, or none (default: the only one there is)")
     draft.add_argument(
-        "--draft-vocab", metavar="N", help="V', tokens that the draft may propose, or full (default: a quarter, if ranked)"
+        "--draft", metavar="NAME", help="a draft's name or folder, or none (default: the only one there is)"
     )
-    draft.add_argument("--tree-size", type=int, metavar="N", help="nodes of the draft tree, with the root (default: CPU 8, GPU 60)")
+    draft.add_argument(
+        "--draft-vocab",
+        metavar="N",
+        help="V', tokens that the draft may propose, or full (default: a quarter, if ranked)",
+    )
+    draft.add_argument(
+        "--tree-size", type=int, metavar="N", help="nodes of the draft tree, with the root (default: CPU 8, GPU 60)"
+    )
     draft.add_argument("--depth", type=int, metavar="D", help="levels below the root (default: CPU 3, GPU 6)")
-    draft.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node (default: CPU 4, GPU 10)")
+    draft.add_argument(
+        "--draft-top-k", type=int, metavar="K", help="beams a level and children a node (default: CPU 4, GPU 10)"
+    )
     device = parser.add_argument_group("device")
     device.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    device.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together (default: at most 4096)")
+    device.add_argument(
+        "--context", type=int, metavar="N", help="tokens of prompt and answer together (default: at most 4096)"
+    )
     return parser
 
 
@@ -86,11 +100,18 @@ def _prompt_of(file: Path, number: int, line: str) -> Prompt:
         if isinstance(record.get("prompt"), str):
             return record["prompt"]
         messages = record.get("messages")
-        if isinstance(messages, list) and messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        if (
+            isinstance(messages, list)
+            and messages
+            and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages
+            )
         ):
             return messages
-    raise UserError(f'--prompt-file {file}, line {number}: give "prompt" or "messages" (each with "role" and "content")')
+    raise UserError(
+        f'--prompt-file {file}, line {number}: give "prompt" or "messages" (each with "role" and "content")'
+    )
 
 
 def tree_of(args: argparse.Namespace, default: TreeConfig) -> TreeConfig:

@@ -51,9 +51,7 @@ def forward(
     updated = []
     for index, (layer, layer_cache) in enumerate(zip(params.layers, cache, strict=True)):
         with jax.named_scope(f"layer_{index}"):
-            x, layer_cache = decoder_layer(
-                layer, config, x, positions, layer_cache, committed, committed, ancestors
-            )
+            x, layer_cache = decoder_layer(layer, config, x, positions, layer_cache, committed, committed, ancestors)
         updated.append(layer_cache)
     return rms_norm(x, params.final_norm, config.rms_norm_eps), tuple(updated)
 

@@ -69,7 +69,10 @@ class Ranking:
         part = path.with_name(f".{path.name}.part-{os.getpid()}.npz")
         try:
             np.savez_compressed(
-                part, counts=self.counts, tokenizer=np.array(self.tokenizer), corpora=np.array(self.corpora, dtype=np.str_)
+                part,
+                counts=self.counts,
+                tokenizer=np.array(self.tokenizer),
+                corpora=np.array(self.corpora, dtype=np.str_),
             )
             part.replace(path)
         except OSError as error:
@@ -91,7 +94,9 @@ class Ranking:
         except FileNotFoundError:
             raise UserError(f"{path} is no file; count a ranking with python -m train rank") from None
         except Exception as error:  # numpy and zipfile raise many kinds for a file that is cut short or of another make
-            raise UserError(f"{path} is no ranking or is damaged ({error}); count it again with python -m train rank") from None
+            raise UserError(
+                f"{path} is no ranking or is damaged ({error}); count it again with python -m train rank"
+            ) from None
         if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or counts.min(initial=0) < 0:
             raise UserError(f"{path} holds no counts per token id; count it again with python -m train rank")
         return cls(counts.astype(np.int64), tokenizer, corpora)
@@ -130,7 +135,9 @@ def sub_vocabulary(ranking: Ranking | None, size: int, vocab_size: int, always: 
     """
     must = np.unique(np.fromiter(always, np.int64)).astype(np.int32)
     if size > vocab_size:
-        raise UserError(f"--draft-vocab {size} is larger than the vocabulary ({vocab_size:,} tokens); lower it, or say full")
+        raise UserError(
+            f"--draft-vocab {size} is larger than the vocabulary ({vocab_size:,} tokens); lower it, or say full"
+        )
     if size == vocab_size:
         return np.arange(vocab_size, dtype=np.int32)
     if size <= len(must):

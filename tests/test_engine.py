@@ -50,7 +50,8 @@ def test_vanilla_is_the_target_token_by_token(settings):
 
 
 @pytest.mark.parametrize(
-    ("tree", "settings"), [*((tree, SAMPLINGS[0]) for tree in TREES), *((TREES[2], settings) for settings in SAMPLINGS[1:])]
+    ("tree", "settings"),
+    [*((tree, SAMPLINGS[0]) for tree in TREES), *((TREES[2], settings) for settings in SAMPLINGS[1:])],
 )
 def test_drafting_changes_nothing(tree, settings):
     """Promises 1 and 2: whatever drafts, the tokens are vanilla's, greedy and sampled, seed for seed."""
@@ -187,7 +188,9 @@ def test_outputs_follow_the_targets_law(settings):
         features, _ = llama.forward(
             w.target, cfg, text, jnp.arange(5), kv_cache.empty(cfg, 256, jnp.float32), jnp.int32(0), causal(5)
         )
-        share = np.asarray(jax.nn.softmax(sampling.warp(llama.logits(w.target, features), settings), axis=-1), np.float64)
+        share = np.asarray(
+            jax.nn.softmax(sampling.warp(llama.logits(w.target, features), settings), axis=-1), np.float64
+        )
         for last in range(8):
             law[(*tokens, last)] = share[2, tokens[0]] * share[3, tokens[1]] * share[4, last]
     assert abs(sum(law.values()) - 1) < 1e-5

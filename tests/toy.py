@@ -31,7 +31,9 @@ def config(vocab_size: int = 24, **changes: Any) -> ModelConfig:
 
 def random_like(shapes: Any, seed: int, scale: float) -> Any:
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s.shape) + (len(s.shape) == 1), jnp.float32), shapes)
+    return jax.tree.map(
+        lambda s: jnp.asarray(scale * rng.normal(size=s.shape) + (len(s.shape) == 1), jnp.float32), shapes
+    )
 
 
 def target(cfg: ModelConfig, seed: int = 0) -> LlamaParams:
@@ -83,11 +85,20 @@ class Oracle:
     def new_cache(self, capacity: int, dtype: Any) -> Any:
         return ()
 
-    def prefill(self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: Any) -> Any:
+    def prefill(
+        self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: Any
+    ) -> Any:
         return cache
 
     def propose(
-        self, weights: Any, embedding: Array, tree: TreeConfig, accepted: Accepted, root: Array, length: Array, cache: Any
+        self,
+        weights: Any,
+        embedding: Array,
+        tree: TreeConfig,
+        accepted: Accepted,
+        root: Array,
+        length: Array,
+        cache: Any,
     ) -> tuple[DraftTree, Any]:
         nodes = jnp.arange(tree.size, dtype=jnp.int32)
         tokens = weights[length + nodes]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import sys
-
-from frspec_jax.errors import reported
+from frspec_jax.commands import dispatch
 
 COMMANDS = {
     "rank": "count tokens: which ones may the draft propose?",
@@ -16,18 +12,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m train", description="From a target to its draft.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help_text in COMMANDS.items():
-        sub = commands.add_parser(name, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if argv[:1] == [name]:  # only the command at hand is imported: the others' --help need not wait for JAX
-            module = importlib.import_module(f"train.{name}")
-            sub.description = module.__doc__
-            module.add_arguments(sub)
-    args = parser.parse_args(argv)
-    with reported():
-        importlib.import_module(f"train.{args.command}").run(args)
+    dispatch("train", "From a target to its draft.", COMMANDS, argv)
 
 
 if __name__ == "__main__":

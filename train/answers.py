@@ -1,11 +1,14 @@
-"""`python -m train answers`: let the target answer prompts, and keep its answers with their features.
+"""`python -m train answers PROMPTS... --ckpt CKPT --out STORE`: let the target answer prompts.
 
-A draft learns its target's own text far faster than it learns people's. Many sequences are decoded
-side by side; a slot whose answer has ended takes the next prompt, so that every pass stays full.
+A draft learns its target's own text far faster than it learns people's. The prompts are the first
+user turns of conversations; the answers go, with the target's features, into a store that `train
+eagle` reads. Many sequences are decoded side by side; a slot whose answer has ended takes the next
+prompt, so that every pass stays full. The same command goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,13 +19,101 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
 from frspec_jax import kv_cache, llama, sampling
+from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig, Sampling
+from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
 from frspec_jax.tree import causal
+from train.corpus import corpus_files, read_corpus
+from train.features import FeatureWriter
 
+STEPS = 8  # tokens between two looks at the host
 ROW = 32  # prompts are padded to whole multiples, so that few programs are compiled
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="+", type=Path, metavar="PROMPTS", help="conversation files or folders")
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="STORE", help="the feature store to make or to add to"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=224, metavar="N", help="tokens of an answer at most (default: 224)"
+    )
+    parser.add_argument(
+        "--capacity", type=int, default=384, metavar="N", help="tokens of prompt and answer together (default: 384)"
+    )
+    parser.add_argument(
+        "--slots", type=int, default=64, metavar="B", help="answers in the making at a time (default: 64)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--limit-tokens", type=int, metavar="N", help="take no new prompt once the store holds N tokens"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    for flag in ("max_new_tokens", "slots"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
+    if args.capacity < 64 or args.capacity % 64:
+        raise UserError(f"--capacity {args.capacity} must be a multiple of 64")
+    settings = Sampling(args.temperature)
+    checkpoint = Checkpoint.open(args.ckpt)
+    files = corpus_files(args.prompts)
+    params = checkpoint.params()
+    writer = FeatureWriter(args.out, checkpoint)
+    longest = args.capacity - 2 * STEPS
+
+    def waiting() -> Iterator[tuple[int, list[int]]]:
+        for number, text in enumerate(first_turns(files)):
+            if args.limit_tokens and writer.tokens >= args.limit_tokens:
+                return
+            if number not in writer.sources:
+                messages = [{"role": "user", "content": text}]
+                ids = checkpoint.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+                if len(ids) <= longest:
+                    yield number, ids
+
+    def keep(number: int, tokens: np.ndarray, prompt: int, features: np.ndarray) -> None:
+        writer.append(number, tokens, (np.arange(len(tokens)) >= prompt).astype(np.uint8), features)
+
+    columns = (TextColumn("{task.fields[answers]:,} answers, {task.fields[tokens]:,} tokens decoded, "
+                          "{task.fields[stored]:,} in the store"), TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None, answers=0, tokens=0, stored=writer.tokens)
+        done = [0, 0]
+
+        def show(answers: int, tokens: int) -> None:
+            done[0], done[1] = done[0] + answers, done[1] + tokens
+            progress.update(task, answers=done[0], tokens=done[1], stored=writer.tokens)
+
+        try:
+            answer_prompts(
+                params, checkpoint.config, waiting(), checkpoint.stop_ids, keep, slots=args.slots,
+                capacity=args.capacity, max_new_tokens=args.max_new_tokens, settings=settings, seed=args.seed,
+                progress=show,
+            )  # fmt: skip
+        finally:
+            writer.close()
+    print(f"{args.out} holds {writer.tokens:,} tokens in {len(writer.sources):,} sequences")
+
+
+def first_turns(files: Iterable[Path]) -> Iterator[str]:
+    """The first thing that the user says in each conversation, once each, in the files' order."""
+    seen: set[str] = set()
+    for file in files:
+        for record in read_corpus(file):
+            text = next((text for role, text in record.turns if role == "user"), "").strip()
+            if text and text not in seen:
+                seen.add(text)
+                yield text
 
 
 @struct.dataclass
@@ -106,7 +197,7 @@ def answer_prompts(
     max_new_tokens: int = 256,
     settings: Sampling = Sampling(),
     seed: int = 0,
-    steps: int = 8,
+    steps: int = STEPS,
     progress: Callable[[int, int], None] = lambda sequences, tokens: None,
 ) -> None:
     """Answer every prompt, `slots` at a time.
@@ -120,9 +211,7 @@ def answer_prompts(
     """
     shape = (slots, config.num_kv_heads, capacity, config.head_dim)
     dtype = params.embedding.dtype
-    layers = tuple(
-        kv_cache.LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
-    )
+    layers = tuple(kv_cache.LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
     state = Slots(layers, *(jnp.zeros(slots, jnp.int32) for _ in range(3)))
     waiting: Iterator[tuple[int, list[int]]] = iter(prompts)
     running: dict[int, _Answer] = {}

@@ -52,12 +52,16 @@ def corpus_files(paths: Iterable[Path]) -> list[Path]:
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
             if not found:
-                raise UserError(f"{path} holds no corpus ({', '.join(FORMATS)}, plain or {', '.join(COMPRESSIONS[1:])})")
+                raise UserError(
+                    f"{path} holds no corpus ({', '.join(FORMATS)}, plain or {', '.join(COMPRESSIONS[1:])})"
+                )
             files += found
         elif not path.is_file():
             raise UserError(f"{path} is no file or folder; name a corpus")
         elif not _format(path):
-            raise UserError(f"{path}: unknown kind of file; {', '.join(FORMATS)} can be read, plain or {', '.join(COMPRESSIONS[1:])}")
+            raise UserError(
+                f"{path}: unknown kind of file; {', '.join(FORMATS)} can be read, plain or {', '.join(COMPRESSIONS[1:])}"
+            )
         else:
             files.append(path)
     return files

@@ -37,11 +37,15 @@ FIXED = ("preset", "rows", "row", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", nargs="+", type=Path, help="feature stores, or text or conversation files and folders")
+    parser.add_argument(
+        "corpus", nargs="+", type=Path, help="feature stores, or text or conversation files and folders"
+    )
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
     parser.add_argument("--name", default="eagle", help="the draft's name under CKPT/drafts (default: eagle)")
     parser.add_argument("--work", type=Path, help="folder of the run (default: CKPT/training/NAME)")
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="recipe to start from; flags below change it")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="default", help="recipe to start from; flags below change it"
+    )
     parser.add_argument("--rows", type=int, default=8, help="packed rows a batch (default: 8)")
     parser.add_argument("--row", type=int, default=512, help="tokens a row; longer sequences are cut (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights, data order and noise (default: 0)")
@@ -51,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe", "defaults are the preset's")
     for field in dataclasses.fields(Recipe):
         flag, default = f"--{field.name.replace('_', '-')}", getattr(PRESETS["default"], field.name)
-        recipe.add_argument(flag, type=type(default), metavar=type(default).__name__.upper(), help=f"default preset: {default}")
+        recipe.add_argument(
+            flag, type=type(default), metavar=type(default).__name__.upper(), help=f"default preset: {default}"
+        )
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -71,7 +77,9 @@ class Run:
             before = json.loads(file.read_text())
             changed = [k for k in settings if before.get(k) != settings[k]]
             if changed:
-                raise UserError(f"--work {folder} holds a run with another {changed[0]}; resume it as it was, or name another folder")
+                raise UserError(
+                    f"--work {folder} holds a run with another {changed[0]}; resume it as it was, or name another folder"
+                )
         else:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -192,7 +200,9 @@ def _loop(
                 if step % args.eval_every == 0:
                     found = evaluate(state, layer, target, held_out)
                     session.log({"step": step, "held_out": found})
-                    progress.console.print(f"step {step}: held-out top-1 by self-fed step {found['top1']}, top-3 {found['top3']}")
+                    progress.console.print(
+                        f"step {step}: held-out top-1 by self-fed step {found['top1']}, top-3 {found['top3']}"
+                    )
                     mark, done = time.perf_counter(), 0
                 if step % args.save_every == 0:
                     session.save(state)

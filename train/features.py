@@ -12,14 +12,24 @@ the next one goes on behind them. Reading is by memory map.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from frspec_jax import kv_cache, llama
 from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
+from frspec_jax.tree import causal
+from train.corpus import Record, corpus_files, read_corpus
 
 FORMAT = "frspec-jax features 1"
 _COLUMNS = (("features.f16", np.float16), ("answer.u8", np.uint8), ("tokens.i32", np.int32))
@@ -111,9 +121,74 @@ class FeatureStore:
 
 
 def open_corpora(paths: list[Path], checkpoint: Checkpoint, target: LlamaParams, cache: Path) -> list[FeatureStore]:
-    """The stores among `paths`, and one more for the text among them: `cache`, filled where it is not whole."""
+    """The stores among `paths`, and `cache`: one with the features of the corpora among them, made where it is not whole."""
     stores = [FeatureStore(path, checkpoint) for path in paths if (path / "meta.json").is_file()]
-    texts = [path for path in paths if not (path / "meta.json").is_file()]
-    if texts:
-        raise UserError("text corpora: not yet")
+    files = corpus_files(path for path in paths if not (path / "meta.json").is_file())
+    if files:
+        writer = FeatureWriter(cache, checkpoint)
+        try:
+            compute_features(files, checkpoint, target, writer)
+        finally:
+            writer.close()
+        stores.append(FeatureStore(cache, checkpoint))
     return stores
+
+
+def compute_features(
+    files: list[Path], checkpoint: Checkpoint, target: LlamaParams, writer: FeatureWriter, length: int = 512
+) -> None:
+    """Run corpora through the target, `length` tokens of a record at most, and store what comes out."""
+    columns = (
+        TextColumn("features: {task.fields[records]:,} records, {task.fields[tokens]:,} tokens"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None, records=0, tokens=writer.tokens)
+        records = (record for file in files for record in read_corpus(file))
+        for number, record in enumerate(records):
+            if number in writer.sources:
+                continue
+            tokens, answer = encode(record, checkpoint.tokenizer)
+            if len(tokens) >= 3 and answer.any():
+                tokens, answer = tokens[:length], answer[:length]
+                padded = np.zeros(-(-len(tokens) // 128) * 128, np.int32)
+                padded[: len(tokens)] = tokens
+                features = np.asarray(_features(target, checkpoint.config, padded))[: len(tokens)]
+                writer.append(number, tokens, answer, features)
+            progress.update(task, records=number + 1, tokens=writer.tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _features(target: LlamaParams, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """The target's features [T, H] of one text."""
+    count = tokens.shape[0]
+    cache = kv_cache.empty(config, kv_cache.rounded_capacity(count), target.embedding.dtype)
+    positions = jnp.arange(count, dtype=jnp.int32)
+    return llama.forward(target, config, tokens, positions, cache, jnp.int32(0), causal(count))[0]
+
+
+def encode(record: Record, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [L] int32 of a record, and [L] uint8: 1 where the token is an answer's (all of a plain text).
+
+    A conversation goes through the chat template; its answers are found as what each assistant turn
+    adds to the text before it. Where a template rewrites what it has said before, there is no such
+    boundary, and the turns from there on are left out.
+    """
+    if record.text is not None:
+        ids = np.asarray(tokenizer(record.text).input_ids, np.int32)
+        return ids, np.ones(len(ids), np.uint8)
+
+    def rendered(turns: int, prompt: bool) -> list[int]:
+        messages = [{"role": role, "content": text} for role, text in record.turns[:turns]]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+
+    tokens: list[int] = []
+    answer: list[int] = []
+    for index, (role, _) in enumerate(record.turns):
+        if role == "assistant" and index:
+            prompt, whole = rendered(index, True), rendered(index + 1, False)
+            if prompt[: len(tokens)] != tokens or whole[: len(prompt)] != prompt:
+                break
+            answer += [0] * (len(prompt) - len(tokens)) + [1] * (len(whole) - len(prompt))
+            tokens = whole
+    return np.asarray(tokens, np.int32), np.asarray(answer, np.uint8)

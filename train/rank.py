@@ -31,15 +31,25 @@ SHARES = (16, 8, 4, 2)  # the table shows V' at one in so many of the vocabulary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", nargs="*", type=Path, metavar="CORPUS", help="files or folders of text or conversations")
+    parser.add_argument(
+        "corpus", nargs="*", type=Path, metavar="CORPUS", help="files or folders of text or conversations"
+    )
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder, for its tokenizer")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the ranking (default: CKPT/ranking.npz)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write the ranking (default: CKPT/ranking.npz)"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing ranking")
-    parser.add_argument("--roles", default="user,assistant", help="speakers of conversations that count (default: user,assistant)")
+    parser.add_argument(
+        "--roles", default="user,assistant", help="speakers of conversations that count (default: user,assistant)"
+    )
     parser.add_argument("--limit-tokens", type=int, metavar="N", help="stop after about N tokens of each file")
     parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
-    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="add up these rankings, and what CORPUS gives")
-    parser.add_argument("--evaluate", nargs="+", type=Path, metavar="TEXT", help="also print the coverage of text that was not counted")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, metavar="FILE", help="add up these rankings, and what CORPUS gives"
+    )
+    parser.add_argument(
+        "--evaluate", nargs="+", type=Path, metavar="TEXT", help="also print the coverage of text that was not counted"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,7 +82,9 @@ def run(args: argparse.Namespace) -> None:
     others = [(file.name, counter.count(file, args.limit_tokens)) for file in corpus_files(args.evaluate or ())]
     ranking.save(out)
     show(ranking, others, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, counter.vocab_size))
-    print(f"wrote {out}: {ranking.tokens:,} tokens, {np.count_nonzero(ranking.counts):,} of {counter.vocab_size:,} ids seen")
+    print(
+        f"wrote {out}: {ranking.tokens:,} tokens, {np.count_nonzero(ranking.counts):,} of {counter.vocab_size:,} ids seen"
+    )
 
 
 def show(ranking: Ranking, others: list[tuple[str, np.ndarray]], always: tuple[int, ...]) -> None:
@@ -106,14 +118,21 @@ class Counter:
     def count(self, file: Path, limit: int | None = None) -> np.ndarray:
         """Occurrences [V] int64 of each id in one corpus file; `limit` tokens or little more."""
         counts = np.zeros(self.vocab_size, np.int64)
-        columns = (TextColumn(file.name), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"), TimeElapsedColumn())
+        columns = (
+            TextColumn(file.name),
+            BarColumn(),
+            TextColumn("{task.fields[tokens]:,} tokens"),
+            TimeElapsedColumn(),
+        )
         # Spawned workers never see the parent's threads (JAX has some), and load only the tokenizer.
         pool = multiprocessing.get_context("spawn").Pool(self._processes, _open_tokenizer, (self._tokenizer,))
         with pool, Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("counting", total=None, tokens=0)
             for ids, numbers in _in_order(pool, _batches(file, self._roles), self._processes):
                 if ids.size and ids[-1] >= self.vocab_size:
-                    raise UserError(f"{self._tokenizer} gives the id {ids[-1]}, outside the vocabulary of {self.vocab_size}")
+                    raise UserError(
+                        f"{self._tokenizer} gives the id {ids[-1]}, outside the vocabulary of {self.vocab_size}"
+                    )
                 counts[ids] += numbers
                 progress.update(task, tokens=int(counts.sum()))
                 if limit and counts.sum() >= limit:

@@ -50,7 +50,11 @@ class Recipe:
     def schedule(self) -> optax.Schedule:
         """Linear warm-up, then decay to zero over the remaining steps."""
         rest = max(1, self.steps - self.warmup)
-        fall = optax.cosine_decay_schedule(self.lr, rest) if self.decay == "cosine" else optax.linear_schedule(self.lr, 0.0, rest)
+        fall = (
+            optax.cosine_decay_schedule(self.lr, rest)
+            if self.decay == "cosine"
+            else optax.linear_schedule(self.lr, 0.0, rest)
+        )
         return optax.join_schedules([optax.linear_schedule(0.0, self.lr, self.warmup), fall], [self.warmup])
 
     def transformation(self) -> optax.GradientTransformation:

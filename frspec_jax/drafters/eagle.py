@@ -113,7 +113,6 @@ def propose(
         return rerank(tree, beam, root), cache
 
 
-
 @struct.dataclass
 class EagleWeights:
     """Everything that EAGLE reads when it drafts, but for the target's embedding."""
@@ -148,9 +147,7 @@ class Eagle:
     ) -> tuple[DraftTree, LayerKV]:
         with jax.named_scope("extend"):  # overwrites what the draft wrote for the last tree
             start = length - accepted.count
-            outputs, cache = self._extend(
-                weights, embedding, accepted.features, accepted.next_tokens, start, cache
-            )
+            outputs, cache = self._extend(weights, embedding, accepted.features, accepted.next_tokens, start, cache)
         feature = outputs[accepted.count - 1]
         return propose(weights.params, self.config, tree, embedding, weights.head, feature, root, length, cache)
 

@@ -1,0 +1,1 @@
+"""Measure a checkpoint: speed, accepted length, and that the output is the target's."""

@@ -1,0 +1,15 @@
+"""`python -m eval COMMAND ...`: one sub-command a file."""
+
+from __future__ import annotations
+
+from frspec_jax.commands import dispatch
+
+COMMANDS = {
+    "demo": "answer three prompts with FR-Spec, and compare it with vanilla decoding",
+    "speed": "tokens a second, accepted length and stage times, side by side",
+    "accept": "accepted length over a question set",
+    "identical": "compare the output with that of transformers, token by token",
+}
+
+if __name__ == "__main__":
+    dispatch("eval", "Measure a checkpoint.", COMMANDS)

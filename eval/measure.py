@@ -1,0 +1,157 @@
+"""What the evaluations share: methods side by side, stage times, the bandwidth floor, and the machine's name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from frspec_jax import api, engine
+from frspec_jax.api import Generator, Request, Result
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.config import TreeConfig
+from frspec_jax.drafters.base import Vanilla
+
+WARM_UP = 3  # rounds before stages are timed
+
+
+def methods(
+    checkpoint: Checkpoint, draft: str | None, vocabularies: Iterable[int | str], tree: TreeConfig | None, **options: Any
+) -> dict[str, Generator]:
+    """Vanilla, then EAGLE-2 at each V' ("full" or a number), by name. All share the target's weights."""
+    vanilla = api.load(checkpoint, draft="none", **options)
+    found = {"vanilla": vanilla}
+    for size in vocabularies:
+        model = api.load(checkpoint, draft=draft, draft_vocab=size, tree=tree, target=vanilla.weights.target, **options)
+        full = model.draft_vocab == checkpoint.config.vocab_size
+        found["EAGLE-2" if full else f"FR-Spec {model.draft_vocab:,}"] = model
+    return found
+
+
+def interleaved(
+    models: dict[str, Generator], prompts: Iterable[np.ndarray], request: Request
+) -> Iterator[dict[str, Result]]:
+    """Answer each prompt with every method in turn, so that a machine's drift meets all of them alike."""
+    for model in models.values():
+        model.warm_up(request.sampling)
+    for index, prompt in enumerate(prompts):
+        names = list(models)
+        turn = index % len(names)
+        order = names[turn:] + names[:turn]
+        results = {name: models[name].generate_ids(prompt, request) for name in order}
+        yield {name: results[name] for name in names}
+
+
+# Stages ------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
+def _draft(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> Any:
+    tree, cache = engine.draft(plan, weights, state)
+    return tree, state.replace(caches=state.caches.replace(draft=cache))
+
+
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
+def _verify(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
+    features, chosen, cache = engine.verify(plan, weights, state, tree)
+    return features, chosen, state.replace(caches=state.caches.replace(target=cache))
+
+
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
+def _accept(plan: engine.Plan, state: engine.DecodeState, tree: Any, features: Any, chosen: Any) -> Any:
+    return engine.accept(plan, state, tree, features, chosen, state.caches)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageTimes:
+    """Median milliseconds of a round's stages, each run as a program of its own."""
+
+    draft: float
+    verify: float
+    accept: float
+
+
+def stage_times(model: Generator, prompt: np.ndarray, request: Request, rounds: int = 24) -> StageTimes:
+    """Time draft, verify and accept apart, over the rounds of one answer."""
+    plan = model.plan(request.sampling)
+    limit = min(model.check(prompt, request), (rounds + WARM_UP + 1) * (plan.tree.depth + 1))
+    state = model._start(plan, prompt, limit, request.seed)
+    times: list[tuple[float, float, float]] = []
+    while len(times) < rounds + WARM_UP and int(state.finished) == engine.RUNNING:
+        start = time.perf_counter()
+        tree, state = jax.block_until_ready(_draft(plan, model.weights, state))
+        drafted = time.perf_counter()
+        features, chosen, state = jax.block_until_ready(_verify(plan, model.weights, state, tree))
+        verified = time.perf_counter()
+        state = jax.block_until_ready(_accept(plan, state, tree, features, chosen))
+        times.append((drafted - start, verified - drafted, time.perf_counter() - verified))
+    model._finish(state)
+    medians = [1e3 * statistics.median(column) for column in zip(*times[WARM_UP:] or times, strict=True)]
+    return StageTimes(*medians)
+
+
+# Floor -------------------------------------------------------------------------------------------
+
+
+def bandwidth(megabytes: int = 512) -> float:
+    """Bytes a second that this device reads from memory: the best of several sums over a large array."""
+    data = jnp.ones((megabytes * 2**18,), jnp.float32)
+    total = jax.jit(lambda x: x.reshape(-1, 2**14).sum(0))
+    jax.block_until_ready(total(data))
+    best = float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        jax.block_until_ready(total(data))
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
+
+
+def round_bytes(model: Generator, context: int) -> int:
+    """Bytes that a round must read: target and head once, draft and cropped head at each level, live K/V rows."""
+
+    def size(tree: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    target, config = model.weights.target, model.checkpoint.config
+    row = 2 * config.num_kv_heads * config.head_dim * target.embedding.dtype.itemsize
+    total = size(target.layers) + target.head.nbytes + config.num_layers * context * row
+    if not isinstance(model.drafter, Vanilla):
+        draft, depth = model.weights.draft, model.tree.depth
+        total += depth * (size(draft.params) + draft.head.weight.nbytes + context * row)
+    return total
+
+
+def machine() -> str:
+    """The processor or accelerator at hand, in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{device.device_kind}"
+    name = platform.processor() or platform.machine()
+    try:
+        lines = open("/proc/cpuinfo", encoding="utf-8").read().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"CPU: {name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a measurement depends on."""
+    names = ("frspec-jax", "jax", "jaxlib", "numpy", "transformers", "torch")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,32 @@
+"""Sub-commands of `python -m train|convert|eval`: one file each, imported when it is called for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from frspec_jax.errors import reported
+
+
+def dispatch(package: str, description: str, commands: Mapping[str, str], argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run `package.COMMAND`, a module with `add_arguments(parser)` and `run(args)`.
+
+    commands: name and one line of help. Only the command at hand is imported, so that the others'
+    help need not wait for JAX.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    module = None
+    for name, text in commands.items():
+        sub = choices.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if argv[:1] == [name]:
+            module = importlib.import_module(f"{package}.{name}")
+            sub.description = module.__doc__
+            module.add_arguments(sub)
+    args = parser.parse_args(argv)
+    assert module is not None, "argparse has refused every other command"
+    with reported():
+        module.run(args)
