@@ -7,6 +7,7 @@ template come out of the same file (gguf_tokenizer.py).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 from collections.abc import Iterable
@@ -21,8 +22,6 @@ from convert.weights import DTYPES, fill, model_parts, tensor_count
 from frspec_jax.checkpoint import model_shapes, new_folder, write_model
 from frspec_jax.config import ModelConfig, RopeScaling
 from frspec_jax.errors import UserError
-
-HELP = "a GGUF file (llama, qwen2), any quantisation"
 
 # GGUF's names, and those of Hugging Face. `N` stands for the layer's number.
 NAMES = {
@@ -73,13 +72,27 @@ class GgufFile:
         self._meta = reader.fields
         self._tensors = {hf_name(t.name): t for t in reader.tensors}
         self.architecture = self.get("general.architecture")
+        self._refuse_unsupported()
+
+    def _refuse_unsupported(self) -> None:
+        """Refuse what would otherwise be converted to something else than the model."""
         if self.architecture not in ("llama", "qwen2"):
-            raise UserError(f"{path} holds a model of architecture {self.architecture!r}; llama and qwen2 are supported")
+            raise UserError(
+                f"{self.label} holds a model of architecture {self.architecture!r}; llama and qwen2 are supported"
+            )
+        if (parts := self.get("split.count", 1)) > 1:
+            raise UserError(
+                f"{self.label} is one of {parts} parts; join them first: llama-gguf-split --merge FIRST_PART OUT.gguf"
+            )
+        if (experts := self.get("{arch}.expert_count", 0)) > 0:
+            raise UserError(f"{self.label} holds a mixture of {experts} experts; dense models are supported")
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value; `{arch}` in the key stands for the architecture."""
         key = key.replace("{arch}", str(self.architecture)) if "{arch}" in key else key
-        return self._meta[key].contents() if key in self._meta else default
+        value = self._meta[key].contents() if key in self._meta else default
+        # Numbers are stored as float32: take 1e-05 for 9.999999747378752e-06, as a config.json has it.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def names(self) -> Iterable[str]:
         return self._tensors
@@ -94,7 +107,8 @@ class GgufFile:
         try:
             array = dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
         except NotImplementedError:
-            raise UserError(f"{self.label}: quantisation {tensor.tensor_type.name} of {name} is not supported") from None
+            kind = tensor.tensor_type.name
+            raise UserError(f"{self.label}: quantisation {kind} of {name} is not supported") from None
         if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
             heads = "head_count" if "q_proj" in name else "head_count_kv"
             array = unpermute(array, int(self.get(f"{{arch}}.attention.{heads}")))
@@ -115,7 +129,14 @@ class GgufFile:
             return value
 
         heads, hidden, context = need("attention.head_count"), need("embedding_length"), need("context_length")
+        kv_heads = self.get("{arch}.attention.head_count_kv") or heads
+        if isinstance(heads, list) or isinstance(kv_heads, list):
+            raise UserError(f"{self.label}: the number of heads varies from layer to layer, which is not supported")
         head_dim = self.get("{arch}.attention.key_length") or hidden // heads
+        if (rotated := self.get("{arch}.rope.dimension_count") or head_dim) != head_dim:
+            raise UserError(
+                f"{self.label}: {rotated} of {head_dim} dimensions a head are rotated; only whole heads are supported"
+            )
         names = set(self.names())
         return ModelConfig(
             architecture=self.architecture,
@@ -124,7 +145,7 @@ class GgufFile:
             intermediate_size=need("feed_forward_length"),
             num_layers=need("block_count"),
             num_heads=heads,
-            num_kv_heads=self.get("{arch}.attention.head_count_kv") or heads,
+            num_kv_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=need("attention.layer_norm_rms_epsilon"),
             rope_theta=self.get("{arch}.rope.freq_base") or 10000.0,
@@ -133,26 +154,37 @@ class GgufFile:
             tied_head="lm_head.weight" not in names,
             attention_bias="model.layers.0.self_attn.q_proj.bias" in names,
             output_bias="model.layers.0.self_attn.o_proj.bias" in names,
+            mlp_bias="model.layers.0.mlp.down_proj.bias" in names,
         )
 
     def _rope_scaling(self, context: int) -> RopeScaling:
         if FREQUENCY_FACTORS in self._tensors:
             return RopeScaling("factors", factors=tuple(map(float, self.read(FREQUENCY_FACTORS))))
-        kind = self.get("{arch}.rope.scaling.type", "none")
-        if kind == "none":
+        # As llama.cpp reads them: no type means linear, and old files say `scale_linear`.
+        kind = self.get("{arch}.rope.scaling.type", "linear")
+        factor = self.get("{arch}.rope.scaling.factor") or self.get("{arch}.rope.scale_linear")
+        if kind == "none" or not factor:
             return RopeScaling()
         settings = {
             "rope_type": kind,
-            "factor": self.get("{arch}.rope.scaling.factor"),
+            "factor": factor,
             "original_max_position_embeddings": self.get("{arch}.rope.scaling.original_context_length"),
+            "beta_fast": self.get("{arch}.rope.scaling.yarn_beta_fast"),
+            "beta_slow": self.get("{arch}.rope.scaling.yarn_beta_slow"),
         }
-        return RopeScaling.from_hf({k: v for k, v in settings.items() if v is not None}, context)
+        scaling = RopeScaling.from_hf({k: v for k, v in settings.items() if v is not None}, context)
+        weight = self.get("{arch}.rope.scaling.yarn_attn_factor") or self.get("{arch}.rope.scaling.attn_factor") or 1.0
+        if kind == "yarn":  # llama.cpp's factor comes on top of YaRN's own
+            scaling = dataclasses.replace(scaling, attention_factor=scaling.attention_factor * float(weight))
+        return scaling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="FILE", help="the .gguf file")
     parser.add_argument("--out", type=Path, required=True, metavar="CKPT", help="the checkpoint folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the stored weights (default: float32)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the stored weights (default: float32)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -162,9 +194,7 @@ def run(args: argparse.Namespace) -> None:
     with new_folder(args.out) as folder:
         save_tokenizer(folder, file)
         with tensor_progress(tensor_count(shapes, parts)) as progress:
-            params = fill(
-                shapes, parts, file, DTYPES[args.dtype], ignore=FREQUENCY_FACTORS.__eq__, progress=progress
-            )
+            params = fill(shapes, parts, file, DTYPES[args.dtype], ignore=FREQUENCY_FACTORS.__eq__, progress=progress)
         write_model(folder, config, params)
         (folder / "source.json").write_text(json.dumps({"format": "gguf", "file": args.source.name}) + "\n")
     print(f"wrote {args.out}: {file.architecture}, {config.num_layers} layers, vocabulary {config.vocab_size:,}")

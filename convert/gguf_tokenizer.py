@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from frspec_jax.errors import UserError
 
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # llama.cpp's token types
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # llama.cpp's token types; there are more
 END_OF_TURN = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>"}
 
 # How llama.cpp's pre-tokenizer kinds split text, as the regular expressions of the models' own tokenizers.
@@ -18,6 +18,7 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
 class Metadata(Protocol):
@@ -39,14 +40,14 @@ def save_tokenizer(folder: Path, file: Metadata) -> None:
     builders = {"gpt2": _byte_level, "llama": _sentence_piece}
     if kind not in builders:
         raise UserError(f"{file.label}: tokenizer kind {kind!r} is not supported; gpt2 and llama are")
+    types = token_types(file, len(tokens))
     tokenizer = builders[kind](file, tokens)
-    types = file.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    for special in (True, False):
-        wanted = CONTROL if special else USER_DEFINED
-        added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types, strict=True) if k == wanted]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    for wanted, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
+        of_kind = [t for t, k in zip(tokens, types, strict=True) if k == wanted]
+        add([AddedToken(t, special=wanted == CONTROL, normalized=False) for t in of_kind])
     bos = file.get("tokenizer.ggml.bos_token_id")
-    if bos is not None and file.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    by_default = kind == "llama" or file.get("tokenizer.ggml.pre") in LLAMA3_NAMES  # as llama.cpp has it
+    if bos is not None and file.get("tokenizer.ggml.add_bos_token", by_default):
         name = tokens[bos]
         tokenizer.post_processor = processors.Sequence(
             [*([tokenizer.post_processor] if tokenizer.post_processor else []), _prepend(name, bos)]
@@ -72,6 +73,14 @@ def save_tokenizer(folder: Path, file: Metadata) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def token_types(file: Metadata, tokens: int) -> list[int]:
+    """llama.cpp's kind of each token; a file that is silent about it has normal ones only."""
+    types: list[int] = file.get("tokenizer.ggml.token_type") or [NORMAL] * tokens
+    if len(types) != tokens:
+        raise UserError(f"{file.label}: the tokenizer has {tokens} tokens but {len(types)} token types")
+    return types
+
+
 def _prepend(name: str, number: int) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(
         single=f"{name} $A", pair=f"{name} $A {name}:1 $B:1", special_tokens=[(name, number)]
@@ -81,24 +90,25 @@ def _prepend(name: str, number: int) -> processors.TemplateProcessing:
 def _byte_level(file: Metadata, tokens: list[str]) -> Tokenizer:
     """Byte-level BPE (GPT-2's kind), with the model's own way of splitting text first."""
     merges = [tuple(line.split(" ")) for line in file.get("tokenizer.ggml.merges") or []]
-    kind = file.get("tokenizer.ggml.pre", "default")
+    # Files of before May 2024 leave it out. Qwen2 has one way only; guessing others would split text wrongly.
+    kind = file.get("tokenizer.ggml.pre") or ("qwen2" if file.get("general.architecture") == "qwen2" else "unnamed")
     tokenizer = Tokenizer(
         models.BPE(
             vocab={t: n for n, t in enumerate(tokens)},
             merges=merges,
             fuse_unk=False,
             byte_fallback=False,
-            ignore_merges=kind == "llama-bpe",
+            ignore_merges=kind in LLAMA3_NAMES,
         )
     )
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     by_regex = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    llama3 = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), by_regex])
     splits = {
-        "default": plain,
         "gpt-2": plain,
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]),
         "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), by_regex]),
-        "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), by_regex]),
+        **dict.fromkeys(LLAMA3_NAMES, llama3),
     }
     if kind not in splits:
         raise UserError(
@@ -120,7 +130,9 @@ def _sentence_piece(file: Metadata, tokens: list[str]) -> Tokenizer:
         raise UserError(f"{file.label}: the tokenizer has {len(tokens)} tokens but {len(scores)} scores")
     vocab = {t: n for n, t in enumerate(tokens)}
     merges = []
-    for piece, score in zip(tokens, scores, strict=True):
+    for piece, score, kind in zip(tokens, scores, token_types(file, len(tokens)), strict=True):
+        if kind != NORMAL:  # SentencePiece never puts "</s>" or "<0x0A>" together out of text
+            continue
         halves = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
         merges += [(-score, vocab[a], vocab[b], (a, b)) for a, b in halves]
     tokenizer = Tokenizer(
@@ -136,7 +148,5 @@ def _sentence_piece(file: Metadata, tokens: list[str]) -> Tokenizer:
     steps = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     tail = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail])
     return tokenizer

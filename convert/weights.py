@@ -18,6 +18,7 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
 
 Parts = tuple[tuple[str, int], ...]  # (tensor's name, its rows), in the order in which the rows are stacked
+PROBLEMS_SHOWN = 40  # of a model that fits nowhere every tensor is wrong, and there may be hundreds
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -97,7 +98,9 @@ def fill(
             problems.append(f"{name} has shape {list(source.shape(name))} where the config asks for {list(wanted)}")
     problems += [f"{name} is unexpected" for name in sorted(available - used) if not ignore(name)]
     if problems:
-        raise UserError(f"{source.label} does not fit its config: {'; '.join(problems)}")
+        rest = len(problems) - PROBLEMS_SHOWN
+        more = f"; and {rest} more like these" if rest > 0 else ""
+        raise UserError(f"{source.label} does not fit its config: {'; '.join(problems[:PROBLEMS_SHOWN])}{more}")
 
     def read(wanted: Any, rows: Any) -> Any:
         if wanted is None:
@@ -105,8 +108,9 @@ def fill(
         if isinstance(wanted, tuple):
             return tuple(read(w, r) for w, r in zip(wanted, rows, strict=True))
         if dataclasses.is_dataclass(wanted) and not _is_leaf(wanted):
-            return type(wanted)(**{f.name: read(getattr(wanted, f.name), rows[f.name]) for f in _fields(wanted)})
-        tensors = [source.read(name).astype(dtype) for name, _ in rows]
+            kind: Any = type(wanted)
+            return kind(**{f.name: read(getattr(wanted, f.name), rows[f.name]) for f in _fields(wanted)})
+        tensors = [source.read(name).astype(dtype, copy=False) for name, _ in rows]
         progress(len(tensors))
         return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 

@@ -212,7 +212,9 @@ class Checkpoint:
 
         if not (self.path / "tokenizer.json").is_file():
             raise UserError(f"{self.path} holds no tokenizer.json; convert the model again, from a source that has one")
-        return PreTrainedTokenizerFast.from_pretrained(str(self.path))
+        # transformers warns of Mistral's split pattern whenever a large vocabulary lies beside a config.json that
+        # is not its own; the flag says that the pattern is meant as it stands.
+        return PreTrainedTokenizerFast.from_pretrained(str(self.path), fix_mistral_regex=False)
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:

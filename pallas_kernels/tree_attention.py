@@ -63,7 +63,9 @@ def tree_attention(q: Array, keys: Array, values: Array, committed: Array, ances
         weights = jax.nn.softmax(scores(0, keys), axis=-1)
         out = jnp.einsum("hqk,hkd->hqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     else:
-        out = _over_live_blocks(scores, (kv_heads, tokens * group, head_dim), keys, values, committed + 32 * ancestors.shape[1])
+        out = _over_live_blocks(
+            scores, (kv_heads, tokens * group, head_dim), keys, values, committed + 32 * ancestors.shape[1]
+        )
     out = out.reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 

@@ -1,0 +1,103 @@
+"""`python -m eval accept --ckpt CKPT --data FILE`: accepted length over a question set, by task and V'.
+
+Greedy; accepted drafts and the bonus token, pooled over all rounds of a task. The second turn of a
+conversation sees the first answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from eval.options import add_model_arguments, add_question_arguments, models, save
+from eval.questions import Question, read_questions, spread
+from frspec_jax.api import Generator, Request, Result
+from frspec_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, "full,1/4")
+    add_question_arguments(parser, questions=0, tokens=512)
+    parser.set_defaults(questions=None)
+    parser.add_argument("--tasks", metavar="TASK,...", help="MT, Conv, RAG, Math, QA, Summ (default: all)")
+
+
+def run(args: argparse.Namespace) -> None:
+    questions = read_questions(args.data)
+    if args.tasks:
+        wanted = args.tasks.split(",")
+        questions = [q for q in questions if q.task in wanted]
+        if not questions:
+            raise UserError(f"--tasks {args.tasks}: the question set has none of these")
+    if args.questions is not None:
+        questions = spread(questions, args.questions)
+    _, found = models(args)
+    del found["vanilla"]
+    request = Request(args.max_new_tokens)
+    by_method: dict[str, dict[str, list[Result]]] = {name: {} for name in found}
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("questions", total=len(questions) * len(found))
+        for question in questions:
+            for name, model in found.items():
+                by_method[name].setdefault(question.task, []).extend(answer(model, question, request))
+                progress.advance(task)
+    figures = {
+        "tree": [*found.values()][0].tree.__dict__,
+        "max_new_tokens": args.max_new_tokens,
+        "questions": len(questions),
+        "methods": [{"name": name, **summary(by_method[name])} for name in found],
+    }
+    show(figures)
+    save(args.json, figures)
+
+
+def answer(model: Generator, question: Question, request: Request) -> list[Result]:
+    """Answer a question's turns, each one seeing those before it; a turn that no longer fits is left out."""
+    messages: list[dict[str, str]] = []
+    results = []
+    for turn in question.turns:
+        messages.append({"role": "user", "content": turn})
+        try:
+            result = model.generate(messages, request)
+        except UserError:
+            if not results:
+                raise
+            break
+        messages.append({"role": "assistant", "content": result.text})
+        results.append(result)
+    return results
+
+
+def summary(by_task: dict[str, list[Result]]) -> dict[str, Any]:
+    """Accepted length by task and on average, rounds by emitted tokens, and acceptance by depth."""
+    lengths, histogram = {}, np.zeros(1, np.int64)
+    for task, results in by_task.items():
+        counts = np.sum([r.accepted_histogram for r in results], axis=0)
+        lengths[task] = round(float(counts @ np.arange(1, len(counts) + 1) / max(1, counts.sum())), 3)
+        histogram = counts + histogram
+    at_least = histogram[::-1].cumsum()[::-1]  # rounds that accepted at least 0, 1, ... drafts
+    return {
+        "accepted_length": lengths,
+        "average": round(float(np.mean(list(lengths.values()))), 3),
+        "histogram": histogram.tolist(),
+        "acceptance_by_depth": (at_least[1:] / np.maximum(1, at_least[:-1])).round(3).tolist(),
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Tasks as columns, as in the paper's Table 1."""
+    methods = figures["methods"]
+    tasks = list(methods[0]["accepted_length"])
+    table = Table(title=f"accepted length (bonus token counted), greedy, {figures['questions']} questions")
+    for heading in ("method", *tasks, "average", "of the first"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in methods:
+        share = row["average"] / methods[0]["average"]
+        lengths = (f"{row['accepted_length'][task]:.2f}" for task in tasks)
+        table.add_row(row["name"], *lengths, f"{row['average']:.2f}", f"{share:.1%}")
+    Console().print(table)

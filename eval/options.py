@@ -1,0 +1,68 @@
+"""Flags that several evaluations share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from eval import measure
+from frspec_jax import api
+from frspec_jax.api import Generator
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.config import TreeConfig
+from frspec_jax.errors import UserError
+from frspec_jax.generate import tree_of
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str) -> None:
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft-vocab", default=vocabularies, metavar="N,N,...",
+        help=f"sub-vocabularies to measure: numbers, full, or 1/4 of the vocabulary and the like (default: {vocabularies})",
+    )  # fmt: skip
+    parser.add_argument("--tree-size", type=int, metavar="N", help="nodes of the draft tree (default: what suits the device)")
+    parser.add_argument("--depth", type=int, metavar="D", help="levels below the root")
+    parser.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
+
+
+def add_question_arguments(parser: argparse.ArgumentParser, questions: int, tokens: int) -> None:
+    parser.add_argument("--data", type=Path, metavar="FILE", help="questions in Spec-Bench's format (default: a small sample)")
+    parser.add_argument("--questions", type=int, default=questions, metavar="N", help=f"evenly over the tasks (default: {questions})")
+    parser.add_argument("--max-new-tokens", type=int, default=tokens, metavar="N", help=f"of an answer (default: {tokens})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+
+
+def models(args: argparse.Namespace) -> tuple[Checkpoint, dict[str, Generator]]:
+    """The checkpoint, and vanilla and the drafting methods that the flags ask for."""
+    checkpoint = Checkpoint.open(args.ckpt)
+    if checkpoint.draft_folder(args.draft) is None:
+        raise UserError(f"{args.ckpt} holds no draft to measure; add one with python -m train eagle or convert eagle")
+    tree: TreeConfig = tree_of(args, api.defaults().tree)
+    sizes = [_size(text.strip(), checkpoint.config.vocab_size) for text in args.draft_vocab.split(",")]
+    return checkpoint, measure.methods(checkpoint, args.draft, sizes, tree)
+
+
+def _size(text: str, vocab_size: int) -> int | str:
+    if text == "full":
+        return text
+    share = text.removeprefix("1/")
+    if not share.isdecimal() or int(share) < 1:
+        raise UserError(f"--draft-vocab {text}: give numbers of tokens, full, or shares such as 1/4")
+    return vocab_size // int(share) if text.startswith("1/") else int(share)
+
+
+def save(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures as JSON, with the machine and the versions that they were measured on."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"machine": measure.machine(), "versions": measure.versions()}
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps(about | figures, indent=2) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}; name another file") from None
