@@ -85,10 +85,29 @@ def rotate(x: Array, positions: Array, config: ModelConfig) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+FEW_ROWS = 16  # up to so many rows a CPU multiplies sooner with the weight on the left
+
+
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x [T, in] times weight [out, in], plus bias [out]."""
-    y = jnp.einsum("ti,oi->to", x, weight)
+    if 1 < x.shape[0] <= FEW_ROWS:
+        y = lax.platform_dependent(x, weight, cpu=_weight_on_the_left, default=_product)
+    else:
+        y = _product(x, weight)
     return y if bias is None else y + bias
+
+
+def _product(x: Array, weight: Array) -> Array:
+    return jnp.einsum("ti,oi->to", x, weight)
+
+
+def _weight_on_the_left(x: Array, weight: Array) -> Array:
+    """The same product for XLA's CPU backend: it packs what stands on the right, so that must be the small one.
+
+    Measured for all layers of SmolLM2-135M on two cores: 26 ms instead of 32 for 4 rows, 29 instead of
+    33 for 8, the same from 16 on. Without the barrier XLA folds the transpositions and swaps the operands back.
+    """
+    return lax.optimization_barrier(jnp.einsum("oi,ti->ot", weight, x)).T
 
 
 def project_qkv(layer: LayerParams, config: ModelConfig, x: Array, positions: Array) -> tuple[Array, Array, Array]:

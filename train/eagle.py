@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
 from frspec_jax.config import DraftConfig, ModelConfig
+from frspec_jax.drafters.eagle import EagleParams
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
 from train.batches import HELD_OUT, Packing
@@ -32,8 +33,6 @@ from train.features import FeatureStore, open_corpora
 from train.recipe import PRESETS, Recipe, agreement, initial_params, new_state, train_step
 
 PASSES = 5  # self-fed steps that an evaluation looks at
-# What a run must agree on with the one that it resumes.
-FIXED = ("preset", "rows", "row", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,16 +129,16 @@ def run(args: argparse.Namespace) -> None:
     target = checkpoint.params()
     stores = open_corpora(args.corpus, checkpoint, target, work / "features")
     sequences = [len(store) for store in stores]
-    settings = {key: getattr(args, key) for key in ("rows", "row", "seed")}
+    settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from")}
     settings |= {"recipe": dataclasses.asdict(recipe), "target": checkpoint.fingerprint, "sequences": sequences}
     session = Run(work, settings)
-    draft = DraftConfig.like(checkpoint.config)
+    draft, params = _start(args, checkpoint)
     layer = draft.layer_of(checkpoint.config)
     packing = Packing(tuple(stores), args.rows, args.row, args.seed)
     held_out = packing.held_out(args.eval_batches)
     if not held_out:
         raise UserError(f"{len(stores)} corpora hold too few sequences; one in {HELD_OUT} is held out for evaluation")
-    state = session.restore(new_state(initial_params(jax.random.key(args.seed), draft, checkpoint.config), recipe))
+    state = session.restore(new_state(params, recipe))
     first = int(state.step)
     note = f"; resumed at step {first}" if first else ""
     console = Console(stderr=True)
@@ -156,6 +155,16 @@ def run(args: argparse.Namespace) -> None:
     with new_folder(out, "--name") as folder:
         write_draft(folder, draft, state.params["draft"], checkpoint.fingerprint, about)
     print(f"wrote {out}: top-1 {final['top1'][0]:.1%}, top-3 {final['top3'][0]:.1%} on held-out answers")
+
+
+def _start(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[DraftConfig, EagleParams]:
+    """The draft to train: a new one with the shape of the target's layers, or another one's shape and weights."""
+    if args.start_from is None:
+        draft = DraftConfig.like(checkpoint.config)
+        return draft, initial_params(jax.random.key(args.seed), draft, checkpoint.config)
+    folder = checkpoint.draft_folder(args.start_from)
+    assert folder is not None, "only no name at all finds no folder"
+    return checkpoint.draft(folder)
 
 
 def _by_frequency(stores: list[FeatureStore], vocab_size: int) -> np.ndarray:

