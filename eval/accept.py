@@ -7,6 +7,7 @@ conversation sees the first answer.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
                 by_method[name].setdefault(question.task, []).extend(answer(model, question, request))
                 progress.advance(task)
     figures = {
-        "tree": [*found.values()][0].tree.__dict__,
+        "tree": dataclasses.asdict(next(iter(found.values())).tree),
         "max_new_tokens": args.max_new_tokens,
         "questions": len(questions),
         "methods": [{"name": name, **summary(by_method[name])} for name in found],
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 def answer(model: Generator, question: Question, request: Request) -> list[Result]:
     """Answer a question's turns, each one seeing those before it; a turn that no longer fits is left out."""
     messages: list[dict[str, str]] = []
-    results = []
+    results: list[Result] = []
     for turn in question.turns:
         messages.append({"role": "user", "content": turn})
         try:
@@ -75,7 +76,8 @@ def answer(model: Generator, question: Question, request: Request) -> list[Resul
 
 def summary(by_task: dict[str, list[Result]]) -> dict[str, Any]:
     """Accepted length by task and on average, rounds by emitted tokens, and acceptance by depth."""
-    lengths, histogram = {}, np.zeros(1, np.int64)
+    lengths: dict[str, float] = {}
+    histogram = np.zeros(1, np.int64)
     for task, results in by_task.items():
         counts = np.sum([r.accepted_histogram for r in results], axis=0)
         lengths[task] = round(float(counts @ np.arange(1, len(counts) + 1) / max(1, counts.sum())), 3)

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/4,1/12")
     add_question_arguments(parser, questions=42, tokens=128)
     parser.add_argument("--peer", type=Path, required=True, metavar="PATH", help="the same model: HF folder or .gguf")
-    parser.add_argument("--tie", type=float, default=1e-3, help="logits closer than this are a near-tie (default: 1e-3)")
+    parser.add_argument(
+        "--tie", type=float, default=1e-3, help="logits closer than this are a near-tie (default: 1e-3)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ import platform
 import statistics
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +28,11 @@ WARM_UP = 3  # rounds before stages are timed
 
 
 def methods(
-    checkpoint: Checkpoint, draft: str | None, vocabularies: Iterable[int | str], tree: TreeConfig | None, **options: Any
+    checkpoint: Checkpoint,
+    draft: str | None,
+    vocabularies: Iterable[int | str],
+    tree: TreeConfig | None,
+    **options: Any,
 ) -> dict[str, Generator]:
     """Vanilla, then EAGLE-2 at each V' ("full" or a number), by name. All share the target's weights."""
     vanilla = api.load(checkpoint, draft="none", **options)
@@ -58,13 +64,13 @@ def interleaved(
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
 def _draft(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> Any:
     tree, cache = engine.draft(plan, weights, state)
-    return tree, state.replace(caches=state.caches.replace(draft=cache))
+    return tree, replace(state, caches=replace(state.caches, draft=cache))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
 def _verify(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
     features, chosen, cache = engine.verify(plan, weights, state, tree)
-    return features, chosen, state.replace(caches=state.caches.replace(target=cache))
+    return features, chosen, replace(state, caches=replace(state.caches, target=cache))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
@@ -138,7 +144,7 @@ def machine() -> str:
         return f"{device.device_kind}"
     name = platform.processor() or platform.machine()
     try:
-        lines = open("/proc/cpuinfo", encoding="utf-8").read().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass

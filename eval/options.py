@@ -21,17 +21,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str) -> N
     parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
     parser.add_argument(
         "--draft-vocab", default=vocabularies, metavar="N,N,...",
-        help=f"sub-vocabularies to measure: numbers, full, or 1/4 of the vocabulary and the like (default: {vocabularies})",
+        help=f"sub-vocabularies to measure: numbers, full, or shares such as 1/4 (default: {vocabularies})",
     )  # fmt: skip
-    parser.add_argument("--tree-size", type=int, metavar="N", help="nodes of the draft tree (default: what suits the device)")
+    parser.add_argument(
+        "--tree-size", type=int, metavar="N", help="nodes of the draft tree (default: what suits the device)"
+    )
     parser.add_argument("--depth", type=int, metavar="D", help="levels below the root")
     parser.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
 
 
 def add_question_arguments(parser: argparse.ArgumentParser, questions: int, tokens: int) -> None:
-    parser.add_argument("--data", type=Path, metavar="FILE", help="questions in Spec-Bench's format (default: a small sample)")
-    parser.add_argument("--questions", type=int, default=questions, metavar="N", help=f"evenly over the tasks (default: {questions})")
-    parser.add_argument("--max-new-tokens", type=int, default=tokens, metavar="N", help=f"of an answer (default: {tokens})")
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="questions in Spec-Bench's format (default: a small sample)"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=questions, metavar="N", help=f"evenly over the tasks (default: {questions})"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=tokens, metavar="N", help=f"of an answer (default: {tokens})"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
 

@@ -39,7 +39,7 @@ DRAFT_FORMAT = "frspec-jax eagle 1"
 
 
 def _layer_shapes(config: ModelConfig, dtype: Any, attention_norm: bool) -> LayerParams:
-    def weight(*shape: int) -> jax.ShapeDtypeStruct:
+    def weight(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -60,11 +60,12 @@ def _layer_shapes(config: ModelConfig, dtype: Any, attention_norm: bool) -> Laye
 
 def model_shapes(config: ModelConfig, dtype: Any = np.float32) -> LlamaParams:
     """The weights of `config` as `ShapeDtypeStruct`s: what conversion must fill and loading expects."""
-    table = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), dtype)
+    table: Any = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), dtype)
+    norm: Any = jax.ShapeDtypeStruct((config.hidden_size,), dtype)
     return LlamaParams(
         embedding=table,
         layers=tuple(_layer_shapes(config, dtype, attention_norm=True) for _ in range(config.num_layers)),
-        final_norm=jax.ShapeDtypeStruct((config.hidden_size,), dtype),
+        final_norm=norm,
         lm_head=None if config.tied_head else table,
     )
 
@@ -72,9 +73,11 @@ def model_shapes(config: ModelConfig, dtype: Any = np.float32) -> LlamaParams:
 def draft_shapes(draft: DraftConfig, target: ModelConfig, dtype: Any = np.float32) -> EagleParams:
     """The weights of an EAGLE draft as `ShapeDtypeStruct`s."""
     hidden = draft.hidden_size
+    fc: Any = jax.ShapeDtypeStruct((hidden, 2 * hidden), dtype)
+    bias: Any = jax.ShapeDtypeStruct((hidden,), dtype) if draft.fc_bias else None
     return EagleParams(
-        fc=jax.ShapeDtypeStruct((hidden, 2 * hidden), dtype),
-        fc_bias=jax.ShapeDtypeStruct((hidden,), dtype) if draft.fc_bias else None,
+        fc=fc,
+        fc_bias=bias,
         layer=_layer_shapes(draft.layer_of(target), dtype, attention_norm=False),
     )
 

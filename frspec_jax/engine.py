@@ -210,8 +210,9 @@ def accept(
     stopped &= count <= room
     count = jnp.minimum(count, room).astype(jnp.int32)
     emitted = state.emitted + count
-    return state.replace(
-        caches=caches.replace(target=kv_cache.compact(caches.target, state.length, path)),
+    return dataclasses.replace(
+        state,
+        caches=dataclasses.replace(caches, target=kv_cache.compact(caches.target, state.length, path)),
         length=state.length + count,
         root=block[count - 1],
         accepted=Accepted(features[path], block, count),

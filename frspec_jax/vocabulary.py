@@ -102,7 +102,7 @@ class Ranking:
         return cls(counts.astype(np.int64), tokenizer, corpora)
 
     def check(self, tokenizer: str, vocab_size: int, path: Path) -> None:
-        """Refuse a ranking of another tokenizer: its ids would name other tokens, and acceptance would be lost silently."""
+        """Refuse a ranking of another tokenizer: its ids would name other tokens, and drafts would fail silently."""
         if self.tokenizer != tokenizer or len(self.counts) != vocab_size:
             raise UserError(
                 f"{path} was counted with another tokenizer ({len(self.counts):,} ids) than the checkpoint's "
@@ -142,7 +142,8 @@ def sub_vocabulary(ranking: Ranking | None, size: int, vocab_size: int, always: 
         return np.arange(vocab_size, dtype=np.int32)
     if size <= len(must):
         raise UserError(
-            f"--draft-vocab {size} is too small: {len(must)} control tokens are always inside; give at least {len(must) + 1}"
+            f"--draft-vocab {size} is too small: {len(must)} control tokens are always inside; "
+            f"give at least {len(must) + 1}"
         )
     if ranking is None:
         raise ValueError("a sub-vocabulary of less than all ids needs a ranking")

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array, lax
-
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 

@@ -18,16 +18,19 @@ from train.features import FeatureStore
 HELD_OUT = 50  # one sequence in so many is never trained on
 
 
+Rows = Array | np.ndarray  # on the device, or still on the host
+
+
 @struct.dataclass
 class Batch:
     """R packed rows of T pairs. Pair t joins the feature of token t with token t + 1."""
 
-    features: Array  # [R, T, H] float32, the target's feature of token t
-    next_tokens: Array  # [R, T] int32, token t + 1
-    targets: Array  # [R, T, H] float32, the target's feature of token t + 1
-    mask: Array  # [R, T] float32, 1 where the pair counts: token t + 1 belongs to an answer
-    segment: Array  # [R, T] int32, the number of the sequence within its row, from 1; 0 is padding
-    position: Array  # [R, T] int32, t within its own sequence
+    features: Rows  # [R, T, H] float32, the target's feature of token t
+    next_tokens: Rows  # [R, T] int32, token t + 1
+    targets: Rows  # [R, T, H] float32, the target's feature of token t + 1
+    mask: Rows  # [R, T] float32, 1 where the pair counts: token t + 1 belongs to an answer
+    segment: Rows  # [R, T] int32, the number of the sequence within its row, from 1; 0 is padding
+    position: Rows  # [R, T] int32, t within its own sequence
 
 
 Piece = tuple[FeatureStore, int, int, int]  # a store, a sequence in it, first pair, pairs
@@ -54,18 +57,18 @@ class Packing:
 
     def _packed(self, pieces: list[Piece]) -> list[list[Piece]]:
         """First fit over the few latest open rows: near full, and the order stays mixed."""
-        closed, open_rows = [], []
+        closed: list[list[Piece]] = []
+        opened: list[tuple[int, list[Piece]]] = []  # free pairs, and what stands in the row
         for piece in pieces:
-            for entry in open_rows:
-                if entry[0] >= piece[3]:
-                    entry[0] -= piece[3]
-                    entry[1].append(piece)
+            for index, (free, row) in enumerate(opened):
+                if free >= piece[3]:
+                    opened[index] = (free - piece[3], [*row, piece])
                     break
             else:
-                open_rows.append([self.row - piece[3], [piece]])
-                if len(open_rows) > 4 * self.rows:
-                    closed.append(open_rows.pop(0)[1])
-        return closed + [pieces for _, pieces in open_rows]
+                opened.append((self.row - piece[3], [piece]))
+                if len(opened) > 4 * self.rows:
+                    closed.append(opened.pop(0)[1])
+        return closed + [row for _, row in opened]
 
     def training(self, first_step: int) -> Iterator[Batch]:
         """Batches without end, from step `first_step` on."""

@@ -60,7 +60,8 @@ def corpus_files(paths: Iterable[Path]) -> list[Path]:
             raise UserError(f"{path} is no file or folder; name a corpus")
         elif not _format(path):
             raise UserError(
-                f"{path}: unknown kind of file; {', '.join(FORMATS)} can be read, plain or {', '.join(COMPRESSIONS[1:])}"
+                f"{path}: unknown kind of file; {', '.join(FORMATS)} can be read, "
+                f"plain or {', '.join(COMPRESSIONS[1:])}"
             )
         else:
             files.append(path)

@@ -77,7 +77,8 @@ class Run:
             changed = [k for k in settings if before.get(k) != settings[k]]
             if changed:
                 raise UserError(
-                    f"--work {folder} holds a run with another {changed[0]}; resume it as it was, or name another folder"
+                    f"--work {folder} holds a run with another {changed[0]}; "
+                    "resume it as it was, or name another folder"
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -112,10 +113,8 @@ def _arrays(state: TrainState) -> dict[str, Any]:
 
 def evaluate(state: TrainState, layer: ModelConfig, target: LlamaParams, batches: list[Any]) -> dict[str, list[float]]:
     """Top-1 and top-3 agreement with the target on held-out pairs, over the full vocabulary, by self-fed step."""
-    sums = sum(
-        np.asarray(agreement(state.params["draft"], layer, target.embedding, target.head, batch, PASSES))
-        for batch in batches
-    )
+    params = state.params["draft"]
+    sums = np.sum([agreement(params, layer, target.embedding, target.head, batch, PASSES) for batch in batches], axis=0)
     return {"top1": (sums[:, 0] / sums[:, 2]).round(4).tolist(), "top3": (sums[:, 1] / sums[:, 2]).round(4).tolist()}
 
 
@@ -148,13 +147,14 @@ def run(args: argparse.Namespace) -> None:
     )
     ranked = jnp.asarray(_by_frequency(stores, checkpoint.config.vocab_size))
     state = _loop(args, recipe, session, state, layer, target, ranked, packing, held_out, console)
-    final = {"step": int(state.step), **evaluate(state, layer, target, packing.held_out(4 * args.eval_batches))}
+    found = evaluate(state, layer, target, packing.held_out(4 * args.eval_batches))
+    final = {"step": int(state.step), **found}
     session.close()
     about = {"recipe": dataclasses.asdict(recipe), "rows": args.rows, "row": args.row, "seed": args.seed,
              "tokens": sum(int(s.lengths.sum()) for s in stores), "held_out": final}  # fmt: skip
     with new_folder(out, "--name") as folder:
         write_draft(folder, draft, state.params["draft"], checkpoint.fingerprint, about)
-    print(f"wrote {out}: top-1 {final['top1'][0]:.1%}, top-3 {final['top3'][0]:.1%} on held-out answers")
+    print(f"wrote {out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
 
 
 def _start(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[DraftConfig, EagleParams]:

@@ -50,7 +50,7 @@ class FeatureWriter:
         else:
             meta.write_text(json.dumps(_meta(checkpoint), indent=2) + "\n")
         width = checkpoint.config.hidden_size
-        self._index = open(folder / "index.i64", "ab")
+        self._index = open(folder / "index.i64", "ab")  # noqa: SIM115 (open as long as the writer)
         whole = self._index.tell() // 16
         self._index.truncate(whole * 16)
         index = np.fromfile(folder / "index.i64", np.int64).reshape(-1, 2)
@@ -58,7 +58,7 @@ class FeatureWriter:
         self.sources = {int(source) for source in index[:, 0]}
         self._columns = []
         for name, dtype in _COLUMNS:
-            file = open(folder / name, "ab")
+            file = open(folder / name, "ab")  # noqa: SIM115
             file.truncate(self.tokens * np.dtype(dtype).itemsize * (width if name == "features.f16" else 1))
             self._columns.append((file, dtype))
 
@@ -121,7 +121,7 @@ class FeatureStore:
 
 
 def open_corpora(paths: list[Path], checkpoint: Checkpoint, target: LlamaParams, cache: Path) -> list[FeatureStore]:
-    """The stores among `paths`, and `cache`: one with the features of the corpora among them, made where it is not whole."""
+    """The stores among `paths`, and `cache`: a store of the corpora among them, made where it is not whole."""
     stores = [FeatureStore(path, checkpoint) for path in paths if (path / "meta.json").is_file()]
     files = corpus_files(path for path in paths if not (path / "meta.json").is_file())
     if files:

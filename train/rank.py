@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
     ranking.save(out)
     show(ranking, others, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, counter.vocab_size))
     print(
-        f"wrote {out}: {ranking.tokens:,} tokens, {np.count_nonzero(ranking.counts):,} of {counter.vocab_size:,} ids seen"
+        f"wrote {out}: {ranking.tokens:,} tokens, "
+        f"{np.count_nonzero(ranking.counts):,} of {counter.vocab_size:,} ids seen"
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from frspec_jax.checkpoint import draft_shapes
 from frspec_jax.config import DraftConfig, ModelConfig
 from frspec_jax.drafters.eagle import EagleParams
 from frspec_jax.layers import gated_mlp, linear, project_qkv, rms_norm
-from frspec_jax.llama import LlamaParams
 from train.batches import Batch
 
 MASKED = -1e30
@@ -92,8 +91,10 @@ def initial_params(key: Array, draft: DraftConfig, config: ModelConfig) -> Eagle
     ]
     params: EagleParams = jax.tree.unflatten(tree, random)
     layer = params.layer
-    layer = layer.replace(mlp_norm=jnp.ones_like(layer.mlp_norm), output=0.1 * layer.output, down=0.1 * layer.down)
-    return params.replace(layer=layer)
+    layer = dataclasses.replace(
+        layer, mlp_norm=jnp.ones_like(layer.mlp_norm), output=0.1 * layer.output, down=0.1 * layer.down
+    )
+    return dataclasses.replace(params, layer=layer)
 
 
 def _attend(q: Array, keys: list[Array], values: list[Array], visible: Array) -> Array:
@@ -129,10 +130,13 @@ def unrolled_passes(
     tokens = embeddings.shape[0]
     here = jnp.arange(tokens)
     same = batch.segment[:, None] == batch.segment[None]
-    features, keys, values, outputs = batch.features, [], [], []
+    features: Any = batch.features
+    keys: list[Array] = []
+    values: list[Array] = []
+    outputs: list[Array] = []
     for s in range(unroll):
         x = linear(jnp.concatenate([embeddings, features], axis=-1), params.fc, params.fc_bias)
-        q, k, v = project_qkv(params.layer, config, x, batch.position)
+        q, k, v = project_qkv(params.layer, config, x, jnp.asarray(batch.position))
         keys = [keys[0] if i == 0 else _shifted(old) for i, old in enumerate(keys)] + [k]
         values = [values[0] if i == 0 else _shifted(old) for i, old in enumerate(values)] + [v]
         visible = same & (here[None] <= here[:, None] - s)
@@ -151,7 +155,7 @@ def _shifted(rows: Array) -> Array:
 def _valid(batch: Batch, s: int) -> Array:
     """Mask of pass s: the pair counts, and the s pairs before it stand in its own sequence."""
     before = jnp.pad(batch.segment, ((0, 0), (s, 0)))[:, : batch.segment.shape[1]]
-    return batch.mask * (before == batch.segment)
+    return jnp.asarray(batch.mask * (before == batch.segment))
 
 
 def _passes(params: EagleParams, config: ModelConfig, embedding: Array, batch: Batch, unroll: int) -> list[Array]:
@@ -170,7 +174,8 @@ def loss_terms(
     want = jnp.einsum("rth,mh->rtm", batch.targets, head)
     log_want = jax.nn.log_softmax(want, axis=-1)
     share, best = jnp.exp(log_want), want.argmax(-1)
-    total, metrics = jnp.float32(0), {}
+    total = jnp.zeros(())
+    metrics: dict[str, Array] = {}
     for s, output in enumerate(_passes(params, config, embedding, batch, recipe.unroll)):
         mask = _valid(batch, s)
         count = mask.sum() + 1e-5
@@ -207,7 +212,7 @@ def train_step(
         head = head[jnp.concatenate([ranked[: recipe.loss_vocab], rest])]
     if recipe.noise:
         noise = jax.random.uniform(noise_key, batch.features.shape, minval=-recipe.noise, maxval=recipe.noise)
-        batch = batch.replace(features=batch.features + noise)
+        batch = dataclasses.replace(batch, features=batch.features + noise)
     gradient = jax.grad(loss_terms, has_aux=True)
     grads, metrics = gradient(state.params["draft"], config, embedding, head, batch, recipe)
     return state.apply_gradients(grads={"draft": grads}), metrics
