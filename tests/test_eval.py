@@ -1,0 +1,59 @@
+"""Question sets, sizes of sub-vocabularies, and what is made of results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eval.accept import summary
+from eval.options import _size
+from eval.questions import Question, read_questions, spread
+from frspec_jax.api import Result
+from frspec_jax.errors import UserError
+
+
+def test_the_sample_holds_every_task():
+    questions = read_questions(None)
+    assert {q.task for q in questions} == {"MT", "Conv", "RAG", "Math", "QA", "Summ"}
+    assert all(q.turns and all(turn.strip() for turn in q.turns) for q in questions)
+
+
+def test_questions_are_read_and_refused_by_line(tmp_path):
+    file = tmp_path / "question.jsonl"
+    row = {"question_id": 7, "category": "coding", "turns": ["a", "b"]}
+    file.write_text(json.dumps(row) + "\n")
+    assert read_questions(tmp_path) == read_questions(file) == [Question(7, "Conv", ("a", "b"))]
+    file.write_text(json.dumps(row) + "\n{}\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_questions(file)
+    with pytest.raises(UserError, match="--data"):
+        read_questions(tmp_path / "absent.jsonl")
+
+
+def test_questions_are_spread_evenly_over_tasks():
+    questions = [Question(n, task, ("x",)) for n, task in enumerate(["MT"] * 10 + ["QA"] * 10 + ["RAG"] * 2)]
+    chosen = spread(questions, 8)
+    assert [q.task for q in chosen] == ["MT"] * 3 + ["QA"] * 3 + ["RAG"] * 2
+    assert [q.number for q in chosen[:3]] == [0, 3, 6]
+    assert len(spread(questions, 100)) == 22
+
+
+def test_sizes():
+    assert [_size(text, 1200) for text in ("full", "1/4", "32")] == ["full", 300, 32]
+    for text in ("quarter", "1/0", "-3", ""):
+        with pytest.raises(UserError, match="--draft-vocab"):
+            _size(text, 1200)
+
+
+def result(histogram):
+    tokens = sum(n * (i + 1) for i, n in enumerate(histogram)) + 1
+    return Result("", [0] * tokens, 1, "stop", "eagle", 8, sum(histogram), None, histogram, 1.0, 1.0)
+
+
+def test_accepted_length_is_pooled_over_rounds():
+    found = summary({"QA": [result([1, 0, 1]), result([2, 0, 0])], "MT": [result([0, 4, 0])]})
+    assert found["accepted_length"] == {"QA": 1.5, "MT": 2.0}
+    assert found["average"] == 1.75
+    assert found["histogram"] == [3, 4, 1]
+    assert found["acceptance_by_depth"] == [0.625, 0.2]

@@ -1,0 +1,58 @@
+"""The demo's model and the draft that ships: the promises on a real vocabulary."""
+
+from __future__ import annotations
+
+import pytest
+
+from eval.peer import Peer
+from eval.questions import read_questions
+from frspec_jax import Request, Sampling, api
+from frspec_jax.config import TreeConfig
+
+pytestmark = pytest.mark.material
+QUESTIONS = [question.turns[0] for question in read_questions(None)]
+
+
+@pytest.fixture(scope="module")
+def vanilla(real_checkpoint):
+    return api.load(real_checkpoint, draft="none")
+
+
+@pytest.fixture(scope="module")
+def fr_spec(real_checkpoint, vanilla):
+    return api.load(real_checkpoint, target=vanilla.weights.target)
+
+
+def test_greedy_output_is_that_of_transformers(vanilla, fr_spec, gguf_path):
+    peer = Peer(gguf_path, vanilla.checkpoint.stop_ids)
+    for text in QUESTIONS[2:5]:
+        prompt = vanilla.encode(text)
+        expected, _ = peer.generate(prompt, 32)
+        for model in (vanilla, fr_spec):
+            tokens = model.generate_ids(prompt, Request(max_new_tokens=32)).tokens
+            if tokens != expected:
+                at = next(i for i, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b)
+                assert peer.gap([*prompt.tolist(), *expected[:at]]) < 1e-3
+
+
+@pytest.mark.parametrize("draft_vocab", ["full", 12288, 4096])
+def test_sampling_with_a_seed_is_vanillas(real_checkpoint, vanilla, draft_vocab):
+    tree = TreeConfig(8, 3, 4)
+    model = api.load(real_checkpoint, draft_vocab=draft_vocab, tree=tree, target=vanilla.weights.target)
+    request = Request(max_new_tokens=24, sampling=Sampling(1.0), seed=3)
+    for text in QUESTIONS[:2]:
+        assert model.generate(text, request).tokens == vanilla.generate(text, request).tokens
+
+
+def test_the_draft_that_ships_is_of_use(fr_spec):
+    """Far below what it reaches (see its model card), far above what a broken one would."""
+    results = [fr_spec.generate(text, Request(max_new_tokens=48)) for text in QUESTIONS[:4]]
+    tokens, rounds = sum(len(r.tokens) - 1 for r in results), sum(r.rounds for r in results)
+    assert tokens / rounds > 1.4
+
+
+def test_the_sub_vocabulary_covers_the_answers(real_checkpoint, vanilla):
+    ids = set(api.draft_ids(real_checkpoint, 12288).tolist())
+    assert len(ids) == 12288 and set(real_checkpoint.stop_ids) <= ids
+    tokens = [t for text in QUESTIONS[:3] for t in vanilla.generate(text, Request(max_new_tokens=32)).tokens]
+    assert sum(t in ids for t in tokens) / len(tokens) > 0.85
