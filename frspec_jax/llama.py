@@ -9,7 +9,7 @@ from jax import Array
 
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
-from frspec_jax.layers import LayerParams, decoder_layer, rms_norm
+from frspec_jax.layers import LayerParams, decoder_layer, rms_norm, rotation
 
 
 @struct.dataclass
@@ -48,10 +48,11 @@ def forward(
       Features [T, H] (the hidden state after the final norm, the LM head's input), and the cache.
     """
     x = params.embedding[tokens]
+    by = rotation(config, positions)
     updated = []
     for index, (layer, layer_cache) in enumerate(zip(params.layers, cache, strict=True)):
         with jax.named_scope(f"layer_{index}"):
-            x, layer_cache = decoder_layer(layer, config, x, positions, layer_cache, committed, committed, ancestors)
+            x, layer_cache = decoder_layer(layer, config, x, by, layer_cache, committed, committed, ancestors)
         updated.append(layer_cache)
     return rms_norm(x, params.final_norm, config.rms_norm_eps), tuple(updated)
 

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
     parser.add_argument("--name", default="eagle", help="the draft's name under CKPT/drafts (default: eagle)")
     parser.add_argument("--work", type=Path, help="folder of the run (default: CKPT/training/NAME)")
+    parser.add_argument("--start-from", metavar="NAME", help="a draft (name or folder) whose weights to start from")
     parser.add_argument(
         "--preset", choices=PRESETS, default="default", help="recipe to start from; flags below change it"
     )

@@ -21,7 +21,7 @@ from jax import Array
 from frspec_jax.checkpoint import draft_shapes
 from frspec_jax.config import DraftConfig, ModelConfig
 from frspec_jax.drafters.eagle import EagleParams
-from frspec_jax.layers import gated_mlp, linear, project_qkv, rms_norm
+from frspec_jax.layers import gated_mlp, linear, project_qkv, rms_norm, rotation
 from train.batches import Batch
 
 MASKED = -1e30
@@ -134,9 +134,10 @@ def unrolled_passes(
     keys: list[Array] = []
     values: list[Array] = []
     outputs: list[Array] = []
+    by = rotation(config, jnp.asarray(batch.position))
     for s in range(unroll):
         x = linear(jnp.concatenate([embeddings, features], axis=-1), params.fc, params.fc_bias)
-        q, k, v = project_qkv(params.layer, config, x, jnp.asarray(batch.position))
+        q, k, v = project_qkv(params.layer, config, x, by)
         keys = [keys[0] if i == 0 else _shifted(old) for i, old in enumerate(keys)] + [k]
         values = [values[0] if i == 0 else _shifted(old) for i, old in enumerate(values)] + [v]
         visible = same & (here[None] <= here[:, None] - s)

@@ -19,7 +19,7 @@ from frspec_jax import kv_cache
 from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.drafters.base import Accepted
 from frspec_jax.kv_cache import LayerKV
-from frspec_jax.layers import LayerParams, decoder_layer, linear
+from frspec_jax.layers import LayerParams, decoder_layer, linear, rotation
 from frspec_jax.tree import Beam, DraftTree, causal, rerank
 from frspec_jax.vocabulary import DraftHead
 from pallas_kernels.subvocab_head import subvocab_top_k
@@ -51,14 +51,15 @@ def extend(
     Args:
       config: `DraftConfig.layer_of(target)`.
       embeddings: [T, H] of the tokens at positions + 1; features: [T, H], the target's or predicted.
-      positions, write_at, committed, ancestors: as in `decoder_layer`.
+      positions: [T] int32. write_at, committed, ancestors: as in `decoder_layer`.
 
     Returns:
       Predicted features [T, H], and the cache.
     """
     with jax.named_scope("fc"):
         x = linear(jnp.concatenate([embeddings, features.astype(embeddings.dtype)], axis=-1), params.fc, params.fc_bias)
-    return decoder_layer(params.layer, config, x, positions, cache, write_at, committed, ancestors)
+    by = rotation(config, positions)
+    return decoder_layer(params.layer, config, x, by, cache, write_at, committed, ancestors)
 
 
 def propose(
