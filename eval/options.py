@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import measure
-from frspec_jax import api
+from frspec_jax import api, compile_cache
 from frspec_jax.api import Generator
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
@@ -45,6 +45,7 @@ def add_question_arguments(parser: argparse.ArgumentParser, questions: int, toke
 
 def models(args: argparse.Namespace) -> tuple[Checkpoint, dict[str, Generator]]:
     """The checkpoint, and vanilla and the drafting methods that the flags ask for."""
+    compile_cache.enable()
     checkpoint = Checkpoint.open(args.ckpt)
     if checkpoint.draft_folder(args.draft) is None:
         raise UserError(f"{args.ckpt} holds no draft to measure; add one with python -m train eagle or convert eagle")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -109,7 +110,7 @@ class Result:
 
 
 def load(
-    ckpt: str | Checkpoint,
+    ckpt: str | Path | Checkpoint,
     *,
     draft: str | None = None,
     draft_vocab: int | str | None = None,

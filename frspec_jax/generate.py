@@ -142,9 +142,10 @@ def generate(args: argparse.Namespace, prompts: list[Prompt], sampling: Sampling
     import jax.numpy as jnp
     from rich.console import Console
 
-    from frspec_jax import api
+    from frspec_jax import api, compile_cache
     from frspec_jax.checkpoint import Checkpoint
 
+    compile_cache.enable()
     request = api.Request(args.max_new_tokens, sampling, args.seed, args.raw, args.system)
     tree = tree_of(args, api.defaults().tree)
     checkpoint = Checkpoint.open(args.ckpt)
