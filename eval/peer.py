@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ class Peer:
     """
 
     def __init__(self, path: Path, stop_ids: tuple[int, ...]) -> None:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would run into ours
         try:
             import torch
             import transformers

@@ -159,7 +159,7 @@ def load(
         tree = best.tree if tree is None else tree
         if tree.top_k > size:
             raise UserError(f"--draft-top-k {tree.top_k} is larger than --draft-vocab {size}; lower it")
-        if tree != VANILLA:
+        if tree.size > 1:
             drafter, weights = Eagle(draft_config.layer_of(config)), EagleWeights(params, crop(target.head, ids))
     return Generator(
         checkpoint, engine.Weights(target, weights), drafter, tree, size, dtype,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frspec_jax.config import Sampling, TreeConfig
+from frspec_jax.config import VANILLA, Sampling, TreeConfig
 from frspec_jax.errors import UserError, reported
 
 if TYPE_CHECKING:
@@ -116,14 +116,13 @@ def _prompt_of(file: Path, number: int, line: str) -> Prompt:
 
 def tree_of(args: argparse.Namespace, default: TreeConfig) -> TreeConfig:
     """The tree that the flags ask for; a flag that is not given keeps the default's figure, where it fits."""
-    if args.tree_size == 1 and args.depth in (None, 0):
-        return TreeConfig(1, 0, 1)
+    if (args.tree_size in (None, 1) and args.depth == 0) or (args.tree_size == 1 and args.depth is None):
+        return VANILLA
     depth = default.depth if args.depth is None else args.depth
     top_k = default.top_k if args.draft_top_k is None else args.draft_top_k
     if args.tree_size is not None:
         return TreeConfig(args.tree_size, depth, top_k)
-    reach = 1 + (top_k + (depth - 1) * top_k**2 if depth > 0 else 0)
-    return TreeConfig(min(default.size, reach), depth, top_k)
+    return TreeConfig(max(2, min(default.size, 1 + top_k + (depth - 1) * top_k**2)), depth, top_k)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ A ranking holds the counts of all ids, so that one file serves every size of the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -78,7 +79,8 @@ class Ranking:
         except OSError as error:
             raise UserError(f"--out {path} cannot be written: {error.strerror}; name another file") from None
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
 
     @classmethod
     def load(cls, path: Path) -> Ranking:
@@ -102,12 +104,19 @@ class Ranking:
         return cls(counts.astype(np.int64), tokenizer, corpora)
 
     def check(self, tokenizer: str, vocab_size: int, path: Path) -> None:
-        """Refuse a ranking of another tokenizer: its ids would name other tokens, and drafts would fail silently."""
-        if self.tokenizer != tokenizer or len(self.counts) != vocab_size:
+        """Refuse a ranking of another tokenizer: its ids would name other tokens, and drafts would fail silently.
+
+        Raises:
+          UserError: the vocabulary's size, or a token of it, is another than the checkpoint's.
+        """
+        mend = "count one with python -m train rank CORPUS --ckpt"
+        if len(self.counts) != vocab_size:
             raise UserError(
-                f"{path} was counted with another tokenizer ({len(self.counts):,} ids) than the checkpoint's "
-                f"({vocab_size:,} ids); count one with python -m train rank --ckpt"
+                f"{path} was counted with a vocabulary of {len(self.counts):,} ids, "
+                f"and the checkpoint's has {vocab_size:,}; {mend}"
             )
+        if self.tokenizer != tokenizer:
+            raise UserError(f"{path} was counted with another tokenizer than the checkpoint's; {mend}")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -2,7 +2,8 @@
 
 Text: `.txt`, or records with "text". Conversations: records with "conversations" (ShareGPT's "from"
 and "value") or "messages" ("role" and "content"). Records come in `.jsonl`, `.json` (one array) or
-`.parquet`; every file may end in `.gz`, `.xz` or `.zst` besides.
+`.parquet`; every file may end in `.gz`, `.xz` or `.zst` besides. A `.json` array is read whole, and so is
+a compressed Parquet file; all others take little memory at any size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +25,7 @@ ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),  # all of them occur in ShareGPT
 }
+CONVERSATIONS = (("conversations", "from", "value"), ("messages", "role", "content"))  # (list, its role, its text)
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
 TEXT_BLOCK = 1 << 16  # characters of a .txt record: long files are cut at the end of a line
@@ -76,37 +79,44 @@ def _format(path: Path) -> str | None:
     return None
 
 
-def read_corpus(path: Path) -> Iterator[Record]:
+def read_corpus(path: Path, read: Callable[[int], object] | None = None) -> Iterator[Record]:
     """The records of one file, one at a time.
+
+    read: called before each record with the bytes of the file, as it lies on disk, that have been read.
 
     Raises:
       UserError: naming the file, and the line where there is one, that cannot be read.
     """
     try:
-        with _opened(path) as file:
-            yield from _records(path, file)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{path} cannot be read ({error}); mend or leave out the file") from None
+        with open(path, "rb") as raw:
+            for record in _records(path, _decompressed(path, raw)):
+                if read:
+                    read(raw.tell())
+                yield record
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}); mend or leave out the file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; convert it first") from None
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(raw, "rb")  # type: ignore[return-value]
     if path.suffix == ".xz":
-        return lzma.open(path, "rb")
+        return lzma.open(raw, "rb")
     if path.suffix == ".zst":
-        import zstandard
+        import pyarrow
 
-        return zstandard.open(path, "rb")
-    return open(path, "rb")
+        # Unlike the zstandard package's reader, this one reads every frame and notices a file that is cut short.
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    return raw
 
 
 def _records(path: Path, file: IO[bytes]) -> Iterator[Record]:
     kind = _format(path)
     if kind == ".txt":
-        text = io.TextIOWrapper(file, "utf-8")
+        text = io.TextIOWrapper(file, "utf-8-sig")
         while lines := text.readlines(TEXT_BLOCK):
             yield Record(path.name, "".join(lines))
     elif kind == ".jsonl":
@@ -116,42 +126,61 @@ def _records(path: Path, file: IO[bytes]) -> Iterator[Record]:
     elif kind == ".json":
         rows = _parsed(path, "", file.read())
         if not isinstance(rows, list):
-            raise UserError(f"{path} is not a JSON array of records")
+            raise UserError(f"{path} is not a JSON array of records; write one, or name a file of lines .jsonl")
         for number, row in enumerate(rows, 1):
             yield _record(path, f"record {number}", row)
     else:
-        import pyarrow
-        import pyarrow.parquet
+        for number, row in enumerate(_parquet_rows(path, file), 1):
+            yield _record(path, f"row {number}", row)
 
-        try:
-            table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if path.suffix != ".parquet" else path)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path} is no Parquet file ({error})") from None
-        for batch in table.iter_batches(batch_size=512):
-            for number, row in enumerate(batch.to_pylist(), 1):
-                yield _record(path, f"row {number}", row)
+
+def _parquet_rows(path: Path, file: IO[bytes]) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file if path.suffix == ".parquet" else io.BytesIO(file.read()))
+        columns = [name for name in table.schema_arrow.names if name in ("text", *(key for key, *_ in CONVERSATIONS))]
+        if not columns:
+            raise UserError(f'{path} has no column "text", "conversations" or "messages"; rename the one that counts')
+        for batch in table.iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no Parquet file, or is damaged ({reason}); mend or leave out the file") from None
 
 
 def _parsed(path: Path, where: str, text: bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}{', ' + where if where else ''}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}{', ' + where if where else ''}: not JSON ({error}); mend or leave out the file"
+        ) from None
 
 
 def _record(path: Path, where: str, row: Any) -> Record:
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
-            return Record(path.name, row["text"])
-        for key, role, text in (("conversations", "from", "value"), ("messages", "role", "content")):
+            return Record(path.name, _clean(row["text"]))
+        for key, role, text in CONVERSATIONS:
             if isinstance(row.get(key), list):
-                turns = tuple((_role(path, where, t, role), str(t.get(text) or "")) for t in row[key])
-                return Record(path.name, turns=turns)
-    raise UserError(f'{path}, {where}: no "text", "conversations" or "messages" in the record')
+                return Record(path.name, turns=tuple(_turn(path, where, turn, role, text) for turn in row[key]))
+    raise UserError(f'{path}, {where}: no "text", "conversations" or "messages" in the record; add one')
 
 
-def _role(path: Path, where: str, turn: Any, key: str) -> str:
-    name = turn.get(key) if isinstance(turn, dict) else None
-    if name not in ROLES:
+def _turn(path: Path, where: str, turn: Any, role: str, text: str) -> tuple[str, str]:
+    name, said = (turn.get(role), turn.get(text)) if isinstance(turn, dict) else (None, None)
+    if not isinstance(name, str) or name not in ROLES:
         raise UserError(f"{path}, {where}: speaker {name!r} is not known; {', '.join(ROLES)} are")
-    return ROLES[name]
+    parts = said if isinstance(said, list) else [said or ""]
+    # Chat APIs give what is said either as text or as a list of {"type": "text", "text": ...}.
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(part, str) for part in texts):
+        raise UserError(f'{path}, {where}: "{text}" of the {name} is not text; leave out images and the like')
+    return ROLES[name], _clean("".join(texts))
+
+
+def _clean(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

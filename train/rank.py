@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import argparse
 import collections
-import itertools
+import io
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.errors import UserError
-from frspec_jax.vocabulary import Ranking, control_ids, sub_vocabulary, tokenizer_hash
 from train.corpus import ROLES, corpus_files, read_corpus
 
-BATCH = 256  # texts that a worker counts at a time
+# Worker processes import this module, and should not pay for JAX: `run` and `show` import what needs it.
+if TYPE_CHECKING:
+    from frspec_jax.vocabulary import Ranking
+
+BATCH = 1 << 18  # characters that a worker counts at a time; its memory is some hundred bytes a token
 SHARES = (16, 8, 4, 2)  # the table shows V' at one in so many of the vocabulary
 
 
@@ -53,6 +59,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from frspec_jax.checkpoint import Checkpoint
+    from frspec_jax.vocabulary import Ranking, control_ids, tokenizer_hash
+
+    roles = _checked(args)
+    checkpoint = Checkpoint.open(args.ckpt)
+    vocab_size, tokenizer = checkpoint.config.vocab_size, tokenizer_hash(checkpoint.tokenizer)
+    out = args.out or args.ckpt / "ranking.npz"
+    if out.exists() and not args.force:
+        raise UserError(f"{out} exists already; replace it with --force, or name another file with --out")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    rankings = [Ranking.load(path) for path in args.merge or ()]
+    for path, ranking in zip(args.merge or (), rankings, strict=True):
+        ranking.check(tokenizer, vocab_size, path)
+    files, held_out = corpus_files(args.corpus), corpus_files(args.evaluate or ())
+
+    # What is held out comes first: a mistake in it shows before the long count.
+    every = count_files(
+        [*held_out, *files], args.ckpt / "tokenizer.json", vocab_size, roles, args.processes, args.limit_tokens
+    )
+    others = list(zip([file.name for file in held_out], every, strict=False))
+    for name, counts in others:
+        if not counts.any():
+            raise UserError(f"--evaluate {name} holds no text of the roles {args.roles}; choose others with --roles")
+    counted = Ranking(sum(every, np.zeros(vocab_size, np.int64)), tokenizer, tuple(file.name for file in files))
+    ranking = sum(rankings[1:], rankings[0]) if rankings else counted
+    if rankings and files:
+        ranking = ranking + counted
+    if not ranking.tokens:
+        raise UserError(f"the corpus holds no text of the roles {args.roles}; choose others with --roles")
+    ranking.save(out)
+    show(ranking, others, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size))
+    seen = np.count_nonzero(ranking.counts)
+    print(f"wrote {out}: {ranking.tokens:,} tokens, {seen:,} of {vocab_size:,} ids seen")
+
+
+def _checked(args: argparse.Namespace) -> tuple[str, ...]:
+    """The roles asked for; refuses what argparse cannot."""
     if not args.corpus and not args.merge:
         raise UserError("name a CORPUS to count, or rankings to add up with --merge")
     roles = tuple(role.strip() for role in args.roles.split(","))
@@ -61,101 +105,122 @@ def run(args: argparse.Namespace) -> None:
     for flag, number in (("--limit-tokens", args.limit_tokens), ("--processes", args.processes)):
         if number is not None and number < 1:
             raise UserError(f"{flag} {number} must be at least 1")
-    checkpoint = Checkpoint.open(args.ckpt)
-    out = args.out or args.ckpt / "ranking.npz"
-    if out.exists() and not args.force:
-        raise UserError(f"{out} exists already; replace it with --force, or name another file with --out")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-    counter = Counter(checkpoint, roles, args.processes)
-    rankings = [Ranking.load(path) for path in args.merge or ()]
-    if args.corpus:
-        files = corpus_files(args.corpus)
-        counts = sum(counter.count(file, args.limit_tokens) for file in files)
-        rankings.append(counter.ranking(np.asarray(counts), [file.name for file in files]))
-    ranking = rankings[0]
-    for other in rankings[1:]:
-        ranking = ranking + other
-    ranking.check(counter.hash, counter.vocab_size, (args.merge or [out])[0])
-    if not ranking.tokens:
-        raise UserError(f"the corpus holds no text of the roles {args.roles}; choose others with --roles")
-    others = [(file.name, counter.count(file, args.limit_tokens)) for file in corpus_files(args.evaluate or ())]
-    ranking.save(out)
-    show(ranking, others, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, counter.vocab_size))
-    print(
-        f"wrote {out}: {ranking.tokens:,} tokens, "
-        f"{np.count_nonzero(ranking.counts):,} of {counter.vocab_size:,} ids seen"
-    )
+    return roles
 
 
 def show(ranking: Ranking, others: list[tuple[str, np.ndarray]], always: tuple[int, ...]) -> None:
-    """A table of coverage by V', of the counted text and of others."""
+    """Print a table of coverage by V', of the counted text and of others (names and counts [V])."""
+    from frspec_jax.vocabulary import sub_vocabulary
+
     table = Table(title="share of occurrences inside the sub-vocabulary")
     for heading in ("V'", "of V", "counted text", *(name for name, _ in others)):
-        table.add_column(heading, justify="right")
+        table.add_column(Text(heading), justify="right")
     vocab_size = len(ranking.counts)
     for share in SHARES:
         size = vocab_size // share
         if size <= len(always):
             continue
         ids = sub_vocabulary(ranking, size, vocab_size, always)
-        found = [ranking.coverage(ids), *(counts[ids].sum() / max(1, counts.sum()) for _, counts in others)]
+        found = [ranking.coverage(ids), *(counts[ids].sum() / counts.sum() for _, counts in others)]
         table.add_row(f"{size:,}", f"1/{share}", *(f"{value:.2%}" for value in found))
     Console().print(table)
 
 
-class Counter:
-    """Counts token ids of files, in several processes."""
+# Counting ----------------------------------------------------------------------------------------
 
-    def __init__(self, checkpoint: Checkpoint, roles: tuple[str, ...], processes: int | None) -> None:
-        self.hash = tokenizer_hash(checkpoint.tokenizer)
-        self.vocab_size = checkpoint.config.vocab_size
-        self._roles, self._processes = roles, processes or os.cpu_count() or 1
-        self._tokenizer = str(checkpoint.path / "tokenizer.json")
 
-    def ranking(self, counts: np.ndarray, names: list[str]) -> Ranking:
-        return Ranking(counts, self.hash, tuple(names))
+def count_files(
+    files: list[Path],
+    tokenizer: Path,
+    vocab_size: int,
+    roles: tuple[str, ...],
+    processes: int | None = None,
+    limit: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Occurrences [V] int64 of each token id in each corpus file, one file after the other.
 
-    def count(self, file: Path, limit: int | None = None) -> np.ndarray:
-        """Occurrences [V] int64 of each id in one corpus file; `limit` tokens or little more."""
-        counts = np.zeros(self.vocab_size, np.int64)
-        columns = (
-            TextColumn(file.name),
-            BarColumn(),
-            TextColumn("{task.fields[tokens]:,} tokens"),
-            TimeElapsedColumn(),
-        )
-        # Spawned workers never see the parent's threads (JAX has some), and load only the tokenizer.
-        pool = multiprocessing.get_context("spawn").Pool(self._processes, _open_tokenizer, (self._tokenizer,))
-        with pool, Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("counting", total=None, tokens=0)
-            for ids, numbers in _in_order(pool, _batches(file, self._roles), self._processes):
-                if ids.size and ids[-1] >= self.vocab_size:
+    tokenizer: a tokenizer.json. roles: the speakers that count. processes: workers, one a core by
+    default. limit: tokens of each file, or little more. A bar on stderr shows bytes read.
+
+    Raises:
+      UserError: a file cannot be read, or holds a token that is outside the vocabulary.
+    """
+    if not files:
+        return
+    processes = processes or os.cpu_count() or 1
+    # Spawned workers never see the parent's threads (JAX has some), and load only the tokenizer.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, _open_tokenizer, (str(tokenizer),))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}% {task.fields[tokens]:>13,} tokens"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with pool, Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=sum(file.stat().st_size for file in files), tokens=0)
+        start = tokens = 0
+        for file in files:
+            counts, here = np.zeros(vocab_size, np.int64), 0
+            progress.update(task, description=file.name)
+            for position, ids, numbers in _in_order(pool, _batches(file, roles), 2 * processes):
+                if ids.size and ids[-1] >= vocab_size:
                     raise UserError(
-                        f"{self._tokenizer} gives the id {ids[-1]}, outside the vocabulary of {self.vocab_size}"
+                        f"{tokenizer} gives the id {ids[-1]}, outside the vocabulary of {vocab_size:,}; "
+                        "convert the model again"
                     )
                 counts[ids] += numbers
-                progress.update(task, tokens=int(counts.sum()))
-                if limit and counts.sum() >= limit:
+                here += int(numbers.sum())
+                progress.update(task, completed=start + position, tokens=tokens + here)
+                if limit and here >= limit:
                     break
-        return counts
+            start, tokens = start + file.stat().st_size, tokens + here
+            progress.update(task, completed=start)
+            yield counts
 
 
-def _batches(file: Path, roles: tuple[str, ...]) -> Iterator[list[str]]:
-    texts = (text for record in read_corpus(file) for text in record.parts(roles))
-    while batch := list(itertools.islice(texts, BATCH)):
-        yield batch
+def _batches(file: Path, roles: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """Bytes of the file read so far, and texts of about `BATCH` characters; longer ones are cut at ends of lines."""
+    position, size = 0, 0
+    batch: list[str] = []
+
+    def read(count: int) -> None:
+        nonlocal position
+        position = count
+
+    for record in read_corpus(file, read):
+        for text in record.parts(roles):
+            for piece in [text] if len(text) <= BATCH else _pieces(text):
+                batch.append(piece)
+                size += len(piece)
+                if size >= BATCH:
+                    yield position, batch
+                    batch, size = [], 0
+    yield position, batch
 
 
-def _in_order(pool: Any, batches: Iterable[list[str]], processes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`imap` that reads ahead only a few batches, so that a corpus of any size needs little memory."""
-    pending: collections.deque[Any] = collections.deque()
-    for batch in batches:
-        pending.append(pool.apply_async(_count, (batch,)))
-        if len(pending) > 2 * processes:
-            yield pending.popleft().get()
-    while pending:
-        yield pending.popleft().get()
+def _pieces(text: str) -> Iterator[str]:
+    lines = io.StringIO(text)
+    while piece := lines.readlines(BATCH):
+        yield "".join(piece)
+
+
+def _in_order(
+    pool: Executor, batches: Iterable[tuple[int, list[str]]], ahead: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each batch's position, ids and how often; reads only `ahead` batches ahead, so that memory stays flat."""
+    pending: collections.deque[tuple[int, Future[Any]]] = collections.deque()
+    try:
+        for position, batch in batches:
+            pending.append((position, pool.submit(_count, batch)))
+            if len(pending) > ahead:
+                done, future = pending.popleft()
+                yield done, *future.result()
+        for done, future in pending:
+            yield done, *future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process died, for want of memory perhaps; try again with fewer --processes") from None
 
 
 _worker_tokenizer: Any = None  # of a worker process
@@ -164,13 +229,16 @@ _worker_tokenizer: Any = None  # of a worker process
 def _open_tokenizer(path: str) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent reports it
     from tokenizers import Tokenizer
 
     _worker_tokenizer = Tokenizer.from_file(path)
+    _worker_tokenizer.no_truncation()  # a tokenizer.json can ask for it, meant for training
+    _worker_tokenizer.no_padding()
 
 
 def _count(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """The ids that occur in some texts, ascending, and how often."""
-    encoded = _worker_tokenizer.encode_batch(texts, add_special_tokens=False)
+    encoded = _worker_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ids = np.concatenate([np.asarray(e.ids, np.int64) for e in encoded]) if encoded else np.zeros(0, np.int64)
     return np.unique(ids, return_counts=True)
