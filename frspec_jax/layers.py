@@ -93,7 +93,7 @@ def rotation(config: ModelConfig, positions: Array) -> Rotation:
 
 
 def rotate(x: Array, by: Rotation) -> Array:
-    """Rotary position embedding of x [T, heads, head_dim], the halves of head_dim forming the pairs (Hugging Face's)."""
+    """Rotary position embedding of x [T, heads, head_dim]: halves of head_dim form the pairs, as in Hugging Face."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1).astype(x.dtype)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.layers import LayerParams, decoder_layer, rms_norm, rotation
+from pallas_kernels.products import einsum_f32
 
 
 @struct.dataclass
@@ -60,4 +60,4 @@ def forward(
 def logits(params: LlamaParams, features: Array) -> Array:
     """Full-vocabulary logits [T, V], float32, of features [T, H]."""
     with jax.named_scope("lm_head"):
-        return jnp.einsum("th,vh->tv", features, params.head, preferred_element_type=jnp.float32)
+        return einsum_f32("th,vh->tv", features, params.head)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
+
+from pallas_kernels.products import einsum_f32
 
 
 def subvocab_top_k(x: Array, head: Array, k: int) -> tuple[Array, Array]:
@@ -17,6 +18,6 @@ def subvocab_top_k(x: Array, head: Array, k: int) -> tuple[Array, Array]:
       Log-probabilities [M, k], float32, descending, and row indices [M, k], int32; of equal
       logits the lower index comes first.
     """
-    logits = jnp.einsum("mh,vh->mv", x, head, preferred_element_type=jnp.float32)
+    logits = einsum_f32("mh,vh->mv", x, head)
     best, index = lax.top_k(logits, k)
     return best - jax.nn.logsumexp(logits, axis=-1, keepdims=True), index

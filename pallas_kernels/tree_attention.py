@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.products import einsum_f32
+
 BLOCK = 256  # cache rows a step; capacities are multiples of it
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
 MASKED = -1e30  # finite, so that a fully masked block leaves no NaN behind
@@ -53,7 +55,7 @@ def tree_attention(q: Array, keys: Array, values: Array, committed: Array, ances
 
     def scores(first: Array | int, k: Array) -> Array:
         with jax.named_scope("scores"):
-            products = jnp.einsum("hkd,hdq->hkq", k, columns, preferred_element_type=jnp.float32).swapaxes(1, 2)
+            products = einsum_f32("hkd,hdq->hkq", k, columns).swapaxes(1, 2)
             row = first + jnp.arange(k.shape[1])
             visible = (row < committed)[None] | has_bit(ancestors, row - committed)  # [T, k]
             masked = jnp.repeat(visible, group, axis=0)[None]
@@ -61,7 +63,7 @@ def tree_attention(q: Array, keys: Array, values: Array, committed: Array, ances
 
     if capacity <= DENSE_LIMIT:
         weights = jax.nn.softmax(scores(0, keys), axis=-1)
-        out = jnp.einsum("hqk,hkd->hqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        out = einsum_f32("hqk,hkd->hqd", weights.astype(values.dtype), values)
     else:
         out = _over_live_blocks(
             scores, (kv_heads, tokens * group, head_dim), keys, values, committed + 32 * ancestors.shape[1]
@@ -83,7 +85,7 @@ def _over_live_blocks(scores, shape: tuple[int, ...], keys: Array, values: Array
         new_peak = jnp.maximum(peak, s.max(-1))
         weights = jnp.exp(s - new_peak[..., None])
         old = jnp.exp(peak - new_peak)
-        mix = jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        mix = einsum_f32("hqk,hkd->hqd", weights.astype(v.dtype), v)
         return new_peak, total * old + weights.sum(-1), out * old[..., None] + mix
 
     start = (

@@ -70,7 +70,11 @@ def test_prompts(ckpt, capsys, tmp_path):
     assert "--context 256" in refused(capsys, "--ckpt", ckpt, "--context", "200", "--prompt", "word " * 200)
     assert "cannot be read" in refused(capsys, "--ckpt", ckpt, "--prompt-file", tmp_path / "absent.txt")
     file = tmp_path / "prompts.jsonl"
-    for line, words in (("{", "not JSON"), ('{"text": 1}', '"prompt"'), ('{"messages": [{"role": "user"}]}', '"messages"')):
+    for line, words in (
+        ("{", "not JSON"),
+        ('{"text": 1}', '"prompt"'),
+        ('{"messages": [{"role": "user"}]}', '"messages"'),
+    ):
         file.write_text('{"prompt": "hi"}\n' + line + "\n")
         message = refused(capsys, "--ckpt", ckpt, "--prompt-file", file)
         assert "line 2" in message and words in message

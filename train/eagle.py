@@ -140,6 +140,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{len(stores)} corpora hold too few sequences; one in {HELD_OUT} is held out for evaluation")
     state = session.restore(new_state(params, recipe))
     first = int(state.step)
+    # On the device for good, as the target's weights are: otherwise the second step would compile anew.
+    state = jax.device_put(state, jax.devices()[0])
     note = f"; resumed at step {first}" if first else ""
     console = Console(stderr=True)
     console.print(
