@@ -110,14 +110,15 @@ def stage_times(model: Generator, prompt: np.ndarray, request: Request, rounds: 
 
 
 def bandwidth(megabytes: int = 512) -> float:
-    """Bytes a second that this device reads from memory: the best of several sums over a large array."""
-    data = jnp.ones((megabytes * 2**18,), jnp.float32)
-    total = jax.jit(lambda x: x.reshape(-1, 2**14).sum(0))
-    jax.block_until_ready(total(data))
+    """Bytes a second that this device reads from memory: the best of several matrix-vector products."""
+    data = jnp.ones((megabytes * 2**8, 2**10), jnp.float32)
+    vector = jnp.ones((2**10,), jnp.float32)
+    product = jax.jit(lambda x, y: x @ y)
+    jax.block_until_ready(product(data, vector))
     best = float("inf")
     for _ in range(7):
         start = time.perf_counter()
-        jax.block_until_ready(total(data))
+        jax.block_until_ready(product(data, vector))
         best = min(best, time.perf_counter() - start)
     return data.nbytes / best
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -94,9 +95,8 @@ def _row(
 
 
 HEADINGS = {
-    "name": "method", "tokens_per_second": "tokens/s", "speed_up": "× vanilla", "accepted_length": "accepted length",
-    "draft_ms": "draft ms", "verify_ms": "verify ms", "round_ms": "round ms", "times_floor": "× floor",
-    "identical_to_vanilla": "identical to vanilla",
+    "name": "method", "tokens_per_second": "tokens/s", "speed_up": "× vanilla", "accepted_length": "accepted",
+    "draft_ms": "draft ms", "verify_ms": "verify ms", "times_floor": "× floor", "identical_to_vanilla": "identical",
 }  # fmt: skip
 
 
@@ -104,15 +104,20 @@ def show(figures: dict[str, Any]) -> None:
     """The figures as a table."""
     tree = figures["tree"]
     table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         title=f"{measure.machine()}; tree of {tree['size']}, depth {tree['depth']}, top-k {tree['top_k']}; "
-        f"{figures['bandwidth_gb_per_second']} GB/s"
+        f"{figures['bandwidth_gb_per_second']} GB/s",
     )
     for heading in HEADINGS.values():
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in figures["methods"]:
         table.add_row(*(_cell(row.get(key)) for key in HEADINGS))
     Console().print(table)
-    print("accepted length counts the bonus token; speeds are medians over prompts, decoding alone")
+    print(
+        "tokens/s: median over the prompts, decoding alone; accepted: tokens a round, the bonus token counted;\n"
+        "× floor: a round against the time to read what it must; identical: to vanilla, on every prompt"
+    )
 
 
 def _cell(value: Any) -> str:

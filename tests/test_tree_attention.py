@@ -1,0 +1,142 @@
+"""Attention over a KV cache and a tree, against the textbook formula in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.tree_attention import BLOCK, DENSE_LIMIT, bit_words, has_bit, tree_attention
+
+attend = jax.jit(tree_attention)
+
+# (tokens, KV heads, queries per KV head, head_dim, capacity); the last two walk the cache in blocks.
+SHAPES = [(8, 2, 3, 64, 256), (70, 2, 1, 8, 256), (5, 1, 3, 8, 512), (70, 2, 3, 64, 1024), (33, 3, 1, 8, 1024)]
+GARBAGE = 3e30  # finite, as everything is that stands in a cache; larger than any real entry
+
+
+def reference(q, keys, values, committed, line) -> np.ndarray:
+    """Softmax attention query by query, over the rows that each one sees, in float64.
+
+    line: [T, T] booleans, which rows of the tree behind the committed ones each query sees.
+    """
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    tokens, heads, head_dim = q.shape
+    group = heads // keys.shape[0]
+    out = np.zeros_like(q)
+    for t in range(tokens):
+        rows = np.concatenate([np.arange(committed), committed + np.flatnonzero(line[t])])
+        for head in range(heads):
+            scores = keys[head // group, rows] @ q[t, head] / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            out[t, head] = weights @ values[head // group, rows] / weights.sum()
+    return out
+
+
+def case(shape, committed, kind, seed, spread=1.0):
+    """Queries, and a cache whose invisible rows hold what must not be seen."""
+    tokens, kv_heads, group, head_dim, capacity = shape
+    rng = np.random.default_rng(seed)
+    q = (spread * rng.normal(size=(tokens, kv_heads * group, head_dim))).astype(np.float32)
+    keys, values = rng.normal(size=(2, kv_heads, capacity, head_dim)).astype(np.float32)
+    keys[:, committed + tokens :] = values[:, committed + tokens :] = GARBAGE
+    line = np.eye(tokens, dtype=bool)
+    if kind == "chain":
+        line |= np.tri(tokens, dtype=bool)
+    elif kind == "tree":
+        for t in range(1, tokens):
+            line[t] |= line[rng.integers(0, t)]
+    elif kind == "any":  # tree_attention asks for no tree: only that a query sees itself
+        line |= rng.random((tokens, tokens)) < rng.random()
+    return q, keys, values, committed, line
+
+
+def ours(q, keys, values, committed, line) -> np.ndarray:
+    return np.asarray(attend(q, keys, values, jnp.int32(committed), bit_words(jnp.asarray(line))))
+
+
+def error(mine, exact) -> float:
+    """The largest difference by the size of the largest entry of the same query and head."""
+    scale = np.abs(exact).max(-1, keepdims=True)
+    return float((np.abs(np.asarray(mine, np.float64) - exact) / scale).max())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(SHAPES), st.floats(0, 1), st.sampled_from(["alone", "chain", "tree", "any"]),
+    st.integers(0, 2**32 - 1), st.sampled_from([0.1, 1.0, 4.0]),
+)  # fmt: skip
+def test_it_is_softmax_attention(shape, fill, kind, seed, spread):
+    committed = round(fill * (shape[4] - shape[0]))  # from an empty cache to a full one
+    given = case(shape, committed, kind, seed, spread)
+    assert error(ours(*given), reference(*given)) < 2e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES[::3])
+def test_at_every_edge_of_a_block(shape):
+    for edge in range(0, shape[4], BLOCK):
+        for committed in (edge - shape[0], edge - 1, edge, edge + 1):
+            if 0 <= committed <= shape[4] - shape[0]:
+                given = case(shape, committed, "tree", committed)
+                assert error(ours(*given), reference(*given)) < 2e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_a_query_does_not_see_change_nothing(shape):
+    """Bit for bit: rows behind the tree, and siblings within it."""
+    tokens, _, _, _, capacity = shape
+    q, keys, values, committed, line = case(shape, min(300, capacity - tokens - 20), "alone", seed=1)
+    before = ours(q, keys, values, committed, line)
+    hidden = committed + np.arange(1, capacity - committed)  # all but the first tree row
+    rng = np.random.default_rng(2)
+    keys[:, hidden], values[:, hidden] = rng.normal(size=(2, *keys[:, hidden].shape))
+    assert np.array_equal(ours(q, keys, values, committed, line)[0], before[0])
+    keys[:, committed] += 1
+    assert not np.array_equal(ours(q, keys, values, committed, line)[0], before[0])
+
+
+def test_both_paths_agree():
+    """The same rows in a cache below the limit of the dense path and in one above it."""
+    assert SHAPES[2][4] <= DENSE_LIMIT < SHAPES[3][4]
+    q, keys, values, committed, line = case((8, 2, 3, 64, 512), 400, "tree", seed=3)
+    longer = [np.concatenate([x, np.full_like(x, GARBAGE)], axis=1) for x in (keys, values)]
+    dense, blocks = ours(q, keys, values, committed, line), ours(q, *longer, committed, line)
+    assert error(blocks, np.asarray(dense, np.float64)) < 2e-6
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]])
+def test_bfloat16_is_float32_but_for_rounding(shape):
+    q, keys, values, committed, line = case(shape, shape[4] - shape[0] - 3, "tree", seed=4)
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, keys, values)]
+    mine = ours(*rounded, committed, line)
+    assert mine.dtype == jnp.bfloat16
+    exact = reference(*(np.asarray(x, np.float32) for x in rounded), committed, line)
+    # Scores are float32. The weights are rounded once (2^-9) before they meet the values, the output once more.
+    bound = 2.0**-8 * np.abs(exact) + 2.0**-9 * np.sqrt(np.mean(np.square(exact)))
+    assert (np.abs(np.asarray(mine, np.float64) - exact) < 2 * bound).all()
+
+
+# Words of bits -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([1, 31, 32, 33, 64, 70]), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]))
+def test_bits_return_from_words(rows, seed, share):
+    visible = np.random.default_rng(seed).random((3, rows)) < share
+    words = bit_words(jnp.asarray(visible))
+    assert words.dtype == jnp.int32 and words.shape == (3, -(-rows // 32))
+    found = np.asarray(has_bit(words, jnp.arange(-70, 200)))
+    assert np.array_equal(found[:, 70 : 70 + rows], visible)
+    assert not found[:, :70].any() and not found[:, 70 + rows :].any()  # rows outside are unset
+    expected = [sum(1 << r for r in np.flatnonzero(row).tolist()) for row in visible]
+    assert [sum((int(w) & 0xFFFFFFFF) << 32 * n for n, w in enumerate(row)) for row in words] == expected
+
+
+def test_words_keep_leading_axes():
+    visible = np.random.default_rng(0).random((2, 3, 40)) < 0.5
+    words = bit_words(jnp.asarray(visible))
+    assert words.shape == (2, 3, 2) and np.array_equal(words[1], bit_words(jnp.asarray(visible[1])))
+    assert has_bit(words[0], jnp.arange(6).reshape(2, 3)).shape == (3, 2, 3)
