@@ -217,7 +217,11 @@ class Checkpoint:
             raise UserError(f"{self.path} holds no tokenizer.json; convert the model again, from a source that has one")
         # transformers warns of Mistral's split pattern whenever a large vocabulary lies beside a config.json that
         # is not its own; the flag says that the pattern is meant as it stands.
-        return PreTrainedTokenizerFast.from_pretrained(str(self.path), fix_mistral_regex=False)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(str(self.path), fix_mistral_regex=False)
+        except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot parse
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{self.path}/tokenizer.json is damaged ({reason}); convert the model again") from None
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:

@@ -111,6 +111,14 @@ def test_damaged_checkpoints(ckpt, capsys, tmp_path):
     assert "damaged or incomplete" in refused(capsys, "--ckpt", broken, *HI)
 
 
+def test_a_damaged_tokenizer(ckpt, capsys, tmp_path):
+    broken = copy(ckpt, tmp_path)
+    (broken / "tokenizer.json").write_text((ckpt / "tokenizer.json").read_text()[:200])
+    assert "tokenizer.json is damaged" in refused(capsys, "--ckpt", broken, *HI)
+    (broken / "tokenizer.json").unlink()
+    assert "no tokenizer.json" in refused(capsys, "--ckpt", broken, *HI)
+
+
 def test_a_ranking_of_another_tokenizer(ckpt, capsys, tmp_path):
     other = copy(ckpt, tmp_path)
     Ranking(np.ones(VOCAB_SIZE, np.int64), tokenizer_hash(tokenizer("x")), ("t",)).save(other / "ranking.npz")
