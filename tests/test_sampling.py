@@ -65,7 +65,9 @@ def test_tokens_that_tie_with_the_last_kept_one_stay():
     ]
 
 
-@pytest.mark.parametrize("how", [Sampling(1.0, top_p=1e-6), Sampling(1.0, top_k=1), Sampling(1e-4)])
+@pytest.mark.parametrize(
+    "how", [Sampling(1.0, top_p=1e-9), Sampling(1.0, 5, 1e-9), Sampling(1.0, top_k=1), Sampling(1e-4)]
+)
 def test_filters_that_leave_one_token_are_greedy(how):
     logits = jax.random.normal(jax.random.key(0), (50, 100))
     assert np.array_equal(drawn(logits, how), logits.argmax(-1))
