@@ -23,6 +23,7 @@ from frspec_jax.drafters.base import Accepted, Drafter
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
 from frspec_jax.tree import DraftTree, accepted_path, causal
+from pallas_kernels.dispatch import AUTO, Kernels
 
 RUNNING, STOPPED, FULL = 0, 1, 2  # DecodeState.finished
 
@@ -36,6 +37,7 @@ class Plan:
     tree: TreeConfig
     sampling: Sampling
     stop_ids: tuple[int, ...]
+    kernels: Kernels = AUTO  # the target's; a drafter carries its own
 
     @property
     def margin(self) -> int:
@@ -94,7 +96,7 @@ def _prefill_chunk(
     positions = start + jnp.arange(chunk, dtype=jnp.int32)
     with jax.named_scope("prefill"):
         features, target = llama.forward(
-            weights.target, plan.config, tokens[:-1], positions, caches.target, start, causal(chunk)
+            weights.target, plan.config, tokens[:-1], positions, caches.target, start, causal(chunk), plan.kernels
         )
         draft = plan.drafter.prefill(weights.draft, weights.target.embedding, features, tokens[1:], start, caches.draft)
     return Caches(target, draft), features[count - 1]
@@ -187,8 +189,9 @@ def verify(plan: Plan, weights: Weights, state: DecodeState, tree: DraftTree) ->
     with jax.named_scope("verify"):
         positions = state.length + tree.depth
         features, cache = llama.forward(
-            weights.target, plan.config, tree.tokens, positions, state.caches.target, state.length, tree.ancestors
-        )
+            weights.target, plan.config, tree.tokens, positions, state.caches.target, state.length, tree.ancestors,
+            plan.kernels,
+        )  # fmt: skip
         scores = llama.logits(weights.target, features)
     following = state.length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)
     chosen = sampling.choose(scores, plan.sampling, state.seed, state.sequence, following, tree.depth)

@@ -17,6 +17,8 @@ from frspec_jax.errors import UserError, reported
 if TYPE_CHECKING:
     from frspec_jax.api import Prompt
 
+IMPLEMENTATIONS = ("auto", "pallas", "interpret", "xla")  # those of pallas_kernels.dispatch, without importing JAX
+
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -62,11 +64,16 @@ def arguments() -> argparse.ArgumentParser:
     draft.add_argument(
         "--draft-top-k", type=int, metavar="K", help="beams a level and children a node (default: CPU 4, GPU 10)"
     )
+    draft.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")
     device = parser.add_argument_group("device")
     device.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     device.add_argument(
         "--context", type=int, metavar="N", help="tokens of prompt and answer together (default: at most 4096)"
     )
+    device.add_argument(
+        "--kernels", choices=IMPLEMENTATIONS, default="auto",
+        help="auto: Pallas kernels where they were measured to win (default); interpret: the same, slowly, on any device",
+    )  # fmt: skip
     return parser
 
 
@@ -143,6 +150,7 @@ def generate(args: argparse.Namespace, prompts: list[Prompt], sampling: Sampling
 
     from frspec_jax import api, compile_cache
     from frspec_jax.checkpoint import Checkpoint
+    from pallas_kernels.dispatch import Kernels
 
     compile_cache.enable()
     request = api.Request(args.max_new_tokens, sampling, args.seed, args.raw, args.system)
@@ -153,6 +161,7 @@ def generate(args: argparse.Namespace, prompts: list[Prompt], sampling: Sampling
         model = api.load(
             checkpoint, draft=args.draft, draft_vocab=args.draft_vocab, tree=tree,
             dtype=args.dtype and jnp.dtype(args.dtype), context=args.context,
+            kernels=Kernels(args.kernels, args.kernels), draft_int8=args.draft_int8,
         )  # fmt: skip
     for prompt in prompts:  # a prompt that does not fit is refused before any is answered
         model.check(model.encode(prompt, request), request)

@@ -13,6 +13,7 @@ from jax import Array, lax
 from frspec_jax import kv_cache
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import LayerKV
+from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -146,6 +147,7 @@ def decoder_layer(
     write_at: Array,
     committed: Array,
     ancestors: Array,
+    kernels: Kernels = AUTO,
 ) -> tuple[Array, LayerKV]:
     """One Llama decoder layer over T tokens, whose keys and values are put into the cache first.
 
@@ -153,12 +155,13 @@ def decoder_layer(
       x: [T, H] residual stream. by: the tokens' `rotation`.
       write_at: int32 scalar, the cache row of the first of the T tokens.
       committed, ancestors: what each token sees, as in `tree_attention`.
+      kernels: which implementations run.
     """
     with jax.named_scope("attention"):
         normed = x if layer.attention_norm is None else rms_norm(x, layer.attention_norm, config.rms_norm_eps)
         q, k, v = project_qkv(layer, config, normed, by)
         cache = kv_cache.write(cache, k, v, write_at)
-        mixed = tree_attention(q, cache.keys, cache.values, committed, ancestors)
+        mixed = tree_attention(q, cache.keys, cache.values, committed, ancestors, implementation=kernels.attention)
         x = x + linear(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias)
     with jax.named_scope("mlp"):
         return x + gated_mlp(layer, rms_norm(x, layer.mlp_norm, config.rms_norm_eps)), cache

@@ -9,6 +9,7 @@ from jax import Array
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.layers import LayerParams, decoder_layer, rms_norm, rotation
+from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.products import einsum_f32
 
 
@@ -35,6 +36,7 @@ def forward(
     cache: KVCache,
     committed: Array,
     ancestors: Array,
+    kernels: Kernels = AUTO,
 ) -> tuple[Array, KVCache]:
     """Run T tokens through the target: a chunk of a prompt, one token, or a draft tree.
 
@@ -43,6 +45,7 @@ def forward(
       cache: its rows `committed` .. `committed + T - 1` receive the tokens' keys and values.
       committed: int32 scalar, rows that every token sees.
       ancestors: [T, W] int32 bit words: which of the T tokens each one sees, itself included.
+      kernels: which implementations run.
 
     Returns:
       Features [T, H] (the hidden state after the final norm, the LM head's input), and the cache.
@@ -52,7 +55,7 @@ def forward(
     updated = []
     for index, (layer, layer_cache) in enumerate(zip(params.layers, cache, strict=True)):
         with jax.named_scope(f"layer_{index}"):
-            x, layer_cache = decoder_layer(layer, config, x, by, layer_cache, committed, committed, ancestors)
+            x, layer_cache = decoder_layer(layer, config, x, by, layer_cache, committed, committed, ancestors, kernels)
         updated.append(layer_cache)
     return rms_norm(x, params.final_norm, config.rms_norm_eps), tuple(updated)
 

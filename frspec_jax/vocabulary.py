@@ -20,6 +20,7 @@ from flax import struct
 from jax import Array
 
 from frspec_jax.errors import UserError
+from pallas_kernels.subvocab_head import quantised
 
 
 @struct.dataclass
@@ -28,6 +29,7 @@ class DraftHead:
 
     weight: Array  # [V', H]
     ids: Array  # [V'] int32, unique full-vocabulary ids
+    scale: Array | None = None  # [V'] float32, what each row is multiplied by where the weight is int8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,7 +165,15 @@ def sub_vocabulary(ranking: Ranking | None, size: int, vocab_size: int, always: 
     return order[chosen]
 
 
-def crop(head: Array, ids: np.ndarray) -> DraftHead:
-    """The rows `ids` of an LM head [V, H], gathered once; all rows in their own order are shared, not copied."""
+def crop(head: Array, ids: np.ndarray, int8: bool = False) -> DraftHead:
+    """The rows `ids` of an LM head [V, H], gathered once; all rows in their own order are shared, not copied.
+
+    int8: round them to int8, each row with its own scale. Only proposals change by that, never the output.
+    """
     identity = len(ids) == head.shape[0] and bool((ids == np.arange(len(ids))).all())
-    return DraftHead(head if identity else head[jnp.asarray(ids)], jnp.asarray(ids, jnp.int32))
+    rows = head if identity else head[jnp.asarray(ids)]
+    kept = jnp.asarray(ids, jnp.int32)
+    if int8:
+        weight, scale = quantised(rows)
+        return DraftHead(weight, kept, scale)
+    return DraftHead(rows, kept)

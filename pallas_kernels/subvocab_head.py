@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import subvocab_head_pallas
+from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.products import einsum_f32
+from pallas_kernels.subvocab_head_pallas import Config
 
 
-def subvocab_top_k(x: Array, head: Array, k: int) -> tuple[Array, Array]:
+def subvocab_top_k(
+    x: Array,
+    head: Array,
+    k: int,
+    scale: Array | None = None,
+    *,
+    implementation: Implementation = "auto",
+    config: Config | None = None,
+) -> tuple[Array, Array]:
     """The k most probable rows of the head under the softmax over all of its rows.
 
     Args:
       x: [M, H] predicted features. head: [V', H]. k: at most V'.
+      scale: [V'] float32, what each row of a head of int8 is multiplied by; None for a head of floats.
+      implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
 
     Returns:
       Log-probabilities [M, k], float32, descending, and row indices [M, k], int32; of equal
       logits the lower index comes first.
     """
-    logits = einsum_f32("mh,vh->mv", x, head)
+    shape = {"rows": x.shape[0], "hidden": x.shape[1], "vocabulary": head.shape[0], "bytes": head.dtype.itemsize}
+    implementation, chosen = choose(implementation, "subvocab_head", shape, config or Config.suited_to(x.shape[1]))
+    if implementation == "xla":
+        return _xla(x, head, k, scale)
+    return subvocab_head_pallas.subvocab_top_k(x, head, k, scale, chosen, interpret=implementation == "interpret")
+
+
+def _xla(x: Array, head: Array, k: int, scale: Array | None) -> tuple[Array, Array]:
+    if scale is None:
+        logits = einsum_f32("mh,vh->mv", x, head)
+    else:
+        logits = einsum_f32("mh,vh->mv", x, head.astype(x.dtype)) * scale
     best, index = lax.top_k(logits, k)
     return best - jax.nn.logsumexp(logits, axis=-1, keepdims=True), index
+
+
+def quantised(head: Array) -> tuple[Array, Array]:
+    """A head [V', H] as int8, and the scale [V'] float32 of each row: half the bytes of bfloat16.
+
+    A draft may be rounded at will: it proposes, and the target alone decides.
+    """
+    wide = head.astype(jnp.float32)
+    scale = jnp.abs(wide).max(-1) / 127
+    scale = jnp.where(scale == 0, 1.0, scale)
+    return jnp.round(wide / scale[:, None]).astype(jnp.int8), scale

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import tree_attention_pallas
+from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.products import einsum_f32
+from pallas_kernels.tree_attention_pallas import MASKED, Config
 
 BLOCK = 256  # cache rows a step; capacities are multiples of it
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
-MASKED = -1e30  # finite, so that a fully masked block leaves no NaN behind
 
 
 def bit_words(visible: Array) -> Array:
@@ -34,7 +36,16 @@ def has_bit(words: Array, row: Array) -> Array:
     return inside & ((words[:, at >> 5] >> (at & 31)) & 1).astype(bool)
 
 
-def tree_attention(q: Array, keys: Array, values: Array, committed: Array, ancestors: Array) -> Array:
+def tree_attention(
+    q: Array,
+    keys: Array,
+    values: Array,
+    committed: Array,
+    ancestors: Array,
+    *,
+    implementation: Implementation = "auto",
+    config: Config | None = None,
+) -> Array:
     """Softmax attention with float32 scores, scaled by 1/sqrt(head_dim).
 
     Args:
@@ -42,10 +53,24 @@ def tree_attention(q: Array, keys: Array, values: Array, committed: Array, ances
       keys, values: [kv_heads, S, head_dim], the tree's own rows included; S a multiple of BLOCK.
       committed: int32 scalar, cache rows that every query sees.
       ancestors: [T, W] int32 bit words over the rows from `committed` on, each query's own included.
+      implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
 
     Returns:
       [T, heads, head_dim] in q's dtype.
     """
+    tokens, heads, head_dim = q.shape
+    kv_heads = keys.shape[0]
+    rows = tokens * heads // kv_heads
+    shape = {"rows": rows, "kv_heads": kv_heads, "head_dim": head_dim, "bytes": keys.dtype.itemsize}
+    default = config or Config.suited_to(rows, kv_heads)
+    implementation, chosen = choose(implementation, "tree_attention", shape, default)
+    if implementation == "xla":
+        return _xla(q, keys, values, committed, ancestors)
+    interpret = implementation == "interpret"
+    return tree_attention_pallas.tree_attention(q, keys, values, committed, ancestors, chosen, interpret)
+
+
+def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Array) -> Array:
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads

@@ -28,6 +28,7 @@ from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
 from frspec_jax.tree import causal
+from pallas_kernels.dispatch import Kernels
 from train.corpus import corpus_files, read_corpus
 from train.features import FeatureWriter
 
@@ -158,7 +159,9 @@ def _decode(
     """Feed `steps` tokens to every slot: the tokens fed [steps, B] and their features [steps, B, H]."""
 
     def one(cache: KVCache, token: Array, length: Array) -> tuple[Array, KVCache]:
-        features, cache = llama.forward(params, config, token[None], length[None], cache, length, causal(1))
+        features, cache = llama.forward(
+            params, config, token[None], length[None], cache, length, causal(1), Kernels("xla", "xla")
+        )  # under vmap, which would give the kernel a grid of four axes
         return features[0], cache
 
     def step(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
