@@ -28,6 +28,7 @@ from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import rounded_capacity
 from frspec_jax.llama import LlamaParams
 from frspec_jax.vocabulary import Ranking, control_ids, crop, sub_vocabulary, tokenizer_hash
+from pallas_kernels.dispatch import AUTO, Kernels
 
 Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
 ALL_ROUNDS = np.int32(2**30)
@@ -119,6 +120,8 @@ def load(
     context: int | None = None,
     chunk: int | None = None,
     target: LlamaParams | None = None,
+    kernels: Kernels = AUTO,
+    draft_int8: bool = False,
 ) -> Generator:
     """Open a checkpoint folder and make it ready to generate.
 
@@ -129,6 +132,8 @@ def load(
         None stands for what suits the device (`defaults`).
       target: the weights, if they are loaded already: several models may share them.
       context: tokens that prompt, answer and draft tree may take together (default: at most 4096).
+      kernels: implementations of attention and of the draft's head.
+      draft_int8: round the draft's head to int8: half the bytes of bfloat16, and the same text.
 
     Raises:
       UserError: with one sentence that says what to mend.
@@ -137,6 +142,10 @@ def load(
     best = defaults()
     dtype = best.dtype if dtype is None else dtype
     config = checkpoint.config
+    if "pallas" in dataclasses.astuple(kernels) and jax.default_backend() != "gpu":
+        raise UserError(
+            f"--kernels pallas needs a CUDA GPU, and JAX found {jax.default_backend()}; use auto, xla or interpret"
+        )
     if context is not None and not 1 <= context <= config.max_context:
         raise UserError(
             f"--context {context} is out of range; the model was trained for 1 to {config.max_context} tokens"
@@ -160,10 +169,11 @@ def load(
         if tree.top_k > size:
             raise UserError(f"--draft-top-k {tree.top_k} is larger than --draft-vocab {size}; lower it")
         if tree.size > 1:
-            drafter, weights = Eagle(draft_config.layer_of(config)), EagleWeights(params, crop(target.head, ids))
+            drafter = Eagle(draft_config.layer_of(config), kernels)
+            weights = EagleWeights(params, crop(target.head, ids, draft_int8))
     return Generator(
         checkpoint, engine.Weights(target, weights), drafter, tree, size, dtype,
-        rounded_capacity(context or min(config.max_context, 4096)), chunk or best.chunk,
+        rounded_capacity(context or min(config.max_context, 4096)), chunk or best.chunk, kernels,
     )  # fmt: skip
 
 
@@ -201,10 +211,11 @@ class Generator:
         dtype: Any,
         capacity: int,
         chunk: int,
+        kernels: Kernels = AUTO,
     ) -> None:
         self.checkpoint, self.weights, self.drafter, self.tree = checkpoint, weights, drafter, tree
         self.draft_vocab = None if isinstance(drafter, Vanilla) else draft_vocab
-        self.capacity, self.chunk = capacity, chunk
+        self.capacity, self.chunk, self.kernels = capacity, chunk, kernels
         self._dtype = dtype
         self._caches: engine.Caches | None = None
         self._warm: set[engine.Plan] = set()
@@ -217,7 +228,9 @@ class Generator:
 
     def plan(self, sampling: Sampling) -> engine.Plan:
         """What is compiled for these sampling settings."""
-        return engine.Plan(self.checkpoint.config, self.drafter, self.tree, sampling, self.checkpoint.stop_ids)
+        return engine.Plan(
+            self.checkpoint.config, self.drafter, self.tree, sampling, self.checkpoint.stop_ids, self.kernels
+        )
 
     def encode(self, prompt: Prompt, request: Request = Request()) -> np.ndarray:
         """A prompt as token ids [T] int32: through the chat template, unless the request or the model is raw."""

@@ -22,6 +22,7 @@ from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, decoder_layer, linear, rotation
 from frspec_jax.tree import Beam, DraftTree, causal, rerank
 from frspec_jax.vocabulary import DraftHead
+from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.subvocab_head import subvocab_top_k
 from pallas_kernels.tree_attention import bit_words
 
@@ -45,6 +46,7 @@ def extend(
     write_at: Array,
     committed: Array,
     ancestors: Array,
+    kernels: Kernels = AUTO,
 ) -> tuple[Array, LayerKV]:
     """Run T pairs through the draft.
 
@@ -59,7 +61,7 @@ def extend(
     with jax.named_scope("fc"):
         x = linear(jnp.concatenate([embeddings, features.astype(embeddings.dtype)], axis=-1), params.fc, params.fc_bias)
     by = rotation(config, positions)
-    return decoder_layer(params.layer, config, x, by, cache, write_at, committed, ancestors)
+    return decoder_layer(params.layer, config, x, by, cache, write_at, committed, ancestors, kernels)
 
 
 def propose(
@@ -72,6 +74,7 @@ def propose(
     root: Array,
     committed: Array,
     cache: LayerKV,
+    kernels: Kernels = AUTO,
 ) -> tuple[DraftTree, LayerKV]:
     """Grow EAGLE-2's dynamic tree below the root, then keep its best `tree.size` nodes.
 
@@ -87,7 +90,7 @@ def propose(
 
     def best_tokens(rows: Array) -> tuple[Array, Array]:
         with jax.named_scope("draft_head"):
-            scores, index = subvocab_top_k(rows, head.weight, k)
+            scores, index = subvocab_top_k(rows, head.weight, k, head.scale, implementation=kernels.head)
             return scores, head.ids[index]  # the only place where a sub-vocabulary index becomes an id
 
     with jax.named_scope("draft_level_0"):
@@ -106,6 +109,7 @@ def propose(
                 committed + (level - 1) * k,
                 committed,
                 bit_words(beam.visible),
+                kernels,
             )
             scores, tokens = best_tokens(outputs)
             beam, parents = beam.grow(scores, tokens)
@@ -127,6 +131,7 @@ class Eagle:
     """EAGLE-2 as the engine sees it (`base.Drafter`)."""
 
     config: ModelConfig  # the draft's one layer: `DraftConfig.layer_of(target)`
+    kernels: Kernels = AUTO
 
     def new_cache(self, capacity: int, dtype: jnp.dtype) -> LayerKV:
         return kv_cache.empty(self.config, capacity, dtype)[0]
@@ -150,7 +155,9 @@ class Eagle:
             start = length - accepted.count
             outputs, cache = self._extend(weights, embedding, accepted.features, accepted.next_tokens, start, cache)
         feature = outputs[accepted.count - 1]
-        return propose(weights.params, self.config, tree, embedding, weights.head, feature, root, length, cache)
+        return propose(
+            weights.params, self.config, tree, embedding, weights.head, feature, root, length, cache, self.kernels
+        )
 
     def _extend(
         self, weights: EagleWeights, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: LayerKV
@@ -168,4 +175,5 @@ class Eagle:
             start,
             start,
             causal(pairs),
+            self.kernels,
         )
