@@ -114,9 +114,23 @@ def _first_token(
     sequence: Array,
 ) -> DecodeState:
     """The state after a prompt of `length` tokens, whose last feature [H] gives the first token."""
-    depth, capacity = plan.tree.depth, caches.target[0].capacity
     scores = llama.logits(weights.target, feature[None])
     root = sampling.choose(scores, plan.sampling, seed, sequence, length[None], jnp.zeros(1, jnp.int32))[0]
+    return state_after(plan, caches, feature, root, length, limit, seed, sequence)
+
+
+def state_after(
+    plan: Plan,
+    caches: Caches,
+    feature: Array,
+    root: Array,
+    length: Array,
+    limit: Array,
+    seed: Array | int = 0,
+    sequence: Array | int = 0,
+) -> DecodeState:
+    """The state after `length` tokens: `feature` [H] is the last one's, and `root` the token chosen from it."""
+    depth, capacity = plan.tree.depth, caches.target[0].capacity
     stopped = jnp.isin(root, jnp.array(plan.stop_ids, jnp.int32))
     return DecodeState(
         caches=caches,
@@ -131,8 +145,8 @@ def _first_token(
         emitted=jnp.int32(1),
         limit=limit,
         finished=jnp.where(stopped, STOPPED, jnp.where(limit <= 1, FULL, RUNNING)).astype(jnp.int32),
-        seed=seed,
-        sequence=sequence,
+        seed=jnp.int32(seed),
+        sequence=jnp.int32(sequence),
         rounds=jnp.int32(0),
         histogram=jnp.zeros(depth + 1, jnp.int32),
     )

@@ -14,6 +14,7 @@ from frspec_jax import kv_cache
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import LayerKV
 from pallas_kernels.dispatch import AUTO, Kernels
+from pallas_kernels.products import precision_of
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -112,7 +113,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def _product(x: Array, weight: Array) -> Array:
-    return jnp.einsum("ti,oi->to", x, weight)
+    return jnp.einsum("ti,oi->to", x, weight, precision=precision_of(x))
 
 
 def _weight_on_the_left(x: Array, weight: Array) -> Array:

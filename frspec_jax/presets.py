@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from frspec_jax.config import DraftConfig, ModelConfig, RopeScaling
-from frspec_jax.drafters.eagle import EagleParams, EagleWeights
-from frspec_jax.engine import Weights
+from frspec_jax.config import ModelConfig, RopeScaling
+from frspec_jax.drafters.eagle import Eagle, EagleConfig, EagleParams, EagleWeights
+from frspec_jax.engine import DecodeState, Plan, Weights, new_caches, state_after
 from frspec_jax.layers import LayerParams
 from frspec_jax.llama import LlamaParams
 from frspec_jax.vocabulary import crop
+from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.shapes import SHAPES, Shape
 
 SPREAD = 0.02  # standard deviation of random weights
@@ -41,6 +42,18 @@ def config_of(shape: Shape, qwen: bool = False) -> ModelConfig:
         tied_head=shape.tied_head,
         attention_bias=qwen,
     )
+
+
+def eagle_of(config: ModelConfig, kernels: Kernels = AUTO) -> Eagle:
+    """An EAGLE drafter with the shape of one of the target's layers, as the published heads have it."""
+    return Eagle(EagleConfig.like(config).layer_of(config), kernels)
+
+
+def state_at(plan: Plan, length: Array, capacity: int, dtype: jnp.dtype) -> DecodeState:
+    """A state `length` tokens into a text of zeros: a round from it costs what any other of that length does."""
+    caches = new_caches(plan, capacity, dtype)
+    feature, root = jnp.zeros(plan.config.hidden_size, dtype), jnp.int32(0)
+    return state_after(plan, caches, feature, root, length, jnp.int32(capacity))
 
 
 def random_weights(config: ModelConfig, draft_vocab: int | None, dtype: jnp.dtype, key: Array) -> Weights:
@@ -74,6 +87,6 @@ def random_weights(config: ModelConfig, draft_vocab: int | None, dtype: jnp.dtyp
     )
     if draft_vocab is None:
         return Weights(target, ())
-    of = DraftConfig.like(config).layer_of(config)
+    of = eagle_of(config).config
     params = EagleParams(normal(config.hidden_size, 2 * config.hidden_size), None, layer(of, False))
     return Weights(target, EagleWeights(params, crop(target.head, np.arange(draft_vocab))))

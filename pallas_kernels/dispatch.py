@@ -44,7 +44,7 @@ def choose(
     """Resolve `auto`: ("pallas", the measured winner's config), or ("xla", default).
 
     Args:
-      operation: the kernel's name in the table. shape: its sizes, by name.
+      operation: the kernel's name and dtype, as the table has them. shape: its sizes, by name.
       default: the config that an explicit "pallas" or "interpret" runs with.
     """
     if implementation != "auto":

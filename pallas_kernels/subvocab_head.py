@@ -32,8 +32,9 @@ def subvocab_top_k(
       Log-probabilities [M, k], float32, descending, and row indices [M, k], int32; of equal
       logits the lower index comes first.
     """
-    shape = {"rows": x.shape[0], "hidden": x.shape[1], "vocabulary": head.shape[0], "bytes": head.dtype.itemsize}
-    implementation, chosen = choose(implementation, "subvocab_head", shape, config or Config.suited_to(x.shape[1]))
+    shape = {"rows": x.shape[0], "hidden": x.shape[1], "vocabulary": head.shape[0]}
+    default = config or Config.suited_to(x.shape[1])
+    implementation, chosen = choose(implementation, f"subvocab_head {head.dtype}", shape, default)
     if implementation == "xla":
         return _xla(x, head, k, scale)
     return subvocab_head_pallas.subvocab_top_k(x, head, k, scale, chosen, interpret=implementation == "interpret")

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import power_of_two
+from pallas_kernels.products import precision_of
 
 MASKED = -1e30  # the score of rows past the end of the head: below every real one, above what is taken already
 
@@ -84,7 +85,7 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
     block_v, block_h, columns = config.block_v, config.block_h, x_ref.shape[0]
     start = pl.program_id(0) * block_v
     row = start + jnp.arange(block_v)
-    precision = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
+    precision = precision_of(x_ref)
     ragged = size % block_v != 0 or hidden % block_h != 0
 
     def step(number: Array, total: Array) -> Array:

@@ -61,9 +61,9 @@ def tree_attention(
     tokens, heads, head_dim = q.shape
     kv_heads = keys.shape[0]
     rows = tokens * heads // kv_heads
-    shape = {"rows": rows, "kv_heads": kv_heads, "head_dim": head_dim, "bytes": keys.dtype.itemsize}
+    shape = {"rows": rows, "kv_heads": kv_heads, "head_dim": head_dim}
     default = config or Config.suited_to(rows, kv_heads)
-    implementation, chosen = choose(implementation, "tree_attention", shape, default)
+    implementation, chosen = choose(implementation, f"tree_attention {keys.dtype}", shape, default)
     if implementation == "xla":
         return _xla(q, keys, values, committed, ancestors)
     interpret = implementation == "interpret"

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import power_of_two
+from pallas_kernels.products import precision_of
 
 MASKED = -1e30  # finite, so that a row which sees nothing in a share leaves no NaN behind
 PROGRAMS = 132  # what the splits aim at: one program for each multiprocessor of an H100
@@ -107,8 +108,7 @@ def _kernel(
     q, committed = q_ref[...], committed_ref[0]
     lines = [words_ref[word, :] for word in range(words)]
     inside = (jnp.arange(width) < head_dim)[None] if width != head_dim else None
-    # For float32 the products keep all of its bits; bfloat16 has one way only.
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    precision = precision_of(q)
 
     def rows_of(ref: Any, block: Array) -> Array:
         at = ref.at[head, pl.ds(block * step, step), pl.ds(0, width)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,11 @@ from hypothesis import strategies as st
 
 from pallas_kernels.subvocab_head import subvocab_top_k
 
-top = jax.jit(subvocab_top_k, static_argnames="k")
+top = {
+    how: jax.jit(functools.partial(subvocab_top_k, implementation=how), static_argnames="k")
+    for how in ("xla", "interpret")
+}
+both = pytest.mark.parametrize("how", list(top))
 
 
 def reference(x, head, k) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -23,17 +29,18 @@ def reference(x, head, k) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.take_along_axis(every, index, -1), index, every
 
 
+@both
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from([(1, 32, 100, 10), (10, 32, 1000, 10), (4, 16, 8193, 4), (3, 8, 5, 5), (8, 64, 1, 1)]),
     st.integers(0, 2**32 - 1), st.sampled_from([0.1, 1.0, 8.0]),
 )  # fmt: skip
-def test_it_is_log_softmax_and_a_sort(shape, seed, spread):
+def test_it_is_log_softmax_and_a_sort(how, shape, seed, spread):
     rows, hidden, size, k = shape
     rng = np.random.default_rng(seed)
     x, head = rng.normal(size=(rows, hidden)).astype(np.float32), rng.normal(size=(size, hidden)).astype(np.float32)
     x *= spread
-    scores, index = top(x, head, k)
+    scores, index = top[how](x, head, k)
     expected, order, every = reference(x, head, k)
     assert scores.shape == index.shape == (rows, k)
     assert (scores.dtype, index.dtype) == (jnp.float32, jnp.int32)
@@ -47,32 +54,35 @@ def test_it_is_log_softmax_and_a_sort(shape, seed, spread):
     assert (np.diff(scores, axis=-1) <= 0).all() and (np.asarray(scores) <= 0).all()
 
 
+@both
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from([100, 1000, 8193]), st.integers(0, 2**32 - 1), st.integers(1, 3))
-def test_ties_go_to_the_lower_index(size, seed, values):
+def test_ties_go_to_the_lower_index(how, size, seed, values):
     """Small integers: the logits are exact, and most of them tie."""
     rng = np.random.default_rng(seed)
     x, head = rng.integers(-1, 2, (6, 4)), rng.integers(-values, values + 1, (size, 4))
-    scores, index = top(x.astype(np.float32), head.astype(np.float32), 10)
+    scores, index = top[how](x.astype(np.float32), head.astype(np.float32), 10)
     expected, order, _ = reference(x, head, 10)
     assert np.array_equal(index, order)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+@both
 @pytest.mark.parametrize("size", [100, 8193])
-def test_a_certain_token_has_probability_one_and_never_more(size):
+def test_a_certain_token_has_probability_one_and_never_more(how, size):
     """A child never scores above its parent: the re-rank counts on it."""
     x, head = np.full((1, 8), 50, np.float32), np.random.default_rng(0).normal(size=(size, 8)).astype(np.float32)
     head[size // 2] = 10
-    scores, index = top(x, head, 3)
+    scores, index = top[how](x, head, 3)
     assert int(index[0, 0]) == size // 2 and float(scores[0, 0]) == 0
     assert np.isfinite(scores).all() and (np.asarray(scores[0, 1:]) < -1000).all()
 
 
-def test_bfloat16_weights_are_summed_in_float32():
+@both
+def test_bfloat16_weights_are_summed_in_float32(how):
     rng = np.random.default_rng(0)
     x, head = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((5, 256), (1000, 256)))
-    scores, _ = top(x, head, 10)
+    scores, _ = top[how](x, head, 10)
     assert scores.dtype == jnp.float32
     expected, _, _ = reference(x.astype(jnp.float32), head.astype(jnp.float32), 10)
     np.testing.assert_allclose(scores, expected, atol=1e-3)

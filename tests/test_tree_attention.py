@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 
 from pallas_kernels.tree_attention import BLOCK, DENSE_LIMIT, bit_words, has_bit, tree_attention
 
-attend = jax.jit(tree_attention)
+attend = {how: jax.jit(functools.partial(tree_attention, implementation=how)) for how in ("xla", "interpret")}
+both = pytest.mark.parametrize("how", list(attend))
 
 # (tokens, KV heads, queries per KV head, head_dim, capacity); the last two walk the cache in blocks.
-SHAPES = [(8, 2, 3, 64, 256), (70, 2, 1, 8, 256), (5, 1, 3, 8, 512), (70, 2, 3, 64, 1024), (33, 3, 1, 8, 1024)]
+SHAPES = [(8, 2, 3, 64, 256), (70, 2, 1, 80, 256), (5, 1, 3, 8, 512), (70, 2, 3, 64, 1024), (33, 3, 1, 8, 1024)]
 GARBAGE = 3e30  # finite, as everything is that stands in a cache; larger than any real entry
 
 
@@ -57,8 +60,8 @@ def case(shape, committed, kind, seed, spread=1.0):
     return q, keys, values, committed, line
 
 
-def ours(q, keys, values, committed, line) -> np.ndarray:
-    return np.asarray(attend(q, keys, values, jnp.int32(committed), bit_words(jnp.asarray(line))))
+def ours(how, q, keys, values, committed, line) -> np.ndarray:
+    return np.asarray(attend[how](q, keys, values, jnp.int32(committed), bit_words(jnp.asarray(line))))
 
 
 def error(mine, exact) -> float:
@@ -67,39 +70,42 @@ def error(mine, exact) -> float:
     return float((np.abs(np.asarray(mine, np.float64) - mixed) / size).max())
 
 
+@both
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(SHAPES), st.floats(0, 1), st.sampled_from(["alone", "chain", "tree", "any"]),
     st.integers(0, 2**32 - 1), st.sampled_from([(0.1, 2e-6), (1.0, 2e-6), (4.0, 2e-5)]),
 )  # fmt: skip
-def test_it_is_softmax_attention(shape, fill, kind, seed, spread):
+def test_it_is_softmax_attention(how, shape, fill, kind, seed, spread):
     """Wide spreads give scores beyond 20, whose own rounding in float32 is some 1e-6: weights carry it on."""
     committed = round(fill * (shape[4] - shape[0]))  # from an empty cache to a full one
     given = case(shape, committed, kind, seed, spread[0])
-    assert error(ours(*given), reference(*given)) < spread[1]
+    assert error(ours(how, *given), reference(*given)) < spread[1]
 
 
+@both
 @pytest.mark.parametrize("shape", SHAPES[::3])
-def test_at_every_edge_of_a_block(shape):
+def test_at_every_edge_of_a_block(how, shape):
     for edge in range(0, shape[4], BLOCK):
         for committed in (edge - shape[0], edge - 1, edge, edge + 1):
             if 0 <= committed <= shape[4] - shape[0]:
                 given = case(shape, committed, "tree", committed)
-                assert error(ours(*given), reference(*given)) < 2e-6
+                assert error(ours(how, *given), reference(*given)) < 2e-6
 
 
+@both
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_that_a_query_does_not_see_change_nothing(shape):
+def test_rows_that_a_query_does_not_see_change_nothing(how, shape):
     """Bit for bit: rows behind the tree, and siblings within it."""
     tokens, _, _, _, capacity = shape
     q, keys, values, committed, line = case(shape, min(300, capacity - tokens - 20), "alone", seed=1)
-    before = ours(q, keys, values, committed, line)
+    before = ours(how, q, keys, values, committed, line)
     hidden = committed + np.arange(1, capacity - committed)  # all but the first tree row
     rng = np.random.default_rng(2)
     keys[:, hidden], values[:, hidden] = rng.normal(size=(2, *keys[:, hidden].shape))
-    assert np.array_equal(ours(q, keys, values, committed, line)[0], before[0])
+    assert np.array_equal(ours(how, q, keys, values, committed, line)[0], before[0])
     keys[:, committed] += 1
-    assert not np.array_equal(ours(q, keys, values, committed, line)[0], before[0])
+    assert not np.array_equal(ours(how, q, keys, values, committed, line)[0], before[0])
 
 
 def test_both_paths_agree():
@@ -108,16 +114,17 @@ def test_both_paths_agree():
     q, keys, values, committed, line = case((8, 2, 3, 64, 512), 400, "tree", seed=3)
     longer = [np.concatenate([x, np.full_like(x, GARBAGE)], axis=1) for x in (keys, values)]
     exact = reference(q, keys, values, committed, line)
-    dense, blocks = ours(q, keys, values, committed, line), ours(q, *longer, committed, line)
+    dense, blocks = ours("xla", q, keys, values, committed, line), ours("xla", q, *longer, committed, line)
     assert error(dense, exact) < 2e-6 and error(blocks, exact) < 2e-6
     assert error(blocks, (dense.astype(np.float64), exact[1])) < 2e-6
 
 
+@both
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]])
-def test_bfloat16_is_float32_but_for_rounding(shape):
+def test_bfloat16_is_float32_but_for_rounding(how, shape):
     q, keys, values, committed, line = case(shape, shape[4] - shape[0] - 3, "tree", seed=4)
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, keys, values)]
-    mine = ours(*rounded, committed, line)
+    mine = ours(how, *rounded, committed, line)
     assert mine.dtype == jnp.bfloat16
     exact = reference(*(np.asarray(x, np.float32) for x in rounded), committed, line)
     # Scores are float32; the weights are rounded once, by 2^-9, before they meet the values, and the output once more.
