@@ -8,6 +8,7 @@ COMMANDS = {
     "demo": "answer three prompts with FR-Spec, and compare it with vanilla decoding",
     "speed": "tokens a second, accepted length and stage times, side by side",
     "accept": "accepted length over a question set",
+    "run": "answer question sets with every method, side by side, and keep records",
     "identical": "compare the output with that of transformers, token by token",
 }
 

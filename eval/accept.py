@@ -15,28 +15,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from eval.options import add_model_arguments, add_question_arguments, models, save
-from eval.questions import Question, read_questions, spread
+from eval.options import add_json_argument, add_model_arguments, add_question_arguments, models, save
+from eval.questions import Question, of_tasks, read_questions, spread
 from frspec_jax.api import Generator, Request, Result
 from frspec_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/4")
-    add_question_arguments(parser, questions=0, tokens=512)
-    parser.set_defaults(questions=None)
+    add_question_arguments(parser, questions=None, tokens=512)
+    add_json_argument(parser)
     parser.add_argument("--tasks", metavar="TASK,...", help="MT, Conv, RAG, Math, QA, Summ (default: all)")
 
 
 def run(args: argparse.Namespace) -> None:
-    questions = read_questions(args.data)
-    if args.tasks:
-        wanted = args.tasks.split(",")
-        questions = [q for q in questions if q.task in wanted]
-        if not questions:
-            raise UserError(f"--tasks {args.tasks}: the question set has none of these")
-    if args.questions is not None:
-        questions = spread(questions, args.questions)
+    questions = spread(of_tasks(read_questions(args.data), args.tasks), args.questions)
     _, found = models(args)
     del found["vanilla"]
     request = Request(args.max_new_tokens)

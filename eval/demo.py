@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
-from eval.options import add_model_arguments, models, save
+from eval.options import add_json_argument, add_model_arguments, models, save
 from eval.speed import compare, show
 from frspec_jax.api import Request
 
@@ -26,7 +25,7 @@ PROMPTS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/4")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,7 +16,8 @@ from rich.progress import track
 from rich.table import Table
 
 from eval import measure
-from eval.options import add_model_arguments, add_question_arguments, models, save
+from eval.contest import parting
+from eval.options import add_json_argument, add_model_arguments, add_question_arguments, models, save
 from eval.peer import Peer
 from eval.questions import read_questions, spread
 from frspec_jax.api import Request
@@ -25,6 +26,7 @@ from frspec_jax.api import Request
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/4,1/12")
     add_question_arguments(parser, questions=42, tokens=128)
+    add_json_argument(parser)
     parser.add_argument("--peer", type=Path, required=True, metavar="PATH", help="the same model: HF folder or .gguf")
     parser.add_argument(
         "--tie", type=float, default=1e-3, help="logits closer than this are a near-tie (default: 1e-3)"
@@ -48,8 +50,7 @@ def run(args: argparse.Namespace) -> None:
             if result.tokens == expected:
                 counts[name]["identical"] += 1
                 continue
-            at = next((i for i, (a, b) in enumerate(zip(result.tokens, expected, strict=False)) if a != b),
-                      min(len(result.tokens), len(expected)))  # fmt: skip
+            at = parting(result.tokens, expected)
             gap = peer.gap([*prompt.tolist(), *expected[:at]])
             counts[name]["near_ties" if gap < args.tie else "different"] += 1
             gaps.append({"question": question.number, "method": name, "token": at, "gap": gap})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,30 +19,78 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from frspec_jax import api, engine
+from frspec_jax import api, engine, llama, sampling
 from frspec_jax.api import Generator, Request, Result
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
-from frspec_jax.drafters.base import Vanilla
+from frspec_jax.vocabulary import DraftHead
 
+KINDS = {"eagle": "EAGLE-2", "eagle3": "EAGLE-3", "medusa": "Medusa"}  # drafts' usual names
 WARM_UP = 3  # rounds before stages are timed
 
 
 def methods(
     checkpoint: Checkpoint,
-    draft: str | None,
-    vocabularies: Iterable[int | str],
+    drafts: Sequence[str | None],
+    vocabularies: Sequence[int | str],
     tree: TreeConfig | None,
+    rankings: Sequence[Path] = (),
     **options: Any,
 ) -> dict[str, Generator]:
-    """Vanilla, then EAGLE-2 at each V' ("full" or a number), by name. All share the target's weights."""
+    """Vanilla, then every draft at each V' ("full" or a number), by name. All share the target's weights.
+
+    drafts: as `api.load` takes them, None for the only one there is.
+    rankings: files to take sub-vocabularies from, each in turn, instead of the checkpoint's own.
+    """
     vanilla = api.load(checkpoint, draft="none", **options)
     found = {"vanilla": vanilla}
-    for size in vocabularies:
-        model = api.load(checkpoint, draft=draft, draft_vocab=size, tree=tree, target=vanilla.weights.target, **options)
-        full = model.draft_vocab == checkpoint.config.vocab_size
-        found["EAGLE-2" if full else f"FR-Spec {model.draft_vocab:,}"] = model
+    options = {**options, "tree": tree, "target": vanilla.weights.target}
+    for draft, size in itertools.product(drafts, vocabularies):
+        whole = size in ("full", checkpoint.config.vocab_size)
+        for ranking in [None] if whole or not rankings else rankings:
+            model = api.load(checkpoint, draft=draft, draft_vocab=size, ranking=ranking, **options)
+            name = label(model) + (f" ({ranking.stem})" if ranking else "")
+            if name in found and len(drafts) > 1:  # two drafts of one kind
+                name += f" [{draft}]"
+            found[name] = model
     return found
+
+
+def label(model: Generator) -> str:
+    """What tables call a method: the draft's usual name, and V' where the vocabulary is cropped."""
+    kind, _, cropped = model.method.partition("+")
+    name = KINDS.get(kind, kind)
+    if not cropped:
+        return name
+    return f"FR-Spec {model.draft_vocab:,}" if kind == "eagle" else f"{name} + FR {model.draft_vocab:,}"
+
+
+def draft_ids(model: Generator) -> np.ndarray:
+    """The ids [V'] that a drafting method may propose."""
+    parts = jax.tree.leaves(model.weights.draft, is_leaf=lambda node: isinstance(node, DraftHead))
+    return np.asarray(next(part.ids for part in parts if isinstance(part, DraftHead)))
+
+
+def in_turn(names: Sequence[str], turn: int) -> list[str]:
+    """The names, begun with another one each turn, so that a machine's drift meets all methods alike."""
+    first = turn % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def choice_gap(model: Generator, ids: np.ndarray, request: Request) -> float:
+    """How far the target's best next token after `ids` [T] lies before its second: below rounding, a near-tie.
+
+    In the scores that the choice is made by: logits, or (sampled) filtered logits with their noise.
+    """
+    plan = model.plan(request.sampling)
+    state = model._start(plan, ids, 1, request.seed)
+    scores = llama.logits(model.weights.target, state.accepted.features[:1])
+    if not request.sampling.greedy:
+        noise = sampling.gumbel_rows(state.seed, state.sequence, state.length[None], scores.shape[-1])
+        scores = sampling.warp(scores, request.sampling) + noise
+    best, second = jax.lax.top_k(scores[0], 2)[0].tolist()
+    model._finish(state)
+    return best - second
 
 
 def interleaved(
@@ -50,11 +99,9 @@ def interleaved(
     """Answer each prompt with every method in turn, so that a machine's drift meets all of them alike."""
     for model in models.values():
         model.warm_up(request.sampling)
+    names = list(models)
     for index, prompt in enumerate(prompts):
-        names = list(models)
-        turn = index % len(names)
-        order = names[turn:] + names[:turn]
-        results = {name: models[name].generate_ids(prompt, request) for name in order}
+        results = {name: models[name].generate_ids(prompt, request) for name in in_turn(names, index)}
         yield {name: results[name] for name in names}
 
 
@@ -132,9 +179,9 @@ def round_bytes(model: Generator, context: int) -> int:
     target, config = model.weights.target, model.checkpoint.config
     row = 2 * config.num_kv_heads * config.head_dim * target.embedding.dtype.itemsize
     total = size(target.layers) + target.head.nbytes + config.num_layers * context * row
-    if not isinstance(model.drafter, Vanilla):
-        draft, depth = model.weights.draft, model.tree.depth
-        total += depth * (size(draft.params) + draft.head.weight.nbytes + context * row)
+    if model.draft_vocab is not None:
+        passes = 1 if model.method.startswith("medusa") else model.tree.depth  # Medusa's heads all read one feature
+        total += passes * (size(model.weights.draft) + context * row)
     return total
 
 

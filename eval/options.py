@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
 
 from eval import measure
 from frspec_jax import api, compile_cache
@@ -18,7 +21,9 @@ from frspec_jax.generate import tree_of
 
 def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME,...", help="names or folders of drafts to measure (default: the only one there is)"
+    )
     parser.add_argument(
         "--draft-vocab", default=vocabularies, metavar="N,N,...",
         help=f"sub-vocabularies to measure: numbers, full, or shares such as 1/4 (default: {vocabularies})",
@@ -30,28 +35,38 @@ def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str) -> N
     parser.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
 
 
-def add_question_arguments(parser: argparse.ArgumentParser, questions: int, tokens: int) -> None:
+def add_question_arguments(parser: argparse.ArgumentParser, questions: int | None, tokens: int) -> None:
     parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="questions in Spec-Bench's format (default: a small sample)"
+        "--data", type=Path, metavar="DIR", help="folder or file of Spec-Bench and HumanEval (default: a small sample)"
     )
     parser.add_argument(
-        "--questions", type=int, default=questions, metavar="N", help=f"evenly over the tasks (default: {questions})"
-    )
+        "--questions", type=int, default=questions, metavar="N",
+        help=f"evenly over the tasks (default: {'all' if questions is None else questions})",
+    )  # fmt: skip
     parser.add_argument(
         "--max-new-tokens", type=int, default=tokens, metavar="N", help=f"of an answer (default: {tokens})"
     )
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
 
-def models(args: argparse.Namespace) -> tuple[Checkpoint, dict[str, Generator]]:
+def models(
+    args: argparse.Namespace, rankings: Sequence[Path] = (), dtype: str | None = None, context: int | None = None
+) -> tuple[Checkpoint, dict[str, Generator]]:
     """The checkpoint, and vanilla and the drafting methods that the flags ask for."""
     compile_cache.enable()
     checkpoint = Checkpoint.open(args.ckpt)
-    if checkpoint.draft_folder(args.draft) is None:
+    drafts = args.draft.split(",") if args.draft else [None]
+    if any(checkpoint.draft_folder(draft) is None for draft in drafts):
         raise UserError(f"{args.ckpt} holds no draft to measure; add one with python -m train eagle or convert eagle")
     tree: TreeConfig = tree_of(args, api.defaults().tree)
+    if tree.size == 1:
+        raise UserError("--tree-size 1 drafts nothing; vanilla decoding is measured anyhow, so ask for 2 or more")
     sizes = [_size(text.strip(), checkpoint.config.vocab_size) for text in args.draft_vocab.split(",")]
-    return checkpoint, measure.methods(checkpoint, args.draft, sizes, tree)
+    options = {"dtype": dtype and jnp.dtype(dtype), "context": context}
+    return checkpoint, measure.methods(checkpoint, drafts, sizes, tree, rankings, **options)
 
 
 def _size(text: str, vocab_size: int) -> int | str:

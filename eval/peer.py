@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -10,6 +11,19 @@ from typing import Any
 import numpy as np
 
 from frspec_jax.errors import UserError
+
+LOOKUP_TOKENS = 10  # drafts a round of prompt lookup, as transformers' own examples
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerResult:
+    """An answer of the peer, and how it came about."""
+
+    tokens: list[int]  # the stop id included, where one ended the answer
+    first: int  # tokens that came with the prefill: 1, or more where that pass verified drafts too
+    rounds: int  # passes after the prefill
+    prefill_seconds: float  # until the first tokens were there
+    decode_seconds: float
 
 
 class Peer:
@@ -40,20 +54,37 @@ class Peer:
 
     def generate(self, prompt: np.ndarray, max_new_tokens: int) -> tuple[list[int], float]:
         """The greedy answer's tokens, and seconds for the whole call."""
+        result = self.answer(prompt, max_new_tokens)
+        return result.tokens, result.prefill_seconds + result.decode_seconds
+
+    def answer(self, prompt: np.ndarray, max_new_tokens: int, lookup: bool = False) -> PeerResult:
+        """The greedy answer to a prompt [T].
+
+        lookup: assisted by prompt lookup, which drafts what followed the same words in the text so far.
+        """
         ids = self._torch.tensor(prompt[None].astype(np.int64))
-        start = time.perf_counter()
+        assisted = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if lookup else {}
+        clock = _Clock()
         with self._torch.inference_mode():
             out = self._model.generate(
                 ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
                 eos_token_id=self._stop_ids, pad_token_id=self._stop_ids[0], temperature=None, top_p=None, top_k=None,
+                streamer=clock, **assisted,
             )  # fmt: skip
-        return out[0, len(prompt) :].tolist(), time.perf_counter() - start
+        end = time.perf_counter()
+        first = clock.times[0] if clock.times else end
+        return PeerResult(
+            tokens=out[0, len(prompt) :].tolist(),
+            first=clock.counts[0] if clock.counts else 0,
+            rounds=max(0, len(clock.times) - 1),
+            prefill_seconds=first - clock.begin,
+            decode_seconds=end - first,
+        )
 
     def decode_rate(self, prompt: np.ndarray, max_new_tokens: int) -> float:
-        """Tokens a second of decoding: the time of a whole answer less that of its first token."""
-        _, first = self.generate(prompt, 1)
-        tokens, whole = self.generate(prompt, max_new_tokens)
-        return (len(tokens) - 1) / max(whole - first, 1e-9)
+        """Tokens a second of decoding; the first token is the prefill's."""
+        result = self.answer(prompt, max_new_tokens)
+        return (len(result.tokens) - result.first) / max(result.decode_seconds, 1e-9)
 
     def gap(self, text: list[int]) -> float:
         """How far apart the two best logits after a text are: where they tie, so may the outputs part."""
@@ -61,3 +92,23 @@ class Peer:
             scores = self._model(self._torch.tensor([text])).logits[0, -1]
         best = scores.topk(2).values
         return float(best[0] - best[1])
+
+
+class _Clock:
+    """What `generate` calls a streamer: told of the prompt, then of each round's tokens; it notes when."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.times: list[float] = []
+        self.counts: list[int] = []
+        self._prompt = True
+
+    def put(self, tokens: Any) -> None:
+        if self._prompt:
+            self._prompt = False
+            return
+        self.times.append(time.perf_counter())
+        self.counts.append(tokens.numel())
+
+    def end(self) -> None:
+        """Nothing is held back."""

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from eval import measure
-from eval.options import add_model_arguments, add_question_arguments, models, save
+from eval.options import add_json_argument, add_model_arguments, add_question_arguments, models, save
 from eval.peer import Peer
 from eval.questions import read_questions, spread
 from frspec_jax.api import Generator, Request, Result
@@ -28,6 +28,7 @@ from frspec_jax.api import Generator, Request, Result
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/2,1/4,1/8")
     add_question_arguments(parser, questions=8, tokens=128)
+    add_json_argument(parser)
     parser.add_argument("--peer", type=Path, metavar="PATH", help="the same model for transformers: HF folder or .gguf")
 
 

@@ -120,6 +120,7 @@ def load(
     context: int | None = None,
     chunk: int | None = None,
     target: LlamaParams | None = None,
+    ranking: Path | None = None,
     kernels: Kernels = AUTO,
     draft_int8: bool = False,
 ) -> Generator:
@@ -131,6 +132,7 @@ def load(
       tree: the draft tree's shape. dtype: of weights and caches. chunk: prompt tokens a pass.
         None stands for what suits the device (`defaults`).
       target: the weights, if they are loaded already: several models may share them.
+      ranking: the file that sub-vocabularies are taken from (default: the checkpoint's ranking.npz).
       context: tokens that prompt, answer and draft tree may take together (default: at most 4096).
       kernels: implementations of attention and of the draft's head.
       draft_int8: round the draft's head to int8: half the bytes of bfloat16, and the same text.
@@ -163,7 +165,7 @@ def load(
         tree = VANILLA
     else:
         draft_config, params = checkpoint.draft(folder, dtype)
-        ids = draft_ids(checkpoint, draft_vocab)
+        ids = draft_ids(checkpoint, draft_vocab, ranking)
         size = len(ids)
         tree = best.tree if tree is None else tree
         if tree.top_k > size:
@@ -177,10 +179,10 @@ def load(
     )  # fmt: skip
 
 
-def draft_ids(checkpoint: Checkpoint, draft_vocab: int | str | None) -> np.ndarray:
+def draft_ids(checkpoint: Checkpoint, draft_vocab: int | str | None, ranking_file: Path | None = None) -> np.ndarray:
     """The ids [V'] int32 that the draft may propose: `load`'s `draft_vocab`, resolved."""
     vocab_size = checkpoint.config.vocab_size
-    file = checkpoint.path / "ranking.npz"
+    file = checkpoint.path / "ranking.npz" if ranking_file is None else ranking_file
     if draft_vocab is None:
         draft_vocab = vocab_size // 4 if file.is_file() else "full"
     if draft_vocab == "full":
@@ -188,7 +190,7 @@ def draft_ids(checkpoint: Checkpoint, draft_vocab: int | str | None) -> np.ndarr
     size = int(draft_vocab)
     ranking = None
     if size != vocab_size:
-        if not file.is_file():
+        if ranking_file is None and not file.is_file():
             raise UserError(
                 f"--draft-vocab {size} needs a ranking, and {checkpoint.path} has none; "
                 f"count one: python -m train rank CORPUS --ckpt {checkpoint.path}"

@@ -8,14 +8,15 @@ import pytest
 
 from eval.accept import summary
 from eval.options import _size
-from eval.questions import Question, read_questions, spread
+from eval.questions import TASKS, Question, read_questions, spread
 from frspec_jax.api import Result
 from frspec_jax.errors import UserError
 
 
 def test_the_sample_holds_every_task():
     questions = read_questions(None)
-    assert {q.task for q in questions} == {"MT", "Conv", "RAG", "Math", "QA", "Summ"}
+    assert {q.task for q in questions} == set(TASKS)
+    assert {len(q.turns) for q in questions} == {1, 2}
     assert all(q.turns and all(turn.strip() for turn in q.turns) for q in questions)
 
 
