@@ -8,6 +8,7 @@ COMMANDS = {
     "hf": "a Hugging Face folder (Llama, Qwen2): safetensors or .bin, sharded or not",
     "gguf": "a GGUF file (llama, qwen2), any quantisation",
     "eagle": "a published EAGLE or EAGLE-2 draft, into the checkpoint of its target",
+    "medusa": "published Medusa heads, of either layout, into the checkpoint of their target",
     "export": "the other way: a draft out of a checkpoint, in the published EAGLE format",
 }
 

@@ -1,7 +1,10 @@
-"""`python -m convert export --ckpt CKPT --draft NAME --out FOLDER`: a draft in the published EAGLE format.
+"""`python -m convert export --ckpt CKPT --draft NAME --format sglang --out FOLDER`: a draft for other engines.
 
-Writes config.json and model.safetensors (bfloat16), without the embedding, which every reader takes
-from the target. `python -m convert eagle` reads it back, bit for bit.
+Writes config.json and model.safetensors as the engine at hand reads them, without the embedding, which
+all of them take from the target; `python -m convert eagle` (or medusa, eagle3) reads the folder back, bit for bit.
+
+With --draft-vocab N the ranking goes along: freq_N.pt, the list of ids that SGLang's --speculative-token-map and
+FR-Spec read, and vocabulary_map.safetensors, the same ids as EAGLE-3's pair of maps, d2t and t2d.
 """
 
 from __future__ import annotations
@@ -9,25 +12,81 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from convert.eagle import export_eagle
+import numpy as np
+
+from convert.layouts import LAYOUTS
+from convert.weights import DTYPES
 from frspec_jax.checkpoint import Checkpoint, new_folder
 from frspec_jax.errors import UserError
+from frspec_jax.vocabulary import id_maps
+
+FORMATS = tuple(dict.fromkeys(name for formats in LAYOUTS.values() for name in formats))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder, or none: the ranking alone (default: the only one)"
+    )
+    parser.add_argument("--format", choices=FORMATS, help="whose layout (default: the one of the draft's publishers)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the tensors (default: bfloat16)")
+    parser.add_argument("--draft-vocab", type=int, metavar="N", help="write the N most frequent ids too, in both forms")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write")
 
 
 def run(args: argparse.Namespace) -> None:
+    from safetensors.numpy import save_file
+
     checkpoint = Checkpoint.open(args.ckpt)
-    folder = checkpoint.draft_folder(args.draft)
-    if folder is None:
-        raise UserError(f"{args.ckpt} holds no draft to export; name one with --draft")
-    draft, params = checkpoint.draft(folder)
-    about = json.loads((folder / "config.json").read_text()).get("about", {})
+    folder = None if args.draft == "none" else checkpoint.draft_folder(args.draft)
+    if folder is None and (args.draft_vocab is None or args.draft != "none"):
+        raise UserError(f"{args.ckpt} holds no draft to export; name one with --draft, or give none and --draft-vocab")
     with new_folder(args.out) as out:
-        export_eagle(out, draft, params, checkpoint, about)
+        if folder is not None:
+            tensors, config = published(checkpoint, folder, args.format, DTYPES[args.dtype])
+            save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+            config |= {"torch_dtype": args.dtype}
+            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if args.draft_vocab is not None:
+            write_vocabulary(out, checkpoint, args.draft_vocab)
     print(f"wrote {args.out}")
+
+
+def published(
+    checkpoint: Checkpoint, folder: Path, form: str | None, dtype: Any
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors and the config.json of a draft in a format; None is its publishers' own.
+
+    Raises:
+      UserError: there is no such format of this kind of draft, or the draft does not fit it.
+    """
+    spec, params = checkpoint.draft(folder)
+    formats = LAYOUTS[spec.kind]
+    layout = formats.get(form or next(iter(formats)))
+    if layout is None:
+        raise UserError(f"--format {form}: a draft of kind {spec.kind} can be written as {', '.join(formats)}")
+    tensors, config = layout(spec, params, checkpoint, dtype)
+    about = json.loads((folder / "config.json").read_text()).get("about", {})
+    return tensors, config | {"about": about}
+
+
+def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int) -> None:
+    """The sub-vocabulary of `size` ids: as a list of ids, most frequent first, and as EAGLE-3's maps.
+
+    Raises:
+      UserError: there is no ranking, the size is out of range, or torch is missing.
+    """
+    from safetensors.numpy import save_file
+
+    from frspec_jax.api import draft_ids
+
+    try:
+        import torch
+    except ImportError:
+        raise UserError("--draft-vocab writes a file of torch's; run: pip install 'frspec-jax[torch]'") from None
+    ids = draft_ids(checkpoint, size)
+    torch.save([int(number) for number in ids], out / f"freq_{size}.pt")
+    d2t, t2d = id_maps(ids, checkpoint.config.vocab_size)
+    save_file({"d2t": d2t, "t2d": t2d}, out / "vocabulary_map.safetensors")

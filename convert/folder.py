@@ -23,9 +23,12 @@ READABLE = {"F64", "F32", "F16", "BF16"}
 
 
 class TensorFolder:
-    """The tensors of a folder in Hugging Face's format (`weights.TensorSource`)."""
+    """The tensors of a folder in Hugging Face's format (`weights.TensorSource`).
 
-    def __init__(self, folder: Path) -> None:
+    files: names that the weights may have, in the order of preference.
+    """
+
+    def __init__(self, folder: Path, files: tuple[str, ...] = WEIGHT_FILES) -> None:
         self.label = str(folder)
         self.config = read_json(folder, "config.json")
         if method := self.config.get("quantization_config"):
@@ -36,7 +39,7 @@ class TensorFolder:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._loaders: dict[str, Callable[[], np.ndarray]] = {}
-        for file in _weight_files(folder):
+        for file in _weight_files(folder, files):
             (self._open_safetensors if file.suffix == ".safetensors" else self._open_pickle)(file)
 
     @property
@@ -114,8 +117,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return data
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for name in WEIGHT_FILES:
+def _weight_files(folder: Path, files: tuple[str, ...]) -> list[Path]:
+    for name in files:
         if (folder / name).is_file():
             return [folder / name]
         index = f"{name}.index.json"
@@ -128,7 +131,7 @@ def _weight_files(folder: Path) -> list[Path]:
                     f"({', '.join(missing)}); download them again"
                 )
             return [folder / shard for shard in shards]
-    raise UserError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)} (nor an index of shards) is there")
+    raise UserError(f"{folder} holds no weights: none of {', '.join(files)} (nor an index of shards) is there")
 
 
 def _reason(file: Path, error: Exception) -> str:

@@ -143,3 +143,18 @@ def _expected(shapes: Any, parts: Any) -> Iterable[tuple[str, tuple[int, ...]]]:
 def tensor_count(shapes: Any, parts: Any) -> int:
     """How many tensors `fill` will read: the total of its progress."""
     return sum(1 for _ in _expected(shapes, parts))
+
+
+def spread(params: Any, parts: Any, dtype: Any) -> dict[str, np.ndarray]:
+    """The published tensors, by name, of a pytree of parameters: `fill`, the other way round."""
+    if params is None:
+        return {}
+    if isinstance(params, tuple):
+        return {k: v for p, part in zip(params, parts, strict=True) for k, v in spread(p, part, dtype).items()}
+    if not _is_leaf(params):
+        fields = _fields(params)
+        return {k: v for f in fields for k, v in spread(getattr(params, f.name), parts[f.name], dtype).items()}
+    rows = np.asarray(params).astype(dtype)
+    ends = np.cumsum([count for _, count in parts])[:-1]
+    pieces = zip(parts, np.split(rows, ends), strict=True)
+    return {name: np.ascontiguousarray(piece) for (name, _), piece in pieces}

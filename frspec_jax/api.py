@@ -23,11 +23,10 @@ from frspec_jax import engine
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import VANILLA, Sampling, TreeConfig
 from frspec_jax.drafters.base import Drafter, Vanilla
-from frspec_jax.drafters.eagle import Eagle, EagleWeights
 from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import rounded_capacity
 from frspec_jax.llama import LlamaParams
-from frspec_jax.vocabulary import Ranking, control_ids, crop, sub_vocabulary, tokenizer_hash
+from frspec_jax.vocabulary import Ranking, control_ids, sub_vocabulary, tokenizer_hash
 from pallas_kernels.dispatch import AUTO, Kernels
 
 Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
@@ -78,7 +77,7 @@ class Result:
     tokens: list[int]  # the stop id included, where one ended the answer
     prompt_tokens: int
     finish_reason: str  # "stop" or "length"
-    method: str  # "vanilla", "eagle" or "eagle+fr"
+    method: str  # "vanilla", or the draft's kind, with "+fr" where its vocabulary is cropped: "eagle+fr"
     draft_vocab: int | None  # V'; None where nothing drafts
     rounds: int
     accepted_length: float | None  # tokens a round, the bonus token counted; the first token is the prefill's
@@ -156,7 +155,8 @@ def load(
     target = checkpoint.params(dtype) if target is None else target
     drafter: Drafter = Vanilla()
     weights: Any = ()
-    size = None
+    size: int | None = None
+    method = "vanilla"
     if folder is None:
         if draft_vocab is not None:
             raise UserError(
@@ -164,32 +164,42 @@ def load(
             )
         tree = VANILLA
     else:
-        draft_config, params = checkpoint.draft(folder, dtype)
-        ids = draft_ids(checkpoint, draft_vocab, ranking)
-        size = len(ids)
+        spec, params = checkpoint.draft(folder, dtype)
+        known = spec.vocabulary(params)
+        ids = draft_ids(checkpoint, draft_vocab, known, ranking)
         tree = best.tree if tree is None else tree
-        if tree.top_k > size:
-            raise UserError(f"--draft-top-k {tree.top_k} is larger than --draft-vocab {size}; lower it")
+        if tree.top_k > len(ids):
+            raise UserError(f"--draft-top-k {tree.top_k} is larger than --draft-vocab {len(ids)}; lower it")
         if tree.size > 1:
-            drafter = Eagle(draft_config.layer_of(config), kernels)
-            weights = EagleWeights(params, crop(target.head, ids, draft_int8))
+            tree, size = spec.fit(tree), len(ids)
+            method = spec.kind if size == (config.vocab_size if known is None else len(known)) else f"{spec.kind}+fr"
+            drafter, weights = spec.assemble(config, params, target.head, ids, kernels=kernels, int8=draft_int8)
     return Generator(
-        checkpoint, engine.Weights(target, weights), drafter, tree, size, dtype,
+        checkpoint, engine.Weights(target, weights), drafter, tree, size, method, dtype,
         rounded_capacity(context or min(config.max_context, 4096)), chunk or best.chunk, kernels,
     )  # fmt: skip
 
 
-def draft_ids(checkpoint: Checkpoint, draft_vocab: int | str | None, ranking_file: Path | None = None) -> np.ndarray:
-    """The ids [V'] int32 that the draft may propose: `load`'s `draft_vocab`, resolved."""
+def draft_ids(
+    checkpoint: Checkpoint,
+    draft_vocab: int | str | None,
+    known: np.ndarray | None = None,
+    ranking_file: Path | None = None,
+) -> np.ndarray:
+    """The ids [V'] int32 that the draft may propose: `load`'s `draft_vocab`, resolved.
+
+    known: ids that a draft with a vocabulary of its own is limited to. V' then counts among them.
+    """
     vocab_size = checkpoint.config.vocab_size
+    every = np.arange(vocab_size, dtype=np.int32) if known is None else known
     file = checkpoint.path / "ranking.npz" if ranking_file is None else ranking_file
     if draft_vocab is None:
-        draft_vocab = vocab_size // 4 if file.is_file() else "full"
+        draft_vocab = min(vocab_size // 4, len(every)) if file.is_file() else "full"
     if draft_vocab == "full":
-        return np.arange(vocab_size, dtype=np.int32)
+        return every
     size = int(draft_vocab)
     ranking = None
-    if size != vocab_size:
+    if size != len(every):
         if ranking_file is None and not file.is_file():
             raise UserError(
                 f"--draft-vocab {size} needs a ranking, and {checkpoint.path} has none; "
@@ -197,7 +207,8 @@ def draft_ids(checkpoint: Checkpoint, draft_vocab: int | str | None, ranking_fil
             )
         ranking = Ranking.load(file)
         ranking.check(tokenizer_hash(checkpoint.tokenizer), vocab_size, file)
-    return sub_vocabulary(ranking, size, vocab_size, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size))
+    always = control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size)
+    return sub_vocabulary(ranking, size, vocab_size, always, known)
 
 
 class Generator:
@@ -210,23 +221,18 @@ class Generator:
         drafter: Drafter,
         tree: TreeConfig,
         draft_vocab: int | None,
+        method: str,
         dtype: Any,
         capacity: int,
         chunk: int,
         kernels: Kernels = AUTO,
     ) -> None:
         self.checkpoint, self.weights, self.drafter, self.tree = checkpoint, weights, drafter, tree
-        self.draft_vocab = None if isinstance(drafter, Vanilla) else draft_vocab
+        self.draft_vocab, self.method = draft_vocab, method
         self.capacity, self.chunk, self.kernels = capacity, chunk, kernels
         self._dtype = dtype
         self._caches: engine.Caches | None = None
         self._warm: set[engine.Plan] = set()
-
-    @property
-    def method(self) -> str:
-        if self.draft_vocab is None:
-            return "vanilla"
-        return "eagle" if self.draft_vocab == self.checkpoint.config.vocab_size else "eagle+fr"
 
     def plan(self, sampling: Sampling) -> engine.Plan:
         """What is compiled for these sampling settings."""

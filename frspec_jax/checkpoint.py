@@ -25,61 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from frspec_jax.config import DraftConfig, ModelConfig
-from frspec_jax.drafters.eagle import EagleParams
+from frspec_jax import drafters
+from frspec_jax.config import ModelConfig
+from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
-from frspec_jax.layers import LayerParams
 from frspec_jax.llama import LlamaParams
+from frspec_jax.shapes import model_shapes
 
 FORMAT = "frspec-jax 1"
-DRAFT_FORMAT = "frspec-jax eagle 1"
-
-
-# Shapes ------------------------------------------------------------------------------------------
-
-
-def _layer_shapes(config: ModelConfig, dtype: Any, attention_norm: bool) -> LayerParams:
-    def weight(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    hidden, inner = config.hidden_size, config.intermediate_size
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return LayerParams(
-        attention_norm=weight(hidden) if attention_norm else None,
-        qkv=weight(qkv, hidden),
-        qkv_bias=weight(qkv) if config.attention_bias else None,
-        output=weight(hidden, config.num_heads * config.head_dim),
-        output_bias=weight(hidden) if config.output_bias else None,
-        mlp_norm=weight(hidden),
-        gate_up=weight(2 * inner, hidden),
-        gate_up_bias=weight(2 * inner) if config.mlp_bias else None,
-        down=weight(hidden, inner),
-        down_bias=weight(hidden) if config.mlp_bias else None,
-    )
-
-
-def model_shapes(config: ModelConfig, dtype: Any = np.float32) -> LlamaParams:
-    """The weights of `config` as `ShapeDtypeStruct`s: what conversion must fill and loading expects."""
-    table: Any = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), dtype)
-    norm: Any = jax.ShapeDtypeStruct((config.hidden_size,), dtype)
-    return LlamaParams(
-        embedding=table,
-        layers=tuple(_layer_shapes(config, dtype, attention_norm=True) for _ in range(config.num_layers)),
-        final_norm=norm,
-        lm_head=None if config.tied_head else table,
-    )
-
-
-def draft_shapes(draft: DraftConfig, target: ModelConfig, dtype: Any = np.float32) -> EagleParams:
-    """The weights of an EAGLE draft as `ShapeDtypeStruct`s."""
-    hidden = draft.hidden_size
-    fc: Any = jax.ShapeDtypeStruct((hidden, 2 * hidden), dtype)
-    bias: Any = jax.ShapeDtypeStruct((hidden,), dtype) if draft.fc_bias else None
-    return EagleParams(
-        fc=fc,
-        fc_bias=bias,
-        layer=_layer_shapes(draft.layer_of(target), dtype, attention_norm=False),
-    )
+DRAFT_FORMAT = "frspec-jax draft 1"
+EAGLE_FORMAT = "frspec-jax eagle 1"  # what drafts said before there were kinds of them
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -132,12 +87,12 @@ def write_model(folder: Path, config: ModelConfig, params: LlamaParams) -> None:
     save_params(folder / "params", params)
 
 
-def write_draft(folder: Path, draft: DraftConfig, params: EagleParams, target: str, about: dict[str, Any]) -> None:
-    """Fill `folder` (of `new_folder`) with an EAGLE draft.
+def write_draft(folder: Path, draft: DraftSpec, params: Any, target: str, about: dict[str, Any]) -> None:
+    """Fill `folder` (of `new_folder`) with a draft.
 
     target: the `fingerprint` of its target. about: facts for the reader (source, training).
     """
-    config = {"format": DRAFT_FORMAT, "target": target, **dataclasses.asdict(draft), "about": about}
+    config = {"format": DRAFT_FORMAT, "kind": draft.kind, "target": target, **draft.to_json(), "about": about}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_params(folder / "params", params)
 
@@ -145,7 +100,7 @@ def write_draft(folder: Path, draft: DraftConfig, params: EagleParams, target: s
 # Reading -----------------------------------------------------------------------------------------
 
 
-def _read_config(folder: Path, expected: str, what: str) -> dict[str, Any]:
+def _read_config(folder: Path, formats: tuple[str, ...], what: str) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         data = json.loads(file.read_text())
@@ -153,8 +108,8 @@ def _read_config(folder: Path, expected: str, what: str) -> dict[str, Any]:
         raise UserError(f"{folder} holds no config.json, so it is no {what}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); convert it again") from None
-    if data.get("format") != expected:
-        raise UserError(f"{file} does not say format {expected!r}, so {folder} is no {what}")
+    if data.get("format") not in formats:
+        raise UserError(f"{file} does not say format {formats[0]!r}, so {folder} is no {what}")
     return data
 
 
@@ -197,7 +152,7 @@ class Checkpoint:
                     raise UserError(
                         f"--ckpt {path} is a Hugging Face model; run: python -m convert hf {path} --out {path.name}-jax"
                     )
-        data = _read_config(path, FORMAT, "checkpoint folder")
+        data = _read_config(path, (FORMAT,), "checkpoint folder")
         try:
             known = {k: v for k, v in data.items() if k not in ("format", "fingerprint")}
             return cls(path, ModelConfig.from_json(known), data["fingerprint"])
@@ -250,18 +205,26 @@ class Checkpoint:
         known = f"{self.path} holds {', '.join(names)}" if names else f"{self.path} holds none"
         raise UserError(f"--draft {name} is neither a draft of this checkpoint ({known}) nor a folder")
 
-    def draft(self, folder: Path, dtype: Any = jnp.float32) -> tuple[DraftConfig, EagleParams]:
-        """A draft's configuration and weights.
+    def draft_spec(self, folder: Path) -> DraftSpec:
+        """What a draft's config.json says, as the class of its kind.
 
         Raises:
-          UserError: the draft was made for a target of another size, or is damaged.
+          UserError: the draft was made for another target, or is damaged.
         """
-        data = _read_config(folder, DRAFT_FORMAT, "EAGLE draft (python -m convert eagle makes one)")
-        fields = {field.name for field in dataclasses.fields(DraftConfig)}
-        draft = DraftConfig(**{k: v for k, v in data.items() if k in fields})
-        if draft.hidden_size != self.config.hidden_size or data.get("target") != self.fingerprint:
+        data = _read_config(folder, (DRAFT_FORMAT, EAGLE_FORMAT), "draft (python -m convert makes one)")
+        spec = drafters.spec_of(data, f"{folder}/config.json")
+        if spec.hidden_size != self.config.hidden_size or data.get("target") != self.fingerprint:
             raise UserError(
                 f"--draft {folder} was made for another target than {self.path}; "
                 "give the draft of this one, or convert it with --target"
             )
-        return draft, _load_params(folder / "params", draft_shapes(draft, self.config, dtype))
+        return spec
+
+    def draft(self, folder: Path, dtype: Any = jnp.float32) -> tuple[Any, Any]:
+        """A draft's configuration (a `DraftSpec`) and weights.
+
+        Raises:
+          UserError: the draft was made for another target, or is damaged.
+        """
+        spec = self.draft_spec(folder)
+        return spec, _load_params(folder / "params", spec.shapes(self.config, dtype))

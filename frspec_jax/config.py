@@ -170,49 +170,6 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftConfig:
-    """An EAGLE draft: one decoder layer on the target's features, sized freely but for the hidden size."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    fc_bias: bool = False
-    attention_bias: bool = False
-
-    @classmethod
-    def like(cls, target: ModelConfig) -> DraftConfig:
-        """A draft with the shape of one of the target's own layers: the published EAGLE recipe."""
-        return cls(
-            hidden_size=target.hidden_size,
-            intermediate_size=target.intermediate_size,
-            num_heads=target.num_heads,
-            num_kv_heads=target.num_kv_heads,
-            head_dim=target.head_dim,
-            rms_norm_eps=target.rms_norm_eps,
-            attention_bias=target.attention_bias,
-        )
-
-    def layer_of(self, target: ModelConfig) -> ModelConfig:
-        """The draft's layer as a one-layer model that shares the target's rotary embedding."""
-        return dataclasses.replace(
-            target,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_layers=1,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            rms_norm_eps=self.rms_norm_eps,
-            attention_bias=self.attention_bias,
-            output_bias=False,
-            mlp_bias=False,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class TreeConfig:
     """The static shape of a draft tree.
 

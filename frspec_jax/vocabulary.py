@@ -135,22 +135,28 @@ def control_ids(tokenizer: Any, stop_ids: Iterable[int], vocab_size: int) -> tup
     return tuple(sorted(n for n in {*special, *tokenizer.all_special_ids, *stop_ids} if 0 <= n < vocab_size))
 
 
-def sub_vocabulary(ranking: Ranking | None, size: int, vocab_size: int, always: Iterable[int]) -> np.ndarray:
+def sub_vocabulary(
+    ranking: Ranking | None, size: int, vocab_size: int, always: Iterable[int], known: np.ndarray | None = None
+) -> np.ndarray:
     """The ids [V'] int32 of the `size` most frequent tokens, with every id of `always` inside.
 
     An id of `always` that is not frequent takes the place of the least frequent others. All ids
     (`size == vocab_size`) come in their own order, and need no ranking.
 
+    Args:
+      known: the ids of a draft with a vocabulary of its own (EAGLE-3), in its order: they stand for all
+        ids then, and an id of `always` that is not among them cannot be proposed at all.
+
     Raises:
       UserError: `size` is out of range, or has no room for `always` and one more.
     """
-    must = np.unique(np.fromiter(always, np.int64)).astype(np.int32)
-    if size > vocab_size:
-        raise UserError(
-            f"--draft-vocab {size} is larger than the vocabulary ({vocab_size:,} tokens); lower it, or say full"
-        )
-    if size == vocab_size:
-        return np.arange(vocab_size, dtype=np.int32)
+    every = np.arange(vocab_size, dtype=np.int32) if known is None else known.astype(np.int32)
+    must = np.intersect1d(np.fromiter(always, np.int64), every)
+    if size > len(every):
+        whose = "the vocabulary" if known is None else "the draft's own vocabulary"
+        raise UserError(f"--draft-vocab {size} is larger than {whose} ({len(every):,} tokens); lower it, or say full")
+    if size == len(every):
+        return every
     if size <= len(must):
         raise UserError(
             f"--draft-vocab {size} is too small: {len(must)} control tokens are always inside; "
@@ -158,7 +164,7 @@ def sub_vocabulary(ranking: Ranking | None, size: int, vocab_size: int, always: 
         )
     if ranking is None:
         raise ValueError("a sub-vocabulary of less than all ids needs a ranking")
-    order = ranking.order
+    order = ranking.order if known is None else ranking.order[np.isin(ranking.order, every)]
     chosen = np.isin(order, must)
     others = np.flatnonzero(~chosen)[: size - len(must)]
     chosen[others] = True
@@ -177,3 +183,16 @@ def crop(head: Array, ids: np.ndarray, int8: bool = False) -> DraftHead:
         weight, scale = quantised(rows)
         return DraftHead(weight, kept, scale)
     return DraftHead(rows, kept)
+
+
+def id_maps(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """EAGLE-3's pair of maps for a sub-vocabulary, whose ids it takes in ascending order.
+
+    Returns:
+      d2t [V'] int64: what has to be added to a row of the draft's head to have its id (an offset, not the id).
+      t2d [V] bool: which ids have a row.
+    """
+    ids = np.sort(np.asarray(ids, np.int64))
+    t2d = np.zeros(vocab_size, bool)
+    t2d[ids] = True
+    return ids - np.arange(len(ids)), t2d

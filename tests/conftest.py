@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,25 @@ def real_checkpoint() -> Checkpoint:
     if not (folder / "drafts" / "eagle").is_dir():
         pytest.skip("checkpoints/smollm2 is not there; `make test` makes it")
     return Checkpoint.open(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model in Hugging Face's format."""
+    from tiny_hf import model_of, save
+
+    return save(model_of(), tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The same, converted. Not to be written to."""
+    from tiny_hf import converted
+
+    return converted("hf", tiny_source, tmp_path_factory.mktemp("target") / "ckpt")
+
+
+@pytest.fixture
+def tiny_ckpt(tiny_target: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """A copy of it for drafts to be written into."""
+    return Checkpoint.open(shutil.copytree(tiny_target.path, tmp_path / "ckpt"))

@@ -22,6 +22,12 @@ TREES = [TreeConfig(2, 1, 1), TreeConfig(4, 3, 1), TreeConfig(8, 3, 4), TreeConf
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.8, top_k=7), Sampling(1.2, top_p=0.8), Sampling(0.9, 9, 0.9)]
 
 
+@pytest.fixture(params=toy.DRAFTS)
+def kind(request) -> str:
+    """Every kind of draft: each promise holds for all of them."""
+    return request.param
+
+
 def one_by_one(cfg, params, prompt, settings, seed, limit):
     """Decoding in its plainest form: the whole text through the target for each token, without the engine."""
 
@@ -53,12 +59,13 @@ def test_vanilla_is_the_target_token_by_token(settings):
     ("tree", "settings"),
     [*((tree, SAMPLINGS[0]) for tree in TREES), *((TREES[2], settings) for settings in SAMPLINGS[1:])],
 )
-def test_drafting_changes_nothing(tree, settings):
+def test_drafting_changes_nothing(kind, tree, settings):
     """Promises 1 and 2: whatever drafts, the tokens are vanilla's, greedy and sampled, seed for seed."""
     cfg = toy.config(vocab_size=12)
-    full, eagle = toy.weights(cfg)
-    cropped, _ = toy.weights(cfg, np.array([5, 1, 9, 3, 11, 0, 7]))
-    vanilla, plan = toy.vanilla_plan(cfg, settings), engine.Plan(cfg, eagle, tree, settings, ())
+    tree = toy.fitted(kind, cfg, tree)
+    full, drafter = toy.weights(cfg, kind=kind)
+    cropped, _ = toy.weights(cfg, np.array([5, 1, 9, 3, 11, 0, 7]), kind=kind)
+    vanilla, plan = toy.vanilla_plan(cfg, settings), engine.Plan(cfg, drafter, tree, settings, ())
     drafts = 0
     for seed in range(4):
         prompt = np.random.default_rng(seed).integers(0, 12, 9 + seed)
@@ -81,23 +88,23 @@ def test_seeds_differ():
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 31, 64, 65])
-def test_chunk_size_changes_nothing(length):
+def test_chunk_size_changes_nothing(kind, length):
     cfg = toy.config()
-    w, eagle = toy.weights(cfg)
+    w, drafter = toy.weights(cfg, kind=kind)
     prompt = np.random.default_rng(length).integers(0, cfg.vocab_size, length)
-    plan = engine.Plan(cfg, eagle, TreeConfig(8, 3, 4), Sampling(), ())
+    plan = engine.Plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(), ())
     outputs = {chunk: toy.decode(plan, w, prompt, 12, chunk=chunk) for chunk in (8, 32, 256)}
     assert len({tuple(tokens) for tokens, _ in outputs.values()}) == 1
     # The drafter has seen the same too: it was right in the same rounds.
     assert len({tuple(np.asarray(state.histogram)) for _, state in outputs.values()}) == 1
 
 
-def test_a_long_cache_changes_nothing():
+def test_a_long_cache_changes_nothing(kind):
     """Beyond a capacity of 512 attention walks blocks, and the text crosses two of their borders."""
     cfg = toy.config()
-    w, eagle = toy.weights(cfg)
+    w, drafter = toy.weights(cfg, kind=kind)
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, 240)
-    plan = engine.Plan(cfg, eagle, TreeConfig(8, 3, 4), Sampling(1.0), ())
+    plan = engine.Plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(1.0), ())
     short, _ = toy.decode(toy.vanilla_plan(cfg, Sampling(1.0)), w, prompt, 200, capacity=512)
     long, _ = toy.decode(plan, w, prompt, 200, capacity=1024)
     assert short == long
@@ -165,11 +172,11 @@ def test_decoding_goes_on_rightly_after_a_draft_that_went_wrong():
 
 
 @pytest.mark.parametrize("settings", [Sampling(1.0), Sampling(0.7, top_k=5)])
-def test_outputs_follow_the_targets_law(settings):
+def test_outputs_follow_the_targets_law(kind, settings):
     """Three tokens of a model of eight, 6,000 sequences decoded side by side: chi-square against the exact law."""
     cfg = toy.config(vocab_size=8)
-    w, eagle = toy.weights(cfg, seed=4)
-    plan = engine.Plan(cfg, eagle, TreeConfig(6, 2, 3), settings, ())
+    w, drafter = toy.weights(cfg, seed=4, kind=kind)
+    plan = engine.Plan(cfg, drafter, TreeConfig(6, 2, 3), settings, ())
     prompt = np.array([2, 7, 1], np.int32)
     count = 6000
     caches, feature = engine._prefill_chunk(
@@ -210,10 +217,10 @@ def test_outputs_follow_the_targets_law(settings):
 # The compiled program ----------------------------------------------------------------------------
 
 
-def test_a_second_prompt_compiles_nothing():
+def test_a_second_prompt_compiles_nothing(kind):
     cfg = toy.config()
-    w, eagle = toy.weights(cfg)
-    plan = engine.Plan(cfg, eagle, TreeConfig(8, 3, 4), Sampling(1.0), ())
+    w, drafter = toy.weights(cfg, kind=kind)
+    plan = engine.Plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(1.0), ())
     toy.decode(plan, w, PROMPT, 8)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -227,11 +234,11 @@ def test_a_second_prompt_compiles_nothing():
 
 
 @pytest.mark.parametrize("capacity", [512, 1024])
-def test_no_copy_of_a_cache_in_the_compiled_programs(capacity):
+def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity):
     """Promise 5, read off the optimised HLO: caches are donated and updated in place."""
     cfg = toy.config()
-    w, eagle = toy.weights(cfg)
-    plan = engine.Plan(cfg, eagle, TreeConfig(8, 3, 4), Sampling(), ())
+    w, drafter = toy.weights(cfg, kind=kind)
+    plan = engine.Plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(), ())
     caches = engine.new_caches(plan, capacity, jnp.float32)
     tokens = np.zeros(33, np.int32)
     zero = np.int32(0)

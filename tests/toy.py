@@ -11,13 +11,14 @@ import numpy as np
 from jax import Array
 
 from frspec_jax import engine
-from frspec_jax.checkpoint import draft_shapes, model_shapes
-from frspec_jax.config import VANILLA, DraftConfig, ModelConfig, RopeScaling, Sampling, TreeConfig
+from frspec_jax.config import VANILLA, ModelConfig, RopeScaling, Sampling, TreeConfig
 from frspec_jax.drafters.base import Accepted, Vanilla
-from frspec_jax.drafters.eagle import Eagle, EagleParams, EagleWeights
+from frspec_jax.drafters.eagle import EagleConfig, EagleParams
+from frspec_jax.drafters.medusa import PUBLISHED_63, MedusaConfig, MedusaParams
 from frspec_jax.llama import LlamaParams
+from frspec_jax.shapes import model_shapes
 from frspec_jax.tree import DraftTree, causal
-from frspec_jax.vocabulary import DraftHead
+from pallas_kernels.dispatch import AUTO
 
 
 def config(vocab_size: int = 24, **changes: Any) -> ModelConfig:
@@ -41,19 +42,35 @@ def target(cfg: ModelConfig, seed: int = 0) -> LlamaParams:
     return params.replace(final_norm=3 * params.final_norm)  # peaked enough that drafts can be right
 
 
-def draft(cfg: ModelConfig, seed: int = 1) -> tuple[DraftConfig, EagleParams]:
+def draft(cfg: ModelConfig, seed: int = 1) -> tuple[EagleConfig, EagleParams]:
     """A draft that is right now and then: it passes the feature on, with some noise of its own."""
-    shape = DraftConfig.like(cfg)
-    return shape, random_like(draft_shapes(shape, cfg), seed, 0.25)
+    shape = EagleConfig.like(cfg)
+    return shape, random_like(shape.shapes(cfg), seed, 0.25)
 
 
-def weights(cfg: ModelConfig, ids: np.ndarray | None = None, seed: int = 0) -> tuple[engine.Weights, Eagle]:
-    """A target with an EAGLE draft whose head keeps `ids` (all of them by default)."""
+def medusa(cfg: ModelConfig, seed: int = 1, *, own: bool = False, layers: int = 1) -> tuple[MedusaConfig, MedusaParams]:
+    """Four heads with the published tree."""
+    shape = MedusaConfig(cfg.hidden_size, 4, layers, own, PUBLISHED_63)
+    return shape, random_like(shape.shapes(cfg), seed, 0.25)
+
+
+DRAFTS: dict[str, Any] = {"eagle": draft, "medusa": medusa}
+
+
+def fitted(kind: str, cfg: ModelConfig, tree: TreeConfig) -> TreeConfig:
+    """The tree that a draft of this kind grows where `tree` is asked for."""
+    return DRAFTS[kind](cfg)[0].fit(tree)
+
+
+def weights(
+    cfg: ModelConfig, ids: np.ndarray | None = None, seed: int = 0, kind: str = "eagle"
+) -> tuple[engine.Weights, Any]:
+    """A target with a draft whose head keeps `ids` (all of them by default)."""
     params = target(cfg, seed)
-    shape, draft_params = draft(cfg, seed + 1)
+    shape, draft_params = DRAFTS[kind](cfg, seed + 1)
     ids = np.arange(cfg.vocab_size) if ids is None else ids
-    head = DraftHead(params.head[ids], jnp.asarray(ids, jnp.int32))
-    return engine.Weights(params, EagleWeights(draft_params, head)), Eagle(shape.layer_of(cfg))
+    drafter, draft_weights = shape.assemble(cfg, draft_params, params.head, ids, kernels=AUTO, int8=False)
+    return engine.Weights(params, draft_weights), drafter
 
 
 def vanilla_plan(cfg: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> engine.Plan:

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
-from frspec_jax.config import DraftConfig, ModelConfig
-from frspec_jax.drafters.eagle import EagleParams
+from frspec_jax.config import ModelConfig
+from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
 from train.batches import HELD_OUT, Packing
@@ -160,14 +160,17 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
 
 
-def _start(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[DraftConfig, EagleParams]:
+def _start(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[EagleConfig, EagleParams]:
     """The draft to train: a new one with the shape of the target's layers, or another one's shape and weights."""
     if args.start_from is None:
-        draft = DraftConfig.like(checkpoint.config)
+        draft = EagleConfig.like(checkpoint.config)
         return draft, initial_params(jax.random.key(args.seed), draft, checkpoint.config)
     folder = checkpoint.draft_folder(args.start_from)
     assert folder is not None, "only no name at all finds no folder"
-    return checkpoint.draft(folder)
+    draft, params = checkpoint.draft(folder)
+    if not isinstance(draft, EagleConfig):
+        raise UserError(f"--start-from {args.start_from} is a draft of kind {draft.kind}; give an EAGLE draft")
+    return draft, params
 
 
 def _by_frequency(stores: list[FeatureStore], vocab_size: int) -> np.ndarray:

@@ -18,9 +18,8 @@ import optax
 from flax.training.train_state import TrainState
 from jax import Array
 
-from frspec_jax.checkpoint import draft_shapes
-from frspec_jax.config import DraftConfig, ModelConfig
-from frspec_jax.drafters.eagle import EagleParams
+from frspec_jax.config import ModelConfig
+from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.layers import gated_mlp, linear, project_qkv, rms_norm, rotation
 from train.batches import Batch
 
@@ -75,14 +74,14 @@ EAGLE2 = Recipe(
 PRESETS = {"default": Recipe(), "eagle2": EAGLE2}
 
 
-def initial_params(key: Array, draft: DraftConfig, config: ModelConfig) -> EagleParams:
+def initial_params(key: Array, draft: EagleConfig, config: ModelConfig) -> EagleParams:
     """A draft to start from: matrices normal, of deviation 1 / sqrt(inputs), so that every sum starts near unit size.
 
     The products that write to the residual stream start at a tenth of that: the draft begins as its fc.
     (Starting from the target's last layer is worse: it works on a residual stream that is many times
     larger than the normed features that a draft reads and writes.)
     """
-    shapes = draft_shapes(draft, config)
+    shapes = draft.shapes(config)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
     random = [

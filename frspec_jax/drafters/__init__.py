@@ -1,1 +1,32 @@
-"""What proposes. Each drafter is one file with the methods of `base.Drafter`; the engine knows no more."""
+"""What proposes. Each drafter is one file, and a line of `KINDS`; the engine knows no more than `base.Drafter`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from frspec_jax.drafters.base import DraftSpec
+from frspec_jax.errors import UserError
+
+# The kind that a draft's config.json names, and the class that reads the rest of it. Imported when it is called for.
+KINDS = {
+    "eagle": ("frspec_jax.drafters.eagle", "EagleConfig"),
+    "medusa": ("frspec_jax.drafters.medusa", "MedusaConfig"),
+}
+
+
+def spec_of(data: Mapping[str, Any], file: str) -> DraftSpec:
+    """The draft that a config.json describes; "eagle" where it names no kind.
+
+    Raises:
+      UserError: an unknown kind, or entries that are missing or make no sense.
+    """
+    kind = data.get("kind", "eagle")
+    if kind not in KINDS:
+        raise UserError(f"{file}: a draft of kind {kind!r} is not known; known are {', '.join(KINDS)}")
+    module, name = KINDS[kind]
+    try:
+        return getattr(importlib.import_module(module), name).from_json(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); convert the draft again") from None

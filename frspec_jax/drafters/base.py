@@ -1,15 +1,18 @@
-"""The few methods that the engine asks of a drafter, and what it hands over after each round."""
+"""The few methods that the engine asks of a drafter, what it hands over after each round, and how a draft is loaded."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, Self
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
-from frspec_jax.config import TreeConfig
+from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.tree import DraftTree
+from pallas_kernels.dispatch import Kernels
 
 
 @struct.dataclass
@@ -83,3 +86,40 @@ class Vanilla:
         cache: Any,
     ) -> tuple[DraftTree, Any]:
         return DraftTree.of_root(root), cache
+
+
+class DraftSpec(Protocol):
+    """A draft as its config.json describes it: frozen and hashable. One class a kind, named in `drafters.KINDS`."""
+
+    kind: ClassVar[str]  # what config.json says; also the method's name in results
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the target whose features it reads."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Out of a config.json, whose other entries are left alone. Raises KeyError, TypeError or ValueError."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries that `from_json` reads."""
+
+    def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> Any:
+        """The weights, as a pytree of `ShapeDtypeStruct`s."""
+
+    def vocabulary(self, params: Any) -> np.ndarray | None:
+        """The ids that its own head can propose; None: all of the target's."""
+
+    def fit(self, tree: TreeConfig) -> TreeConfig:
+        """The tree that it grows where `tree` is asked for; a draft with a tree of its own may offer fewer nodes."""
+
+    def assemble(
+        self, target: ModelConfig, params: Any, head: Array, ids: np.ndarray, *, kernels: Kernels, int8: bool
+    ) -> tuple[Drafter, Any]:
+        """The drafter, and the weights that it reads in each round.
+
+        Args:
+          params: of `shapes`. head: [V, H], the target's LM head.
+          ids: [V'] int32, what the draft may propose: every head of it is cropped to them.
+          kernels: which implementations run. int8: round the heads, as in `vocabulary.crop`.
+        """

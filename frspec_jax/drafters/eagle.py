@@ -9,19 +9,22 @@ and the rotary embedding are the target's.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
-from frspec_jax import kv_cache
+from frspec_jax import kv_cache, shapes
 from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.drafters.base import Accepted
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, decoder_layer, linear, rotation
 from frspec_jax.tree import Beam, DraftTree, causal, rerank
-from frspec_jax.vocabulary import DraftHead
+from frspec_jax.vocabulary import DraftHead, crop
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.subvocab_head import subvocab_top_k
 from pallas_kernels.tree_attention import bit_words
@@ -51,7 +54,7 @@ def extend(
     """Run T pairs through the draft.
 
     Args:
-      config: `DraftConfig.layer_of(target)`.
+      config: `EagleConfig.layer_of(target)`.
       embeddings: [T, H] of the tokens at positions + 1; features: [T, H], the target's or predicted.
       positions: [T] int32. write_at, committed, ancestors: as in `decoder_layer`.
 
@@ -130,7 +133,7 @@ class EagleWeights:
 class Eagle:
     """EAGLE-2 as the engine sees it (`base.Drafter`)."""
 
-    config: ModelConfig  # the draft's one layer: `DraftConfig.layer_of(target)`
+    config: ModelConfig  # the draft's one layer: `EagleConfig.layer_of(target)`
     kernels: Kernels = AUTO
 
     def new_cache(self, capacity: int, dtype: jnp.dtype) -> LayerKV:
@@ -177,3 +180,74 @@ class Eagle:
             causal(pairs),
             self.kernels,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleConfig:
+    """An EAGLE draft (`base.DraftSpec`): one decoder layer on the target's features, sized freely but for H."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    fc_bias: bool = False
+    attention_bias: bool = False
+
+    kind: ClassVar[str] = "eagle"
+
+    @classmethod
+    def like(cls, target: ModelConfig) -> EagleConfig:
+        """A draft with the shape of one of the target's own layers: the published EAGLE recipe."""
+        return cls(
+            hidden_size=target.hidden_size,
+            intermediate_size=target.intermediate_size,
+            num_heads=target.num_heads,
+            num_kv_heads=target.num_kv_heads,
+            head_dim=target.head_dim,
+            rms_norm_eps=target.rms_norm_eps,
+            attention_bias=target.attention_bias,
+        )
+
+    def layer_of(self, target: ModelConfig) -> ModelConfig:
+        """The draft's layer as a one-layer model that shares the target's rotary embedding."""
+        return dataclasses.replace(
+            target,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=1,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            rms_norm_eps=self.rms_norm_eps,
+            attention_bias=self.attention_bias,
+            output_bias=False,
+            mlp_bias=False,
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data})
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> EagleParams:
+        hidden = self.hidden_size
+        return EagleParams(
+            fc=shapes.struct(dtype, hidden, 2 * hidden),
+            fc_bias=shapes.struct(dtype, hidden) if self.fc_bias else None,
+            layer=shapes.layer_shapes(self.layer_of(target), dtype, attention_norm=False),
+        )
+
+    def vocabulary(self, params: EagleParams) -> None:
+        return None
+
+    def fit(self, tree: TreeConfig) -> TreeConfig:
+        return tree
+
+    def assemble(
+        self, target: ModelConfig, params: EagleParams, head: Array, ids: np.ndarray, *, kernels: Kernels, int8: bool
+    ) -> tuple[Eagle, EagleWeights]:
+        return Eagle(self.layer_of(target), kernels), EagleWeights(params, crop(head, ids, int8))

@@ -1,0 +1,123 @@
+"""What the importers of drafts share: flags, the target that a draft belongs to, and the writing of its folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.folder import TensorFolder
+from convert.hf import add_dtype
+from convert.progress import tensor_progress
+from convert.weights import DTYPES, fill, tensor_count
+from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
+from frspec_jax.drafters.base import DraftSpec
+from frspec_jax.errors import UserError
+
+EMBEDDING = "embed_tokens.weight"
+TARGET_KEY = "frspec_target"  # our addition to config.json: the fingerprint of the draft's target
+FC_BIAS_KEY = "frspec_fc_bias"  # another: whether the draft has an fc.bias, where the engine wants one or none
+ROUNDING = 2.0**-7  # a row's relative error: bfloat16 rounding leaves 2^-9 at most, another model's row about 1
+QUANTISED = 0.25  # the same where the target came out of a GGUF file, whose embedding may be of 4 bits
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
+    """The flags of an importer of drafts of `kind`."""
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="the draft's folder, with its config.json")
+    parser.add_argument("--target", type=Path, required=True, metavar="CKPT", help="checkpoint folder of its target")
+    parser.add_argument("--name", default=kind, help=f"the draft's name under CKPT/drafts (default: {kind})")
+    add_dtype(parser)
+
+
+def open_target(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint of --target, once --name is seen to be a name."""
+    if args.name != Path(args.name).name or args.name.startswith("."):
+        raise UserError(f"--name {args.name} must be a plain name, without slashes or a leading dot")
+    return Checkpoint.open(args.target)
+
+
+def import_draft(
+    args: argparse.Namespace,
+    source: TensorFolder,
+    target: Checkpoint,
+    spec: DraftSpec,
+    parts: dict[str, Any],
+    ignore: Callable[[str], bool],
+) -> None:
+    """Fill CKPT/drafts/NAME out of a published draft; an embedding among the tensors must be the target's.
+
+    Args:
+      parts: the tensors of each parameter, as in `weights.fill`. ignore: tells names that no parameter takes.
+    """
+    if source.config.get(TARGET_KEY, target.fingerprint) != target.fingerprint:
+        raise UserError(
+            f"{source.label}/config.json: the draft was made for another target than --target {target.path}"
+        )
+    shapes = spec.shapes(target.config)
+    dtype = source.lossless_dtype if args.dtype == "auto" else DTYPES[args.dtype]
+    out = args.target / "drafts" / args.name
+    with new_folder(out, "--name") as part:
+        with tensor_progress(tensor_count(shapes, parts)) as progress:
+            params = fill(shapes, parts, source, dtype, ignore, progress)
+        if EMBEDDING in source.names():
+            check_embedding(source, target)
+        facts = source.config.get("about")  # what `convert export` wrote, if it was that
+        known = facts if isinstance(facts, dict) else {}
+        about = {**known, "source": spec.kind, "folder": args.source.resolve().name}
+        write_draft(part, spec, params, target.fingerprint, about)
+    print(f"wrote {out}: a draft of kind {spec.kind}, {np.dtype(dtype).name}; its target is {args.target}")
+
+
+def check_embedding(source: TensorFolder, target: Checkpoint) -> None:
+    """Compare the draft's copy of the embedding with the target's, which is the one in use.
+
+    Raises:
+      UserError: they differ by more than rounding, so the draft belongs to another target.
+    """
+    config = target.config
+    wanted = (config.vocab_size, config.hidden_size)
+    if source.shape(EMBEDDING) != wanted:
+        raise UserError(
+            f"{source.label}: {EMBEDDING} has shape {list(source.shape(EMBEDDING))}, the embedding of --target "
+            f"{target.path} {list(wanted)}; the draft belongs to another target"
+        )
+    theirs, ours = source.read(EMBEDDING), target_embedding(target)
+    limit = QUANTISED if _came_from_gguf(target) else ROUNDING
+    errors, sizes = [], []
+    for start in range(0, wanted[0], 4096):  # in blocks, since in float32 a large table would fill the memory
+        a = theirs[start : start + 4096].astype(np.float32)
+        b = ours[start : start + 4096].astype(np.float32)
+        errors.append(np.linalg.norm(a - b, axis=1))
+        sizes.append(np.linalg.norm(b, axis=1))
+    error, size = np.concatenate(errors), np.concatenate(sizes)
+    # Rows of tokens that never occurred can be tiny, and float16 loses them: they count against the usual row.
+    differing = int((error > limit * size + 1e-3 * np.median(size)).sum())
+    if differing:
+        raise UserError(
+            f"{source.label}: {EMBEDDING} differs from the embedding of --target {target.path} in {differing} of "
+            f"{wanted[0]} rows; the draft belongs to another target"
+        )
+
+
+def target_embedding(target: Checkpoint) -> np.ndarray:
+    """The target's embedding [V, H] in its stored dtype, without reading the other weights."""
+    import orbax.checkpoint as ocp
+
+    config = target.config
+    item = {"embedding": jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), np.float32)}
+    as_numpy = {"embedding": ocp.RestoreArgs(restore_type=np.ndarray)}
+    request = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore((target.path / "params").resolve(), args=request)["embedding"]
+
+
+def _came_from_gguf(target: Checkpoint) -> bool:
+    try:
+        return json.loads((target.path / "source.json").read_text()).get("format") == "gguf"
+    except (OSError, ValueError):
+        return False

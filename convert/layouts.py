@@ -1,0 +1,132 @@
+"""How the engines that read drafts want them: tensors and config.json of each format.
+
+What differs between them is small and silent: a bias that one adds and another ignores, a config entry
+that one takes for the fusing layer and another for attention. Each function here says which, and why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from convert.draft import FC_BIAS_KEY, TARGET_KEY
+from convert.medusa import CHOICES_KEY, medusa_parts
+from convert.weights import draft_parts, spread
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.config import ModelConfig
+from frspec_jax.drafters.eagle import EagleConfig, EagleParams
+from frspec_jax.drafters.medusa import MedusaConfig, MedusaParams
+from frspec_jax.errors import UserError
+
+Published = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors by name, and config.json
+FAMILY = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def eagle(spec: EagleConfig, params: EagleParams, target: Checkpoint, dtype: Any) -> Published:
+    """EAGLE-2 as SafeAILab published it (`cnets1.py`); FR-Spec and CPM.cu read it too."""
+    family = target.config.architecture
+    config = _llama_config(spec, target, FAMILY[family], family)
+    config |= {"bias": spec.fc_bias, "qkv_bias": spec.attention_bias}
+    return spread(params, draft_parts(spec.layer_of(target.config)), dtype), config
+
+
+def eagle_sglang(spec: EagleConfig, params: EagleParams, target: Checkpoint, dtype: Any) -> Published:
+    """EAGLE-2 for SGLang: the same tensors, and always a bias of the fusing layer.
+
+    SGLang's fusing layer has one whatever config.json says, and its values would be chance without this tensor.
+    Whether attention has biases it decides by the architecture, and `bias` in config.json it takes for attention's.
+    """
+    tensors, _ = eagle(spec, params, target, dtype)
+    tensors.setdefault("fc.bias", np.zeros(spec.hidden_size, dtype))
+    family = "qwen2" if spec.attention_bias else "llama"
+    config = _llama_config(spec, target, FAMILY[family] + "Eagle", family) | _rope(target.config)
+    return tensors, config | {FC_BIAS_KEY: spec.fc_bias}
+
+
+def eagle_vllm(spec: EagleConfig, params: EagleParams, target: Checkpoint, dtype: Any) -> Published:
+    """EAGLE-2 for vLLM: the same tensors; its fusing layer has no bias, and would drop one without a word.
+
+    Raises:
+      UserError: the draft has such a bias.
+    """
+    if spec.fc_bias and np.asarray(params.fc_bias).any():
+        raise UserError("--format vllm: the draft's fc has a bias, which vLLM leaves out; use --format sglang or eagle")
+    tensors, _ = eagle(spec, params, target, dtype)
+    tensors.pop("fc.bias", None)
+    config = _llama_config(spec, target, "EagleLlamaForCausalLM", "llama") | _rope(target.config)
+    # `bias` would give attention biases, of its output too; `qkv_bias` gives those that there are.
+    return tensors, config | {"attention_bias": False, "qkv_bias": spec.attention_bias}
+
+
+def medusa(spec: MedusaConfig, params: MedusaParams, target: Checkpoint, dtype: Any) -> Published:
+    """Medusa heads as FasterDecoding published them, of the layout that fits; our tree stands beside."""
+    config = {
+        "medusa_num_heads": spec.num_heads,
+        "medusa_num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "vocab_size": target.config.vocab_size,
+        CHOICES_KEY: [list(path) for path in spec.choices],
+        TARGET_KEY: target.fingerprint,
+    }
+    return spread(params, medusa_parts(spec, target), dtype), config
+
+
+# What each format makes of each kind of draft.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "eagle": {"eagle": eagle, "sglang": eagle_sglang, "vllm": eagle_vllm},
+    "medusa": {"medusa": medusa},
+}
+
+
+def _llama_config(spec: Any, target: Checkpoint, architecture: str, model_type: str) -> dict[str, Any]:
+    """The entries that a draft of one Llama layer has in every engine."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "num_hidden_layers": 1,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": target.config.rope_theta,
+        "vocab_size": target.config.vocab_size,
+        "max_position_embeddings": target.config.max_context,
+        "tie_word_embeddings": False,
+        TARGET_KEY: target.fingerprint,
+    }
+
+
+def _rope(config: ModelConfig) -> dict[str, Any]:
+    """The target's rotary scaling in Hugging Face's words: these engines read it out of the draft's config.json.
+
+    Raises:
+      UserError: it has no such words.
+    """
+    scaling = config.rope_scaling
+    common = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "none":
+        return {}
+    if scaling.kind == "linear":
+        return {"rope_scaling": common}
+    common["original_max_position_embeddings"] = scaling.original_context
+    if scaling.kind == "llama3":
+        ends = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        return {"rope_scaling": common | ends}
+    if scaling.kind == "yarn":
+        return {
+            "rope_scaling": common
+            | {
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "attention_factor": scaling.attention_factor,
+                "truncate": scaling.truncate,
+            }
+        }
+    raise UserError(
+        "--ckpt: the target's rotary scaling is a list of factors, as GGUF files store it, which config.json cannot "
+        "say; convert the target from its Hugging Face folder"
+    )

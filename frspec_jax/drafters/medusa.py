@@ -1,0 +1,221 @@
+"""Medusa: heads that each look one token further ahead, and a tree that never changes (arXiv 2401.10774).
+
+Head i (from 0) reads the target's feature of the last committed token and says what will stand i + 1
+places after the root: residual blocks, then an LM head of its own, or the target's. A node of the tree
+is a path of ranks ([0, 2]: head 0's best token, then head 1's third best), so a round only fills in
+tokens. All heads are cropped to one sub-vocabulary (FR-Spec, arXiv 2502.14856, Table 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from frspec_jax import shapes
+from frspec_jax.config import TREE_LIMIT, ModelConfig, TreeConfig
+from frspec_jax.drafters.base import Accepted
+from frspec_jax.layers import linear
+from frspec_jax.tree import DraftTree
+from frspec_jax.vocabulary import DraftHead, crop
+from pallas_kernels.dispatch import AUTO, Kernels
+from pallas_kernels.subvocab_head import subvocab_top_k
+
+Choices = tuple[tuple[int, ...], ...]  # paths of ranks, the most valuable first, each after its own beginning
+
+
+def _paths(text: str) -> Choices:
+    """Paths written a digit a rank: "0 00" is ((0,), (0, 0))."""
+    return tuple(tuple(map(int, path)) for path in text.split())
+
+
+# The published layout of 63 nodes, `mc_sim_7b_63`, which Medusa and FR-Spec use for all of their models.
+PUBLISHED_63 = _paths(
+    "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 005 "
+    "0000 011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070"
+)
+
+
+@struct.dataclass
+class BlockParams:
+    """A residual block: x + silu(weight x + bias)."""
+
+    weight: Array  # [H, H]
+    bias: Array  # [H]
+
+
+@struct.dataclass
+class HeadParams:
+    """One Medusa head."""
+
+    blocks: tuple[BlockParams, ...]
+    lm_head: Array | None  # [V, H]; None where the target's reads the blocks' output
+
+
+@struct.dataclass
+class MedusaParams:
+    """The weights of a Medusa draft, as they are stored."""
+
+    heads: tuple[HeadParams, ...]
+
+
+@struct.dataclass
+class MedusaWeights:
+    """What Medusa reads when it drafts."""
+
+    blocks: tuple[tuple[BlockParams, ...], ...]  # of each head
+    lm_heads: tuple[DraftHead, ...]  # one a head, or a single one for all; the same ids in each
+
+
+def residual(blocks: tuple[BlockParams, ...], x: Array) -> Array:
+    """A head's residual blocks over features [T, H]."""
+    for block in blocks:
+        x = x + jax.nn.silu(linear(x, block.weight, block.bias))
+    return x
+
+
+def check_choices(choices: Choices, heads: int) -> None:
+    """Refuse what is no tree.
+
+    Raises:
+      ValueError: a path comes before its own beginning, comes twice, or is longer than there are heads.
+    """
+    if not 1 <= len(choices) < TREE_LIMIT:
+        raise ValueError(f"a tree of {len(choices)} nodes below the root: 1 to {TREE_LIMIT - 1} are possible")
+    seen: set[tuple[int, ...]] = {()}
+    for path in choices:
+        if path in seen or path[:-1] not in seen or min(path) < 0:
+            raise ValueError(f"the tree's path {list(path)} comes twice, or before the path that it goes on from")
+        if len(path) > heads:
+            raise ValueError(f"the tree's path {list(path)} needs {len(path)} heads, and there are {heads}")
+        seen.add(path)
+
+
+def within(choices: Choices, tree: TreeConfig) -> Choices:
+    """The first paths that respect a tree's size, depth and top-k: a path's beginning always comes before it."""
+    kept = (path for path in choices if len(path) <= tree.depth and max(path) < tree.top_k)
+    return tuple(path for path, _ in zip(kept, range(tree.size - 1), strict=False))
+
+
+def skeleton(choices: Choices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Parent [N] int32, depth [N] int32 and ancestor words [N, W] int32 of the tree with a root above `choices`."""
+    number: dict[tuple[int, ...], int] = {(): 0}
+    parent = np.zeros(len(choices) + 1, np.int32)
+    visible = np.eye(len(choices) + 1, dtype=bool)
+    for node, path in enumerate(choices, 1):
+        number[path] = node
+        parent[node] = number[path[:-1]]
+        visible[node] |= visible[parent[node]]
+    depth = visible.sum(-1, dtype=np.int32) - 1
+    packed = np.packbits(np.pad(visible, ((0, 0), (0, -len(visible) % 32))), axis=-1, bitorder="little")
+    return parent, depth, np.ascontiguousarray(packed).view("<i4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Medusa:
+    """Medusa as the engine sees it (`base.Drafter`): no cache, and nothing to take in but the last feature."""
+
+    choices: Choices
+    kernels: Kernels = AUTO
+
+    def new_cache(self, capacity: int, dtype: jnp.dtype) -> Any:
+        return ()
+
+    def prefill(
+        self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: Any
+    ) -> Any:
+        return cache
+
+    def propose(
+        self,
+        weights: MedusaWeights,
+        embedding: Array,
+        tree: TreeConfig,
+        accepted: Accepted,
+        root: Array,
+        length: Array,
+        cache: Any,
+    ) -> tuple[DraftTree, Any]:
+        choices = within(self.choices, tree)
+        parent, depth, ancestors = skeleton(choices)
+        levels, ranks = int(depth.max()), 1 + max(max(path) for path in choices)
+        with jax.named_scope("medusa_heads"):
+            feature = accepted.features[accepted.count - 1][None]
+            index = best_rows(weights, feature, levels, ranks, self.kernels)
+        index = index[depth[1:] - 1, np.array([path[-1] for path in choices])]
+        tokens = weights.lm_heads[0].ids[index]  # the only place where a sub-vocabulary index becomes an id
+        tokens = jnp.concatenate([root[None], tokens])
+        return DraftTree(tokens, jnp.asarray(parent), jnp.asarray(depth), jnp.asarray(ancestors)), cache
+
+
+def best_rows(weights: MedusaWeights, feature: Array, levels: int, ranks: int, kernels: Kernels) -> Array:
+    """The best `ranks` rows of the first `levels` heads, [levels, ranks] int32, given a feature [1, H]."""
+    outputs = [residual(blocks, feature.astype(blocks[0].weight.dtype)) for blocks in weights.blocks[:levels]]
+    if len(weights.lm_heads) == 1:  # all heads read through one: a single product
+        outputs = [jnp.concatenate(outputs)]
+    return jnp.concatenate([
+        subvocab_top_k(rows, head.weight, ranks, head.scale, implementation=kernels.head)[1]
+        for rows, head in zip(outputs, weights.lm_heads, strict=False)
+    ])  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaConfig:
+    """A Medusa draft (`base.DraftSpec`)."""
+
+    hidden_size: int
+    num_heads: int
+    num_layers: int  # residual blocks a head
+    own_lm_heads: bool
+    choices: Choices  # the tree below the root
+
+    kind: ClassVar[str] = "medusa"
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.num_layers < 1:
+            raise ValueError(f"{self.num_heads} heads of {self.num_layers} residual blocks: give at least one of each")
+        check_choices(self.choices, self.num_heads)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        known = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**known, "choices": as_choices(known["choices"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> MedusaParams:
+        hidden = self.hidden_size
+        block = BlockParams(shapes.struct(dtype, hidden, hidden), shapes.struct(dtype, hidden))
+        lm_head = shapes.struct(dtype, target.vocab_size, hidden) if self.own_lm_heads else None
+        return MedusaParams((HeadParams((block,) * self.num_layers, lm_head),) * self.num_heads)
+
+    def vocabulary(self, params: MedusaParams) -> None:
+        return None
+
+    def fit(self, tree: TreeConfig) -> TreeConfig:
+        """As much of the draft's own tree as `tree` has room for."""
+        return dataclasses.replace(tree, size=1 + len(within(self.choices, tree)))
+
+    def assemble(
+        self, target: ModelConfig, params: MedusaParams, head: Array, ids: np.ndarray, *, kernels: Kernels, int8: bool
+    ) -> tuple[Medusa, MedusaWeights]:
+        own = [h.lm_head for h in params.heads if h.lm_head is not None]
+        lm_heads = tuple(crop(rows, ids, int8) for rows in own or [head])
+        return Medusa(self.choices, kernels), MedusaWeights(tuple(h.blocks for h in params.heads), lm_heads)
+
+
+def published_choices(heads: int) -> Choices:
+    """The published tree, as deep as there are heads."""
+    return tuple(path for path in PUBLISHED_63 if len(path) <= heads)
+
+
+def as_choices(lists: Iterable[Iterable[int]]) -> Choices:
+    """A tree that was read from JSON."""
+    return tuple(tuple(int(rank) for rank in path) for path in lists)

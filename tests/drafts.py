@@ -1,0 +1,87 @@
+"""Random drafts in the published formats, and our commands that read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from convert.__main__ import main
+from frspec_jax.checkpoint import Checkpoint
+
+
+def published_eagle(
+    folder: Path, target: Checkpoint, bias: bool, embedding: bool = True, qkv_bias: bool = False
+) -> Path:
+    """A random EAGLE draft in the published format, as pytorch_model.bin in float16."""
+    rng, c = np.random.default_rng(1), target.config
+    h, f, kv = c.hidden_size, c.intermediate_size, c.num_kv_heads * c.head_dim
+    shapes = {
+        "fc.weight": (h, 2 * h),
+        "layers.0.self_attn.q_proj.weight": (h, h),
+        "layers.0.self_attn.k_proj.weight": (kv, h),
+        "layers.0.self_attn.v_proj.weight": (kv, h),
+        "layers.0.self_attn.o_proj.weight": (h, h),
+        "layers.0.mlp.gate_proj.weight": (f, h),
+        "layers.0.mlp.up_proj.weight": (f, h),
+        "layers.0.mlp.down_proj.weight": (h, f),
+        "layers.0.post_attention_layernorm.weight": (h,),
+    }
+    shapes |= {"fc.bias": (h,)} if bias else {}
+    if qkv_bias:
+        shapes |= {f"layers.0.self_attn.{x}_proj.bias": (h if x == "q" else kv,) for x in "qkv"}
+    tensors = {name: torch.from_numpy(rng.standard_normal(shape).astype(np.float16)) for name, shape in shapes.items()}
+    if embedding:
+        tensors["embed_tokens.weight"] = torch.from_numpy(np.array(target.params().embedding)).half()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 1,
+        "hidden_size": h,
+        "intermediate_size": f,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "rms_norm_eps": 1e-6,
+        "bias": bias,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def published_medusa(folder: Path, target: Checkpoint, own: bool, layers: int = 1, heads: int = 4) -> Path:
+    """Random Medusa heads, as medusa_lm_head.pt in float16: with LM heads of their own, or sharing the target's."""
+    rng, c = np.random.default_rng(2), target.config
+    shapes = {}
+    for i in range(heads):
+        for j in range(layers):
+            shapes |= {
+                f"{i}.{j}.linear.weight": (c.hidden_size, c.hidden_size),
+                f"{i}.{j}.linear.bias": (c.hidden_size,),
+            }
+        if own:
+            shapes[f"{i}.{layers}.weight"] = (c.vocab_size, c.hidden_size)
+    tensors = {name: torch.from_numpy(rng.standard_normal(shape).astype(np.float16)) for name, shape in shapes.items()}
+    folder.mkdir(parents=True)
+    config = {"medusa_num_heads": heads, "medusa_num_layers": layers, "base_model_name_or_path": "nobody/tiny"}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(tensors, folder / "medusa_lm_head.pt")
+    return folder
+
+
+def edit_pickle(folder: Path, **changes: Any) -> None:
+    """Put tensors in, under names whose dots are written __."""
+    (file,) = (*folder.glob("*.bin"), *folder.glob("*.pt"))
+    tensors = torch.load(file, weights_only=True)
+    torch.save(tensors | {name.replace("__", "."): value for name, value in changes.items()}, file)
+
+
+def imported(
+    folder: Path, ckpt: Checkpoint, name: str = "eagle", *flags: str, command: str = "eagle"
+) -> tuple[Any, Any]:
+    """Run `python -m convert COMMAND`, and load what it has written."""
+    main([command, str(folder), "--target", str(ckpt.path), "--name", name, *flags])
+    return ckpt.draft(ckpt.draft_folder(name))
