@@ -16,7 +16,7 @@ from tiny_hf import converted, edit_json, model_of, refusal, same, save
 
 from convert import hf
 from convert.__main__ import main
-from convert.eagle import target_embedding
+from convert.draft import target_embedding
 from frspec_jax.checkpoint import Checkpoint
 
 
