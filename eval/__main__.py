@@ -9,6 +9,7 @@ COMMANDS = {
     "speed": "tokens a second, accepted length and stage times, side by side",
     "accept": "accepted length over a question set",
     "run": "answer question sets with every method, side by side, and keep records",
+    "report": "tables in the paper's layout and plots, out of what run has kept",
     "identical": "compare the output with that of transformers, token by token",
 }
 

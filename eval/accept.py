@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from eval.figures import acceptance_by_depth
 from eval.options import add_json_argument, add_model_arguments, add_question_arguments, models, save
 from eval.questions import Question, of_tasks, read_questions, spread
 from frspec_jax.api import Generator, Request, Result
@@ -75,12 +76,11 @@ def summary(by_task: dict[str, list[Result]]) -> dict[str, Any]:
         counts = np.sum([r.accepted_histogram for r in results], axis=0)
         lengths[task] = round(float(counts @ np.arange(1, len(counts) + 1) / max(1, counts.sum())), 3)
         histogram = counts + histogram
-    at_least = histogram[::-1].cumsum()[::-1]  # rounds that accepted at least 0, 1, ... drafts
     return {
         "accepted_length": lengths,
         "average": round(float(np.mean(list(lengths.values()))), 3),
         "histogram": histogram.tolist(),
-        "acceptance_by_depth": (at_least[1:] / np.maximum(1, at_least[:-1])).round(3).tolist(),
+        "acceptance_by_depth": np.round(acceptance_by_depth(histogram), 3).tolist(),
     }
 
 
