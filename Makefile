@@ -6,7 +6,7 @@ GGUF := material/SmolLM2-135M-Instruct.Q4_1.gguf
 CKPT := checkpoints/smollm2
 ASSETS := assets/smollm2-135m
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu-check lint clean
 .DELETE_ON_ERROR:
 
 demo: $(CKPT)/.complete
@@ -17,6 +17,11 @@ test: .venv/.test $(CKPT)/.complete
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# On a machine with a GPU, and with JAX and the rest installed: no network, no .venv, ten minutes at most.
+# `make gpu-check DRY=--dry` runs the same steps, tiny, on a CPU.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(DRY)
 
 lint: .venv/.test
 	$(RUN) -m ruff check --fix .

@@ -19,8 +19,8 @@ from frspec_jax.errors import UserError
 from frspec_jax.generate import tree_of
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str) -> None:
-    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
+def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str, required: bool = True) -> None:
+    parser.add_argument("--ckpt", type=Path, required=required, help="checkpoint folder")
     parser.add_argument(
         "--draft", metavar="NAME,...", help="names or folders of drafts to measure (default: the only one there is)"
     )
@@ -61,12 +61,17 @@ def models(
     drafts = args.draft.split(",") if args.draft else [None]
     if any(checkpoint.draft_folder(draft) is None for draft in drafts):
         raise UserError(f"{args.ckpt} holds no draft to measure; add one with python -m train eagle or convert eagle")
-    tree: TreeConfig = tree_of(args, api.defaults().tree)
+    tree: TreeConfig = tree_of(args, api.preferred_tree(checkpoint, drafts[0], dtype and jnp.dtype(dtype)))
     if tree.size == 1:
         raise UserError("--tree-size 1 drafts nothing; vanilla decoding is measured anyhow, so ask for 2 or more")
-    sizes = [_size(text.strip(), checkpoint.config.vocab_size) for text in args.draft_vocab.split(",")]
+    sizes = sizes_of(args.draft_vocab, checkpoint.config.vocab_size)
     options = {"dtype": dtype and jnp.dtype(dtype), "context": context}
     return checkpoint, measure.methods(checkpoint, drafts, sizes, tree, rankings, **options)
+
+
+def sizes_of(text: str, vocab_size: int) -> list[int | str]:
+    """The sub-vocabularies that --draft-vocab lists: numbers of tokens, or "full"."""
+    return [_size(part.strip(), vocab_size) for part in text.split(",")]
 
 
 def _size(text: str, vocab_size: int) -> int | str:

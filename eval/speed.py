@@ -18,21 +18,28 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from eval import measure
+from eval import measure, shapes
 from eval.options import add_json_argument, add_model_arguments, add_question_arguments, models, save
 from eval.peer import Peer
 from eval.questions import read_questions, spread
 from frspec_jax.api import Generator, Request, Result
+from frspec_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, "full,1/2,1/4,1/8")
+    add_model_arguments(parser, "full,1/2,1/4,1/8", required=False)
     add_question_arguments(parser, questions=8, tokens=128)
     add_json_argument(parser)
     parser.add_argument("--peer", type=Path, metavar="PATH", help="the same model for transformers: HF folder or .gguf")
+    shapes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.shapes or args.random_weights:
+        shapes.run(args)
+        return
+    if args.ckpt is None:
+        raise UserError("give --ckpt CKPT, a checkpoint to measure, or --shapes MODEL --random-weights")
     checkpoint, found = models(args)
     peer = Peer(args.peer, checkpoint.stop_ids) if args.peer else None
     vanilla = found["vanilla"]

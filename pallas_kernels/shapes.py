@@ -45,4 +45,5 @@ SHAPES = {
     "qwen2-7b": Shape(28, 3584, 18944, 28, 4, 128, 152064),
     "qwen2.5-0.5b": Shape(24, 896, 4864, 14, 2, 64, 151936, tied_head=True),
     "smollm2-135m": Shape(30, 576, 1536, 9, 3, 64, 49152, tied_head=True),
+    "tiny": Shape(2, 64, 96, 4, 2, 32, 500),  # no model: to see that a benchmark runs
 }

@@ -79,6 +79,42 @@ def test_an_int8_head_is_the_head_but_for_rounding(how):
     assert np.array_equal(index, order)
 
 
+# On a GPU: every variant that a sweep may choose --------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
+variants = pytest.mark.parametrize(("num_warps", "num_stages"), list(itertools.product((2, 4, 8), (1, 2, 3, 4))))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@variants
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_attention_on_a_gpu(num_warps, num_stages, head_dim):
+    config = tree_attention_pallas.Config(32, 64, 4, num_warps, num_stages)
+    attend = jax.jit(functools.partial(tree_attention, implementation="pallas", config=config))
+    for committed in (0, 63, 700):
+        q, keys, values, committed, line = test_tree_attention.case(
+            (60, 2, 4, head_dim, 1024), committed, "tree", seed=committed
+        )
+        mine = attend(q, keys, values, jnp.int32(committed), bit_words(jnp.asarray(line)))
+        exact = test_tree_attention.reference(q, keys, values, committed, line)
+        assert test_tree_attention.error(mine, exact) < 2e-6
+
+
+@pytest.mark.gpu
+@needs_gpu
+@variants
+@pytest.mark.parametrize("size", [8193, 32768])
+def test_the_head_on_a_gpu(num_warps, num_stages, size):
+    config = subvocab_head_pallas.Config(64, 64, num_warps, num_stages)
+    rng = np.random.default_rng(size)
+    x, head = (rng.normal(size=shape).astype(np.float32) for shape in ((10, 512), (size, 512)))
+    scores, index = jax.jit(functools.partial(subvocab_top_k, k=10, implementation="pallas", config=config))(x, head)
+    expected, order, _ = test_subvocab_head.reference(x, head, 10)
+    np.testing.assert_allclose(scores, expected, atol=2e-3)
+    assert (np.asarray(index) == order).mean() > 0.99 and int(index.max()) < size
+
+
 # The round with kernels inside -------------------------------------------------------------------
 
 
@@ -98,6 +134,19 @@ def test_a_round_with_kernels_emits_the_same_tokens(settings, int8):
     tokens, after = toy.decode(plan, w, prompt, seed=3)
     assert tokens == expected
     assert int8 or np.array_equal(before.histogram, after.histogram)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("settings", [Sampling(), Sampling(1.0)])
+def test_a_round_on_a_gpu_emits_the_same_tokens(settings):
+    """Compiled kernels, and vanilla decoding by XLA."""
+    cfg = toy.config()
+    w, eagle = toy.weights(cfg, np.array([5, 1, 9, 3, 11, 0, 7, 20, 21, 2, 4]))
+    prompt = np.arange(9) % cfg.vocab_size
+    expected, _ = toy.decode(toy.vanilla_plan(cfg, settings), w, prompt, seed=3)
+    plan = engine.Plan(cfg, dataclasses.replace(eagle, kernels=PALLAS), TreeConfig(60, 6, 10), settings, (), PALLAS)
+    assert toy.decode(plan, w, prompt, seed=3)[0] == expected
 
 
 @pytest.mark.material

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels.tree_attention import BLOCK, DENSE_LIMIT, bit_words, has_bit, tree_attention
 
-attend = {how: jax.jit(functools.partial(tree_attention, implementation=how)) for how in ("xla", "interpret")}
+WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
+attend = {how: jax.jit(functools.partial(tree_attention, implementation=how)) for how in WAYS}
 both = pytest.mark.parametrize("how", list(attend))
 
 # (tokens, KV heads, queries per KV head, head_dim, capacity); the last two walk the cache in blocks.

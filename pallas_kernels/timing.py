@@ -1,0 +1,82 @@
+"""How long an operation takes on the device, and the least time that its bytes allow.
+
+The host's clock round one launch says little of a kernel: here many calls run inside one compiled
+program, each on its own copy of the data where one copy would stay in the cache of the chip.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+CACHE = 256 * 2**20  # bytes that no chip's cache holds: several times an H100's
+Carry = Any
+
+
+def looped(step: Callable[[Any, Carry], Carry], held: Any, carry: Carry, calls: int, repeats: int = 5) -> float:
+    """Median microseconds of one `step(held, carry)`, over `repeats` compiled loops of `calls` of them.
+
+    The step must use what the one before it returned (`nudged`), or XLA would leave it out or run it once.
+    held: arrays that are only read. carry: copied, and from then on updated in place.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def loop(held: Any, carry: Carry) -> Carry:
+        return lax.fori_loop(0, calls, lambda _, carry: step(held, carry), carry)
+
+    carry = jax.block_until_ready(loop(held, jax.tree.map(lambda x: jnp.array(x, copy=True), carry)))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        carry = jax.block_until_ready(loop(held, carry))
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times) / calls
+
+
+def nudged(x: Array, by: Array) -> Array:
+    """x, changed by next to nothing that depends on all of `by`: so one call has to wait for another."""
+    hint = by.astype(jnp.float32).mean()
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x + (hint > 1e30).astype(x.dtype)
+    return (x + 1e-30 * hint).astype(x.dtype)
+
+
+def per_call(function: Callable[..., Array], moving: Array, *still: Array, calls: int = 64) -> float:
+    """Microseconds of `function(moving, *still)`, out of cache: the `still` arrays rotate over copies.
+
+    The result (the first, where there are several) is folded into `moving`, weighted by almost nothing.
+    """
+    size = sum(array.nbytes for array in still)
+    copies = [still] * max(1, min(16, CACHE // max(1, size)))
+    copies = [tuple(jnp.array(array, copy=True) for array in still) if n else still for n, still in enumerate(copies)]
+
+    def step(held: Any, moving: Array) -> Array:
+        for still in held:
+            moving = nudged(moving, jax.tree.leaves(function(moving, *still))[0])
+        return moving
+
+    rounds = max(1, calls // len(copies))
+    return looped(step, copies, moving, rounds) / len(copies)
+
+
+def bandwidth(megabytes: int = 512) -> float:
+    """Bytes a second that this device reads from memory: the best of several matrix-vector products."""
+    data = jnp.ones((megabytes * 2**8, 2**10), jnp.float32)
+    vector = jnp.ones((2**10,), jnp.float32)
+    product = jax.jit(lambda x, y: x @ y)
+    jax.block_until_ready(product(data, vector))
+    best = float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        for _ in range(4):
+            out = product(data, vector)
+        jax.block_until_ready(out)
+        best = min(best, (time.perf_counter() - start) / 4)
+    return data.nbytes / best
