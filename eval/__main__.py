@@ -10,6 +10,7 @@ COMMANDS = {
     "accept": "accepted length over a question set",
     "run": "answer question sets with every method, side by side, and keep records",
     "report": "tables in the paper's layout and plots, out of what run has kept",
+    "tune": "find the fastest V' and draft tree on this device, and keep them as defaults",
     "identical": "compare the output with that of transformers, token by token",
 }
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import itertools
-import os
 import platform
 import statistics
 import time
@@ -19,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from frspec_jax import api, engine, llama, sampling
+from frspec_jax import api, engine, llama, sampling, tuned
 from frspec_jax.api import Generator, Request, Result
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
 from frspec_jax.vocabulary import DraftHead
 
 KINDS = {"eagle": "EAGLE-2", "eagle3": "EAGLE-3", "medusa": "Medusa"}  # drafts' usual names
+machine = tuned.machine
 WARM_UP = 3  # rounds before stages are timed
 
 
@@ -183,20 +183,6 @@ def round_bytes(model: Generator, context: int) -> int:
         passes = 1 if model.method.startswith("medusa") else model.tree.depth  # Medusa's heads all read one feature
         total += passes * (size(model.weights.draft) + context * row)
     return total
-
-
-def machine() -> str:
-    """The processor or accelerator at hand, in words."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{device.device_kind}"
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"CPU: {name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:

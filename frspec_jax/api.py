@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from frspec_jax import engine
+from frspec_jax import engine, tuned
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import VANILLA, Sampling, TreeConfig
 from frspec_jax.drafters.base import Drafter, Vanilla
@@ -127,7 +127,8 @@ def load(
 
     Args:
       draft: a draft's name or folder, "none" for vanilla decoding, or None for the only one there is.
-      draft_vocab: V', "full", or None: a quarter of the vocabulary where the checkpoint has a ranking.
+      draft_vocab: V', "full", or None: a quarter of the vocabulary where the checkpoint has a ranking,
+        or what `python -m eval tune` has found best on this device.
       tree: the draft tree's shape. dtype: of weights and caches. chunk: prompt tokens a pass.
         None stands for what suits the device (`defaults`).
       target: the weights, if they are loaded already: several models may share them.
@@ -166,8 +167,11 @@ def load(
     else:
         spec, params = checkpoint.draft(folder, dtype)
         known = spec.vocabulary(params)
+        setting = tuned.read(folder, dtype)
+        if draft_vocab is None and setting is not None and (ranking or checkpoint.path / "ranking.npz").is_file():
+            draft_vocab = setting.draft_vocab
         ids = draft_ids(checkpoint, draft_vocab, known, ranking)
-        tree = best.tree if tree is None else tree
+        tree = preferred_tree(checkpoint, draft, dtype) if tree is None else tree
         if tree.top_k > len(ids):
             raise UserError(f"--draft-top-k {tree.top_k} is larger than --draft-vocab {len(ids)}; lower it")
         if tree.size > 1:
@@ -178,6 +182,13 @@ def load(
         checkpoint, engine.Weights(target, weights), drafter, tree, size, method, dtype,
         rounded_capacity(context or min(config.max_context, 4096)), chunk or best.chunk, kernels,
     )  # fmt: skip
+
+
+def preferred_tree(checkpoint: Checkpoint, draft: str | None, dtype: Any = None) -> TreeConfig:
+    """The tree where none is asked for: what `python -m eval tune` found best on this device, or `defaults`."""
+    folder = None if draft == "none" else checkpoint.draft_folder(draft)
+    setting = None if folder is None else tuned.read(folder, defaults().dtype if dtype is None else dtype)
+    return defaults().tree if setting is None else setting.tree
 
 
 def draft_ids(

@@ -48,14 +48,16 @@ def arguments() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest share P (default: 1)"
     )
     sampling.add_argument("--seed", type=int, default=0, help="same seed, same text, whatever drafts (default: 0)")
-    draft = parser.add_argument_group("drafting", "changes the speed, never the text")
+    draft = parser.add_argument_group(
+        "drafting", "changes the speed, never the text; python -m eval tune sets the defaults for a device"
+    )
     draft.add_argument(
         "--draft", metavar="NAME", help="a draft's name or folder, or none (default: the only one there is)"
     )
     draft.add_argument(
         "--draft-vocab",
         metavar="N",
-        help="V', tokens that the draft may propose, or full (default: a quarter, if ranked)",
+        help="V', tokens that the draft may propose, or full (default: as tuned, or a quarter, if ranked)",
     )
     draft.add_argument(
         "--tree-size", type=int, metavar="N", help="nodes of the draft tree, with the root (default: CPU 8, GPU 60)"
@@ -154,13 +156,14 @@ def generate(args: argparse.Namespace, prompts: list[Prompt], sampling: Sampling
 
     compile_cache.enable()
     request = api.Request(args.max_new_tokens, sampling, args.seed, args.raw, args.system)
-    tree = tree_of(args, api.defaults().tree)
     checkpoint = Checkpoint.open(args.ckpt)
+    dtype = args.dtype and jnp.dtype(args.dtype)
+    tree = tree_of(args, api.preferred_tree(checkpoint, args.draft, dtype))
     console = Console(stderr=True)
     with console.status("loading the weights"):
         model = api.load(
             checkpoint, draft=args.draft, draft_vocab=args.draft_vocab, tree=tree,
-            dtype=args.dtype and jnp.dtype(args.dtype), context=args.context,
+            dtype=dtype, context=args.context,
             kernels=Kernels(args.kernels, args.kernels), draft_int8=args.draft_int8,
         )  # fmt: skip
     for prompt in prompts:  # a prompt that does not fit is refused before any is answered
