@@ -20,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TOTAL = 580  # seconds
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +28,17 @@ class Step:
     name: str
     limit: int  # seconds
     command: list[str]  # after `python`
+    xla_flags: str = ""
 
 
 def steps(out: Path, dry: bool) -> list[Step]:
     """What to run, most telling first: the time may not do for the last."""
 
-    def rounds(model: str, kernels: str, *more: str) -> Step:
-        file = out / f"{model}-{kernels}"
+    def rounds(model: str, kernels: str, *more: str, name: str = "", xla_flags: str = "") -> Step:
+        file = out / f"{model}-{name or kernels}"
         command = ["-m", "eval", "speed", "--shapes", model, "--random-weights", "--kernels", kernels]
         command += ["--json", f"{file}.json", "--plot", f"{file}.png", *more]
-        return Step(f"rounds of {model}, {kernels}", 150, command)
+        return Step(f"rounds of {model}, {name or kernels}", 150, command, xla_flags)
 
     if dry:
         few = ("--context", "64", "--rounds", "2", "--tree-size", "8", "--depth", "2", "--draft-top-k", "4")
@@ -53,6 +55,9 @@ def steps(out: Path, dry: bool) -> list[Step]:
         rounds("llama3-8b", "auto", *one, "--peer-step"),
         rounds("llama3-8b", "xla", *one),
         rounds("llama3-8b", "pallas", *one),
+        rounds("llama3-8b", "auto", *one, "--draft-int8", name="int8"),
+        # The decode loop itself as a CUDA graph: off by default in XLA, on if it is worth it.
+        rounds("llama3-8b", "auto", *one, name="graph", xla_flags="--xla_gpu_enable_command_buffer=+WHILE"),
         rounds("llama3.2-1b", "auto", *one),
         rounds("qwen2-7b", "auto", *one),
     ]
@@ -69,7 +74,7 @@ def run(step: Step, left: float, log: Path) -> dict[str, Any]:
             try:
                 done = subprocess.run(
                     [sys.executable, *step.command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit,
-                    env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, check=False,
+                    env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": step.xla_flags}, check=False,
                 )  # fmt: skip
                 outcome = "passed" if done.returncode == 0 else f"failed (exit status {done.returncode})"
             except subprocess.TimeoutExpired:

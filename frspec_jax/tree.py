@@ -102,9 +102,18 @@ def rerank(tree: TreeConfig, beam: Beam, root: Array) -> DraftTree:
     A child's score never exceeds its parent's, and a tie goes to the earlier candidate, so the kept
     set holds every kept node's parent, and parents precede children.
     """
-    kept = jnp.sort(lax.top_k(beam.history_scores, tree.size - 1)[1])  # [N-1] candidate numbers
+    # Counting stands in for sorting: every candidate against every other is a few hundred thousand comparisons
+    # in two or three fused loops, where two sorts and a binary search are a chain of small kernels on a GPU.
+    scores = beam.history_scores
+    number = jnp.arange(scores.shape[0], dtype=jnp.int32)
+    earlier = number[None] < number[:, None]
+    better = (scores[None] > scores[:, None]) | ((scores[None] == scores[:, None]) & earlier)
+    stays = better.sum(-1) < tree.size - 1  # [candidates]
+    place = (earlier & stays[None]).sum(-1)  # [candidates] how many before it stay
+    places = jnp.arange(tree.size - 1)
+    kept = jnp.argmax(stays[None] & (place[None] == places[:, None]), axis=-1)  # [N-1] candidate numbers
     above = beam.history_parent[kept]  # [N-1] candidate numbers, -1 for the root
-    parent = jnp.where(above < 0, 0, jnp.searchsorted(kept, above).astype(jnp.int32) + 1)
+    parent = jnp.where(above < 0, 0, place[above] + 1).astype(jnp.int32)
     parent = jnp.concatenate([jnp.zeros((1,), jnp.int32), parent])
     tokens = jnp.concatenate([root[None], beam.history_tokens[kept]])
     ancestors = own = bit_words(jnp.eye(tree.size, dtype=bool))
