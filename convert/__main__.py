@@ -7,9 +7,10 @@ from frspec_jax.commands import dispatch
 COMMANDS = {
     "hf": "a Hugging Face folder (Llama, Qwen2): safetensors or .bin, sharded or not",
     "gguf": "a GGUF file (llama, qwen2), any quantisation",
-    "eagle": "a published EAGLE or EAGLE-2 draft, into the checkpoint of its target",
+    "eagle": "a published EAGLE, EAGLE-2 or HASS draft, into the checkpoint of its target",
+    "eagle3": "a published EAGLE-3 draft, with the map of its vocabulary",
     "medusa": "published Medusa heads, of either layout, into the checkpoint of their target",
-    "export": "the other way: a draft out of a checkpoint, in the published EAGLE format",
+    "export": "the other way: a draft and a ranking out of a checkpoint, as EAGLE's code, SGLang or vLLM read them",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,35 @@ def open_target(args: argparse.Namespace) -> Checkpoint:
     return Checkpoint.open(args.target)
 
 
+def layer_sizes(source: TensorFolder, target: Checkpoint) -> dict[str, Any]:
+    """The sizes of a draft's decoder layer out of its config.json, under the names that our configs have for them.
+
+    Raises:
+      UserError: an entry is missing, there are several layers, or the features are of another size than the target's.
+    """
+    config, file, wanted = source.config, f"{source.label}/config.json", target.config
+    if config.get("num_hidden_layers", 1) != 1:
+        raise UserError(f"{file}: a draft of {config['num_hidden_layers']} layers is not supported; EAGLE's has one")
+    try:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        sizes = {
+            "hidden_size": hidden,
+            "intermediate_size": int(config["intermediate_size"]),
+            "num_heads": heads,
+            "num_kv_heads": int(config.get("num_key_value_heads") or heads),
+            "head_dim": int(config.get("head_dim") or hidden // heads),
+            "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        }
+    except KeyError as missing:
+        raise UserError(f"{file}: the entry {missing} is missing") from None
+    if hidden != wanted.hidden_size:
+        raise UserError(
+            f"{file}: hidden_size {hidden}, but that of --target {target.path} is {wanted.hidden_size}; "
+            "the draft belongs to another target"
+        )
+    return sizes
+
+
 def import_draft(
     args: argparse.Namespace,
     source: TensorFolder,
@@ -48,22 +77,25 @@ def import_draft(
     spec: DraftSpec,
     parts: dict[str, Any],
     ignore: Callable[[str], bool],
+    given: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Fill CKPT/drafts/NAME out of a published draft; an embedding among the tensors must be the target's.
 
     Args:
       parts: the tensors of each parameter, as in `weights.fill`. ignore: tells names that no parameter takes.
+      given: parameters, by field, that are no tensors of the source.
     """
+    given = given or {}
     if source.config.get(TARGET_KEY, target.fingerprint) != target.fingerprint:
         raise UserError(
             f"{source.label}/config.json: the draft was made for another target than --target {target.path}"
         )
-    shapes = spec.shapes(target.config)
+    shapes = spec.shapes(target.config).replace(**dict.fromkeys(given))
     dtype = source.lossless_dtype if args.dtype == "auto" else DTYPES[args.dtype]
     out = args.target / "drafts" / args.name
     with new_folder(out, "--name") as part:
         with tensor_progress(tensor_count(shapes, parts)) as progress:
-            params = fill(shapes, parts, source, dtype, ignore, progress)
+            params = fill(shapes, parts, source, dtype, ignore, progress).replace(**given)
         if EMBEDDING in source.names():
             check_embedding(source, target)
         facts = source.config.get("about")  # what `convert export` wrote, if it was that

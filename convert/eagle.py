@@ -1,8 +1,9 @@
-"""`python -m convert eagle FOLDER --target CKPT --name eagle`: a published EAGLE or EAGLE-2 draft.
+"""`python -m convert eagle FOLDER --target CKPT --name eagle`: a published EAGLE, EAGLE-2 or HASS draft.
 
 The format of SafeAILab/EAGLE (`cnets1.py`): a Llama-style config.json, and pytorch_model.bin or
-model.safetensors with `fc` and one decoder layer. What the tensors say counts: a bias is there if its
-tensor is. The rotary embedding and the token embedding are the target's.
+model.safetensors with `fc` and one decoder layer; HASS (arXiv 2408.15766) only trains it otherwise. What
+the tensors say counts: a bias is there if its tensor is. The rotary embedding and the token embedding are
+the target's.
 """
 
 from __future__ import annotations
@@ -44,31 +45,22 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> EagleConfig:
     """
     config, names, file = source.config, set(source.names()), f"{source.label}/config.json"
     if "d2t" in names or any(name.startswith("midlayer.") for name in names):
-        raise UserError(f"{source.label} is an EAGLE-3 draft; drafts of EAGLE and EAGLE-2 can be converted")
+        raise UserError(
+            f"{source.label} is an EAGLE-3 draft; run: python -m convert eagle3 {source.label} --target {target.path}"
+        )
     if "fc.weight" not in names:
         raise UserError(f"{source.label} holds no fc.weight, so it is no EAGLE draft")
-    if config.get("num_hidden_layers", 1) != 1:
-        raise UserError(f"{file}: a draft of {config['num_hidden_layers']} layers is not supported; EAGLE's has one")
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        spec = EagleConfig(
-            hidden_size=hidden,
-            intermediate_size=int(config["intermediate_size"]),
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            fc_bias=_has_fc_bias(source),
-            attention_bias="layers.0.self_attn.q_proj.bias" in names,
-        )
-    except KeyError as missing:
-        raise UserError(f"{file}: the entry {missing} is missing") from None
-    wanted = target.config
-    if hidden != wanted.hidden_size or spec.head_dim != wanted.head_dim:
+    sizes = draft.layer_sizes(source, target)
+    if sizes["head_dim"] != target.config.head_dim:
         raise UserError(
-            f"{file}: hidden_size {hidden} and head_dim {spec.head_dim}, but those of --target {target.path} "
-            f"are {wanted.hidden_size} and {wanted.head_dim}; the draft belongs to another target"
+            f"{file}: head_dim {sizes['head_dim']}, but that of --target {target.path}, whose rotary embedding "
+            f"the draft shares, is {target.config.head_dim}; the draft belongs to another target"
         )
+    spec = EagleConfig(
+        **sizes,
+        fc_bias=_has_fc_bias(source),
+        attention_bias="layers.0.self_attn.q_proj.bias" in names,
+    )
     _note_disagreements(config, spec, target, file)
     return spec
 

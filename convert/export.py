@@ -20,7 +20,7 @@ from convert.layouts import LAYOUTS
 from convert.weights import DTYPES
 from frspec_jax.checkpoint import Checkpoint, new_folder
 from frspec_jax.errors import UserError
-from frspec_jax.vocabulary import id_maps
+from frspec_jax.vocabulary import maps_of
 
 FORMATS = tuple(dict.fromkeys(name for formats in LAYOUTS.values() for name in formats))
 
@@ -73,7 +73,7 @@ def published(
 
 
 def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int) -> None:
-    """The sub-vocabulary of `size` ids: as a list of ids, most frequent first, and as EAGLE-3's maps.
+    """The sub-vocabulary of `size` ids: as a list of ids, most frequent first, and as EAGLE-3's maps, ascending.
 
     Raises:
       UserError: there is no ranking, the size is out of range, or torch is missing.
@@ -88,5 +88,5 @@ def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int) -> None:
         raise UserError("--draft-vocab writes a file of torch's; run: pip install 'frspec-jax[torch]'") from None
     ids = draft_ids(checkpoint, size)
     torch.save([int(number) for number in ids], out / f"freq_{size}.pt")
-    d2t, t2d = id_maps(ids, checkpoint.config.vocab_size)
+    d2t, t2d = maps_of(np.sort(ids), checkpoint.config.vocab_size)
     save_file({"d2t": d2t, "t2d": t2d}, out / "vocabulary_map.safetensors")

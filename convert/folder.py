@@ -20,6 +20,7 @@ from frspec_jax.errors import UserError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order of preference; sharded: NAME.index.json
 READABLE = {"F64", "F32", "F16", "BF16"}
+INTEGERS = {"I64", "I32", "BOOL"}  # of maps between vocabularies
 
 
 class TensorFolder:
@@ -49,7 +50,7 @@ class TensorFolder:
         float16 becomes float32: bfloat16 keeps 8 of its 11 significant bits, and float32 all of them.
         (float64, which no published model of the family uses, is rounded to float32.)
         """
-        return ml_dtypes.bfloat16 if set(self._dtypes.values()) == {"BF16"} else np.float32
+        return ml_dtypes.bfloat16 if set(self._dtypes.values()) - INTEGERS == {"BF16"} else np.float32
 
     def names(self) -> Iterable[str]:
         return self._shapes
@@ -63,6 +64,12 @@ class TensorFolder:
                 f"{self.label}: {name} is stored as {self._dtypes[name]}; "
                 "float32, float16 and bfloat16 weights can be converted"
             )
+        return self._loaders[name]()
+
+    def read_integers(self, name: str) -> np.ndarray:
+        """A tensor of integers or truth values."""
+        if self._dtypes[name] not in INTEGERS:
+            raise UserError(f"{self.label}: {name} is stored as {self._dtypes[name]}; it must hold integers")
         return self._loaders[name]()
 
     def _add(self, name: str, shape: Iterable[int], dtype: str, load: Callable[[], np.ndarray]) -> None:
@@ -90,7 +97,8 @@ class TensorFolder:
             tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
         except Exception as error:  # torch raises many kinds for a file that is cut short or unsafe
             raise UserError(f"{file} cannot be read as weights of torch ({_reason(file, error)})") from None
-        codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+                 torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}  # fmt: skip
 
         def load(tensor: Any) -> np.ndarray:
             tensor = tensor.contiguous()

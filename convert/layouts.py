@@ -6,18 +6,22 @@ that one takes for the fusing layer and another for attention. Each function her
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from convert.draft import FC_BIAS_KEY, TARGET_KEY
+from convert.eagle3 import eagle3_parts
 from convert.medusa import CHOICES_KEY, medusa_parts
 from convert.weights import draft_parts, spread
 from frspec_jax.checkpoint import Checkpoint
-from frspec_jax.config import ModelConfig
+from frspec_jax.config import RopeScaling
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
+from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params
 from frspec_jax.drafters.medusa import MedusaConfig, MedusaParams
 from frspec_jax.errors import UserError
+from frspec_jax.vocabulary import maps_of
 
 Published = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors by name, and config.json
 FAMILY = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -40,7 +44,7 @@ def eagle_sglang(spec: EagleConfig, params: EagleParams, target: Checkpoint, dty
     tensors, _ = eagle(spec, params, target, dtype)
     tensors.setdefault("fc.bias", np.zeros(spec.hidden_size, dtype))
     family = "qwen2" if spec.attention_bias else "llama"
-    config = _llama_config(spec, target, FAMILY[family] + "Eagle", family) | _rope(target.config)
+    config = _llama_config(spec, target, FAMILY[family] + "Eagle", family) | _rope(target.config.rope_scaling)
     return tensors, config | {FC_BIAS_KEY: spec.fc_bias}
 
 
@@ -54,9 +58,30 @@ def eagle_vllm(spec: EagleConfig, params: EagleParams, target: Checkpoint, dtype
         raise UserError("--format vllm: the draft's fc has a bias, which vLLM leaves out; use --format sglang or eagle")
     tensors, _ = eagle(spec, params, target, dtype)
     tensors.pop("fc.bias", None)
-    config = _llama_config(spec, target, "EagleLlamaForCausalLM", "llama") | _rope(target.config)
+    config = _llama_config(spec, target, "EagleLlamaForCausalLM", "llama") | _rope(target.config.rope_scaling)
     # `bias` would give attention biases, of its output too; `qkv_bias` gives those that there are.
     return tensors, config | {"attention_bias": False, "qkv_bias": spec.attention_bias}
+
+
+def eagle3(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
+    """EAGLE-3 as SafeAILab published it (`cnets.py`), with its maps."""
+    config = _llama_config(spec, target, "LlamaForCausalLMEagle3", "llama")
+    config |= {"draft_vocab_size": spec.draft_vocab_size, "rope_theta": spec.rope_theta, **_rope(spec.rope_scaling)}
+    config |= {"bias": spec.fc_bias, "attention_bias": spec.attention_bias}
+    d2t, t2d = maps_of(np.asarray(params.ids), target.config.vocab_size)
+    bare = dataclasses.replace(params, ids=None)
+    return spread(bare, eagle3_parts(spec, target.config), dtype) | {"d2t": d2t, "t2d": t2d}, config
+
+
+def eagle3_engine(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
+    """EAGLE-3 for SGLang and vLLM: the published layout. Their decoder layers take `bias` for a bias of attention.
+
+    Raises:
+      UserError: the draft has biases that one of the two would leave out.
+    """
+    if spec.fc_bias or spec.attention_bias:
+        raise UserError("--format: the draft has biases, which SGLang and vLLM read differently; use --format eagle")
+    return eagle3(spec, params, target, dtype)
 
 
 def medusa(spec: MedusaConfig, params: MedusaParams, target: Checkpoint, dtype: Any) -> Published:
@@ -75,6 +100,7 @@ def medusa(spec: MedusaConfig, params: MedusaParams, target: Checkpoint, dtype: 
 # What each format makes of each kind of draft.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "eagle": {"eagle": eagle, "sglang": eagle_sglang, "vllm": eagle_vllm},
+    "eagle3": {"eagle": eagle3, "sglang": eagle3_engine, "vllm": eagle3_engine},
     "medusa": {"medusa": medusa},
 }
 
@@ -100,13 +126,12 @@ def _llama_config(spec: Any, target: Checkpoint, architecture: str, model_type: 
     }
 
 
-def _rope(config: ModelConfig) -> dict[str, Any]:
-    """The target's rotary scaling in Hugging Face's words: these engines read it out of the draft's config.json.
+def _rope(scaling: RopeScaling) -> dict[str, Any]:
+    """A rotary scaling in Hugging Face's words: these engines read it out of the draft's config.json.
 
     Raises:
       UserError: it has no such words.
     """
-    scaling = config.rope_scaling
     common = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "none":
         return {}

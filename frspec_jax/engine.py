@@ -96,8 +96,9 @@ def _prefill_chunk(
     positions = start + jnp.arange(chunk, dtype=jnp.int32)
     with jax.named_scope("prefill"):
         features, target = llama.forward(
-            weights.target, plan.config, tokens[:-1], positions, caches.target, start, causal(chunk), plan.kernels
-        )
+            weights.target, plan.config, tokens[:-1], positions, caches.target, start, causal(chunk), plan.kernels,
+            plan.drafter.taps,
+        )  # fmt: skip
         draft = plan.drafter.prefill(weights.draft, weights.target.embedding, features, tokens[1:], start, caches.draft)
     return Caches(target, draft), features[count - 1]
 
@@ -204,7 +205,7 @@ def verify(plan: Plan, weights: Weights, state: DecodeState, tree: DraftTree) ->
         positions = state.length + tree.depth
         features, cache = llama.forward(
             weights.target, plan.config, tree.tokens, positions, state.caches.target, state.length, tree.ancestors,
-            plan.kernels,
+            plan.kernels, plan.drafter.taps,
         )  # fmt: skip
         scores = llama.logits(weights.target, features)
     following = state.length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)

@@ -149,6 +149,8 @@ def decoder_layer(
     committed: Array,
     ancestors: Array,
     kernels: Kernels = AUTO,
+    *,
+    attend_from: Array | None = None,
 ) -> tuple[Array, LayerKV]:
     """One Llama decoder layer over T tokens, whose keys and values are put into the cache first.
 
@@ -157,10 +159,12 @@ def decoder_layer(
       write_at: int32 scalar, the cache row of the first of the T tokens.
       committed, ancestors: what each token sees, as in `tree_attention`.
       kernels: which implementations run.
+      attend_from: what Q, K and V read; None: x, through the layer's own norm if it has one.
     """
     with jax.named_scope("attention"):
-        normed = x if layer.attention_norm is None else rms_norm(x, layer.attention_norm, config.rms_norm_eps)
-        q, k, v = project_qkv(layer, config, normed, by)
+        if attend_from is None:
+            attend_from = x if layer.attention_norm is None else rms_norm(x, layer.attention_norm, config.rms_norm_eps)
+        q, k, v = project_qkv(layer, config, attend_from, by)
         cache = kv_cache.write(cache, k, v, write_at)
         mixed = tree_attention(q, cache.keys, cache.values, committed, ancestors, implementation=kernels.attention)
         x = x + linear(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
@@ -37,6 +38,7 @@ def forward(
     committed: Array,
     ancestors: Array,
     kernels: Kernels = AUTO,
+    taps: tuple[int, ...] = (),
 ) -> tuple[Array, KVCache]:
     """Run T tokens through the target: a chunk of a prompt, one token, or a draft tree.
 
@@ -46,21 +48,26 @@ def forward(
       committed: int32 scalar, rows that every token sees.
       ancestors: [T, W] int32 bit words: which of the T tokens each one sees, itself included.
       kernels: which implementations run.
+      taps: layers whose inputs are wanted too; the number of layers stands for the last one's output.
 
     Returns:
-      Features [T, H] (the hidden state after the final norm, the LM head's input), and the cache.
+      Features [T, (1 + taps) H]: the hidden state after the final norm, which is the LM head's input, and
+      beside it the residual stream at each tap. And the cache.
     """
     x = params.embedding[tokens]
     by = rotation(config, positions)
     updated = []
+    streams = [x]  # what each layer reads
     for index, (layer, layer_cache) in enumerate(zip(params.layers, cache, strict=True)):
         with jax.named_scope(f"layer_{index}"):
             x, layer_cache = decoder_layer(layer, config, x, by, layer_cache, committed, committed, ancestors, kernels)
         updated.append(layer_cache)
-    return rms_norm(x, params.final_norm, config.rms_norm_eps), tuple(updated)
+        streams.append(x)
+    features = rms_norm(x, params.final_norm, config.rms_norm_eps)
+    return jnp.concatenate([features, *(streams[tap] for tap in taps)], axis=-1), tuple(updated)
 
 
 def logits(params: LlamaParams, features: Array) -> Array:
-    """Full-vocabulary logits [T, V], float32, of features [T, H]."""
+    """Full-vocabulary logits [T, V], float32, of features [T, H], which may have taps beside them."""
     with jax.named_scope("lm_head"):
-        return einsum_f32("th,vh->tv", features, params.head)
+        return einsum_f32("th,vh->tv", features[:, : params.head.shape[1]], params.head)

@@ -185,14 +185,13 @@ def crop(head: Array, ids: np.ndarray, int8: bool = False) -> DraftHead:
     return DraftHead(rows, kept)
 
 
-def id_maps(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """EAGLE-3's pair of maps for a sub-vocabulary, whose ids it takes in ascending order.
+def maps_of(ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """EAGLE-3's pair of maps for a head whose rows stand for `ids` [V'].
 
     Returns:
-      d2t [V'] int64: what has to be added to a row of the draft's head to have its id (an offset, not the id).
+      d2t [V'] int64: what has to be added to a row's number to have its id (an offset, not the id).
       t2d [V] bool: which ids have a row.
     """
-    ids = np.sort(np.asarray(ids, np.int64))
     t2d = np.zeros(vocab_size, bool)
     t2d[ids] = True
-    return ids - np.arange(len(ids)), t2d
+    return np.asarray(ids, np.int64) - np.arange(len(ids)), t2d

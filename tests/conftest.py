@@ -50,3 +50,18 @@ def tiny_target(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def tiny_ckpt(tiny_target: Checkpoint, tmp_path: Path) -> Checkpoint:
     """A copy of it for drafts to be written into."""
     return Checkpoint.open(shutil.copytree(tiny_target.path, tmp_path / "ckpt"))
+
+
+@pytest.fixture(scope="session")
+def deep_target(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A target of six layers, so that EAGLE-3's taps (2, 3 and 3) are layers of it. Not to be written to."""
+    from tiny_hf import converted, model_of, save
+
+    folder = tmp_path_factory.mktemp("deep")
+    return converted("hf", save(model_of(num_hidden_layers=6), folder / "hf"), folder / "ckpt")
+
+
+@pytest.fixture
+def deep_ckpt(deep_target: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """A copy of it for drafts to be written into."""
+    return Checkpoint.open(shutil.copytree(deep_target.path, tmp_path / "deep"))

@@ -72,6 +72,53 @@ def published_medusa(folder: Path, target: Checkpoint, own: bool, layers: int = 
     return folder
 
 
+def published_eagle3(
+    folder: Path, target: Checkpoint, ids: np.ndarray, *, bias: bool = False, embedding: bool = False
+) -> Path:
+    """A random EAGLE-3 draft whose head stands for `ids`, in the published format, as pytorch_model.bin in float16."""
+    rng, c = np.random.default_rng(4), target.config
+    h, f, q, kv = c.hidden_size, 72, 6 * 10, 2 * 10  # of other sizes than the target's layers, but for h
+    shapes = {
+        "fc.weight": (h, 3 * h),
+        "midlayer.self_attn.q_proj.weight": (q, 2 * h),
+        "midlayer.self_attn.k_proj.weight": (kv, 2 * h),
+        "midlayer.self_attn.v_proj.weight": (kv, 2 * h),
+        "midlayer.self_attn.o_proj.weight": (h, q),
+        "midlayer.mlp.gate_proj.weight": (f, h),
+        "midlayer.mlp.up_proj.weight": (f, h),
+        "midlayer.mlp.down_proj.weight": (h, f),
+        "midlayer.input_layernorm.weight": (h,),
+        "midlayer.hidden_norm.weight": (h,),
+        "midlayer.post_attention_layernorm.weight": (h,),
+        "norm.weight": (h,),
+        "lm_head.weight": (len(ids), h),
+    }
+    shapes |= {"fc.bias": (h,)} if bias else {}
+    values = {name: 0.2 * rng.standard_normal(shape) + (len(shape) == 1) for name, shape in shapes.items()}
+    tensors = {name: torch.from_numpy(value.astype(np.float16)) for name, value in values.items()}
+    tensors["d2t"] = torch.from_numpy(ids - np.arange(len(ids)))
+    tensors["t2d"] = torch.from_numpy(np.isin(np.arange(c.vocab_size), ids))
+    if embedding:
+        tensors["embed_tokens.weight"] = torch.from_numpy(np.array(target.params().embedding)).half()
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "num_hidden_layers": 1,
+        "hidden_size": h,
+        "intermediate_size": f,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": c.vocab_size,
+        "draft_vocab_size": len(ids),
+        **({"bias": True} if bias else {}),
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
 def edit_pickle(folder: Path, **changes: Any) -> None:
     """Put tensors in, under names whose dots are written __."""
     (file,) = (*folder.glob("*.bin"), *folder.glob("*.pt"))

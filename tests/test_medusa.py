@@ -149,7 +149,7 @@ def test_configs_survive_json():
         ({"choices": []}, "a tree of 0 nodes"),
         ({"choices": [[n] for n in range(300)]}, "a tree of 300 nodes"),
         ({"num_heads": 0}, "0 heads"),
-        ({"kind": "hydra"}, "a draft of kind 'hydra' is not known; known are eagle, medusa"),
+        ({"kind": "hydra"}, "a draft of kind 'hydra' is not known; known are eagle, eagle3, medusa"),
     ],
 )
 def test_damaged_configs_are_refused(changes, words):

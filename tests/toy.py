@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from frspec_jax import engine
 from frspec_jax.config import VANILLA, ModelConfig, RopeScaling, Sampling, TreeConfig
 from frspec_jax.drafters.base import Accepted, Vanilla
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
+from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params
 from frspec_jax.drafters.medusa import PUBLISHED_63, MedusaConfig, MedusaParams
 from frspec_jax.llama import LlamaParams
 from frspec_jax.shapes import model_shapes
@@ -54,7 +55,17 @@ def medusa(cfg: ModelConfig, seed: int = 1, *, own: bool = False, layers: int = 
     return shape, random_like(shape.shapes(cfg), seed, 0.25)
 
 
-DRAFTS: dict[str, Any] = {"eagle": draft, "medusa": medusa}
+def eagle3(cfg: ModelConfig, seed: int = 1, ids: np.ndarray | None = None) -> tuple[Eagle3Config, Eagle3Params]:
+    """A draft with a head over `ids`, ascending (all of them by default)."""
+    ids = np.arange(cfg.vocab_size) if ids is None else ids
+    shape = Eagle3Config(
+        hidden_size=cfg.hidden_size, intermediate_size=40, num_heads=4, num_kv_heads=2, head_dim=8, rms_norm_eps=1e-5,
+        rope_theta=5e3, rope_scaling=RopeScaling(), draft_vocab_size=len(ids), taps=(0, 1, cfg.num_layers),
+    )  # fmt: skip
+    return shape, random_like(shape.shapes(cfg), seed, 0.25).replace(ids=jnp.asarray(ids, jnp.int32))
+
+
+DRAFTS: dict[str, Any] = {"eagle": draft, "eagle3": eagle3, "medusa": medusa}
 
 
 def fitted(kind: str, cfg: ModelConfig, tree: TreeConfig) -> TreeConfig:
@@ -98,6 +109,7 @@ class Oracle:
     """
 
     wrong_from: int = 10**6
+    taps: ClassVar[tuple[int, ...]] = ()
 
     def new_cache(self, capacity: int, dtype: Any) -> Any:
         return ()

@@ -12,6 +12,7 @@ from frspec_jax.errors import UserError
 # The kind that a draft's config.json names, and the class that reads the rest of it. Imported when it is called for.
 KINDS = {
     "eagle": ("frspec_jax.drafters.eagle", "EagleConfig"),
+    "eagle3": ("frspec_jax.drafters.eagle3", "Eagle3Config"),
     "medusa": ("frspec_jax.drafters.medusa", "MedusaConfig"),
 }
 

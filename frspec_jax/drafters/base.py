@@ -22,13 +22,17 @@ class Accepted:
     They stand at positions `length - count .. length - 1`; rows past `count` are padding.
     """
 
-    features: Array  # [D+1, H], the target's
+    features: Array  # [D+1, (1 + taps) H], the target's
     next_tokens: Array  # [D+1] int32, the token after each one; the last is the root
     count: Array  # int32, 1 to D+1
 
 
 class Drafter(Protocol):
     """Static and hashable: sizes only. Its weights and its cache are pytrees that the engine carries."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs it reads, which then stand beside each feature (`llama.forward`)."""
 
     def new_cache(self, capacity: int, dtype: jnp.dtype) -> Any:
         """The drafter's own cache for `capacity` positions."""
@@ -38,7 +42,7 @@ class Drafter(Protocol):
     ) -> Any:
         """Take in a chunk of a prompt.
 
-        embedding: [V, H], the target's. features: [T, H] of the tokens at `start` .. `start + T - 1`.
+        embedding: [V, H], the target's. features: [T, (1 + taps) H] of the tokens at `start` .. `start + T - 1`.
         next_tokens: [T]; the last real one is not known yet, so its row is taken in again by `propose`.
         """
 
@@ -60,6 +64,8 @@ class Drafter(Protocol):
 
 class Vanilla:
     """Proposes nothing: the tree is the root alone, and a round emits one token."""
+
+    taps: ClassVar[tuple[int, ...]] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vanilla)

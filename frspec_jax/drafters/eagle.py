@@ -18,16 +18,13 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from frspec_jax import kv_cache, shapes
+from frspec_jax import shapes
 from frspec_jax.config import ModelConfig, TreeConfig
-from frspec_jax.drafters.base import Accepted
+from frspec_jax.drafters.beam import BeamDrafter
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, decoder_layer, linear, rotation
-from frspec_jax.tree import Beam, DraftTree, causal, rerank
 from frspec_jax.vocabulary import DraftHead, crop
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.subvocab_head import subvocab_top_k
-from pallas_kernels.tree_attention import bit_words
 
 
 @struct.dataclass
@@ -67,60 +64,6 @@ def extend(
     return decoder_layer(params.layer, config, x, by, cache, write_at, committed, ancestors, kernels)
 
 
-def propose(
-    params: EagleParams,
-    config: ModelConfig,
-    tree: TreeConfig,
-    embedding: Array,
-    head: DraftHead,
-    feature: Array,
-    root: Array,
-    committed: Array,
-    cache: LayerKV,
-    kernels: Kernels = AUTO,
-) -> tuple[DraftTree, LayerKV]:
-    """Grow EAGLE-2's dynamic tree below the root, then keep its best `tree.size` nodes.
-
-    Level 0 reads the K best tokens off `feature`; each further level runs the K beams through the
-    draft, takes each one's K best tokens, and makes the K best of those K² the next beams.
-
-    Args:
-      embedding: [V, H], the target's. head: the cropped LM head.
-      feature: [H], the draft's output for the last committed pair.
-      root: int32 scalar, the last emitted token. committed: int32 scalar, pairs in the cache.
-    """
-    k = tree.top_k
-
-    def best_tokens(rows: Array) -> tuple[Array, Array]:
-        with jax.named_scope("draft_head"):
-            scores, index = subvocab_top_k(rows, head.weight, k, head.scale, implementation=kernels.head)
-            return scores, head.ids[index]  # the only place where a sub-vocabulary index becomes an id
-
-    with jax.named_scope("draft_level_0"):
-        scores, tokens = best_tokens(feature[None])
-        beam = Beam.start(tree, scores[0], tokens[0])
-        inputs = jnp.broadcast_to(feature, (k, feature.shape[0]))
-    for level in range(1, tree.depth):
-        with jax.named_scope(f"draft_level_{level}"):
-            outputs, cache = extend(
-                params,
-                config,
-                embedding[beam.tokens],
-                inputs,
-                jnp.broadcast_to(committed + level - 1, (k,)),
-                cache,
-                committed + (level - 1) * k,
-                committed,
-                bit_words(beam.visible),
-                kernels,
-            )
-            scores, tokens = best_tokens(outputs)
-            beam, parents = beam.grow(scores, tokens)
-            inputs = outputs[parents]
-    with jax.named_scope("rerank"):
-        return rerank(tree, beam, root), cache
-
-
 @struct.dataclass
 class EagleWeights:
     """Everything that EAGLE reads when it drafts, but for the target's embedding."""
@@ -130,56 +73,34 @@ class EagleWeights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Eagle:
+class Eagle(BeamDrafter):
     """EAGLE-2 as the engine sees it (`base.Drafter`)."""
 
     config: ModelConfig  # the draft's one layer: `EagleConfig.layer_of(target)`
     kernels: Kernels = AUTO
+    taps: ClassVar[tuple[int, ...]] = ()
 
-    def new_cache(self, capacity: int, dtype: jnp.dtype) -> LayerKV:
-        return kv_cache.empty(self.config, capacity, dtype)[0]
+    def fused(self, weights: EagleWeights, features: Array) -> Array:
+        return features
 
-    def prefill(
-        self, weights: EagleWeights, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: LayerKV
-    ) -> LayerKV:
-        return self._extend(weights, embedding, features, next_tokens, start, cache)[1]
-
-    def propose(
+    def extend(
         self,
         weights: EagleWeights,
-        embedding: Array,
-        tree: TreeConfig,
-        accepted: Accepted,
-        root: Array,
-        length: Array,
+        embeddings: Array,
+        features: Array,
+        positions: Array,
         cache: LayerKV,
-    ) -> tuple[DraftTree, LayerKV]:
-        with jax.named_scope("extend"):  # overwrites what the draft wrote for the last tree
-            start = length - accepted.count
-            outputs, cache = self._extend(weights, embedding, accepted.features, accepted.next_tokens, start, cache)
-        feature = outputs[accepted.count - 1]
-        return propose(
-            weights.params, self.config, tree, embedding, weights.head, feature, root, length, cache, self.kernels
-        )
-
-    def _extend(
-        self, weights: EagleWeights, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: LayerKV
+        write_at: Array,
+        committed: Array,
+        ancestors: Array,
     ) -> tuple[Array, LayerKV]:
-        """Run pairs whose features are the target's own, at positions from `start` on."""
-        pairs = features.shape[0]
-        positions = start + jnp.arange(pairs, dtype=jnp.int32)
         return extend(
-            weights.params,
-            self.config,
-            embedding[next_tokens],
-            features,
-            positions,
-            cache,
-            start,
-            start,
-            causal(pairs),
+            weights.params, self.config, embeddings, features, positions, cache, write_at, committed, ancestors,
             self.kernels,
-        )
+        )  # fmt: skip
+
+    def head(self, weights: EagleWeights, outputs: Array) -> tuple[Array, DraftHead]:
+        return outputs, weights.head
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,7 @@ class Medusa:
 
     choices: Choices
     kernels: Kernels = AUTO
+    taps: ClassVar[tuple[int, ...]] = ()
 
     def new_cache(self, capacity: int, dtype: jnp.dtype) -> Any:
         return ()

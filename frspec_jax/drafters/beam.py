@@ -1,0 +1,132 @@
+"""EAGLE-2's way of drafting (arXiv 2406.16858), whichever layer predicts: take in true pairs, then grow by beams.
+
+Pair t joins what the target made of the token at position t with the embedding of the token at t + 1.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from frspec_jax import kv_cache
+from frspec_jax.config import ModelConfig, TreeConfig
+from frspec_jax.drafters.base import Accepted
+from frspec_jax.kv_cache import LayerKV
+from frspec_jax.tree import Beam, DraftTree, causal, rerank
+from frspec_jax.vocabulary import DraftHead
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.subvocab_head import subvocab_top_k
+from pallas_kernels.tree_attention import bit_words
+
+
+class BeamDrafter(abc.ABC):
+    """A drafter (`base.Drafter`) of one decoder layer; a subclass says what the layer reads and what reads it."""
+
+    config: ModelConfig  # the draft's layer, as a model of one layer
+    kernels: Kernels
+
+    @abc.abstractmethod
+    def fused(self, weights: Any, features: Array) -> Array:
+        """What the layer takes in, [T, H], of the target's features [T, (1 + taps) H]."""
+
+    @abc.abstractmethod
+    def extend(
+        self,
+        weights: Any,
+        embeddings: Array,
+        features: Array,
+        positions: Array,
+        cache: LayerKV,
+        write_at: Array,
+        committed: Array,
+        ancestors: Array,
+    ) -> tuple[Array, LayerKV]:
+        """Run T pairs through the layer: what it says [T, H], which is also what a pair after it takes in.
+
+        embeddings: [T, H] of the tokens at positions + 1. features: [T, H], `fused` or predicted.
+        write_at, committed, ancestors: as in `layers.decoder_layer`.
+        """
+
+    @abc.abstractmethod
+    def head(self, weights: Any, outputs: Array) -> tuple[Array, DraftHead]:
+        """What the LM head reads of the layer's outputs, both [T, H]; and the head, cropped to the sub-vocabulary."""
+
+    def new_cache(self, capacity: int, dtype: jnp.dtype) -> LayerKV:
+        return kv_cache.empty(self.config, capacity, dtype)[0]
+
+    def prefill(
+        self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: LayerKV
+    ) -> LayerKV:
+        return self._extend(weights, embedding, features, next_tokens, start, cache)[1]
+
+    def propose(
+        self,
+        weights: Any,
+        embedding: Array,
+        tree: TreeConfig,
+        accepted: Accepted,
+        root: Array,
+        length: Array,
+        cache: LayerKV,
+    ) -> tuple[DraftTree, LayerKV]:
+        with jax.named_scope("extend"):  # overwrites what the draft wrote for the last tree
+            start = length - accepted.count
+            outputs, cache = self._extend(weights, embedding, accepted.features, accepted.next_tokens, start, cache)
+        return self.grow(weights, embedding, tree, outputs[accepted.count - 1], root, length, cache)
+
+    def grow(
+        self,
+        weights: Any,
+        embedding: Array,
+        tree: TreeConfig,
+        feature: Array,
+        root: Array,
+        committed: Array,
+        cache: LayerKV,
+    ) -> tuple[DraftTree, LayerKV]:
+        """Grow EAGLE-2's dynamic tree below the root, then keep its best `tree.size` nodes.
+
+        Level 0 reads the K best tokens off `feature`; each further level runs the K beams through the
+        draft, takes each one's K best tokens, and makes the K best of those K² the next beams.
+
+        Args:
+          embedding: [V, H], the target's. feature: [H], the draft's output for the last committed pair.
+          root: int32 scalar, the last emitted token. committed: int32 scalar, pairs in the cache.
+        """
+        k = tree.top_k
+
+        def best_tokens(outputs: Array) -> tuple[Array, Array]:
+            with jax.named_scope("draft_head"):
+                rows, head = self.head(weights, outputs)
+                scores, index = subvocab_top_k(rows, head.weight, k, head.scale, implementation=self.kernels.head)
+                return scores, head.ids[index]  # the only place where a sub-vocabulary index becomes an id
+
+        with jax.named_scope("draft_level_0"):
+            scores, tokens = best_tokens(feature[None])
+            beam = Beam.start(tree, scores[0], tokens[0])
+            inputs = jnp.broadcast_to(feature, (k, feature.shape[0]))
+        for level in range(1, tree.depth):
+            with jax.named_scope(f"draft_level_{level}"):
+                positions = jnp.broadcast_to(committed + level - 1, (k,))
+                write_at, visible = committed + (level - 1) * k, bit_words(beam.visible)
+                outputs, cache = self.extend(
+                    weights, embedding[beam.tokens], inputs, positions, cache, write_at, committed, visible
+                )
+                scores, tokens = best_tokens(outputs)
+                beam, parents = beam.grow(scores, tokens)
+                inputs = outputs[parents]
+        with jax.named_scope("rerank"):
+            return rerank(tree, beam, root), cache
+
+    def _extend(
+        self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: LayerKV
+    ) -> tuple[Array, LayerKV]:
+        """Run pairs whose features are the target's own, at positions from `start` on."""
+        pairs = features.shape[0]
+        positions = start + jnp.arange(pairs, dtype=jnp.int32)
+        inputs = self.fused(weights, features)
+        return self.extend(weights, embedding[next_tokens], inputs, positions, cache, start, start, causal(pairs))

@@ -1,0 +1,160 @@
+"""EAGLE-3's draft: one decoder layer on features from three depths of the target (arXiv 2503.01840).
+
+It drafts as EAGLE-2 does, with another layer: `fc` joins the residual stream of three of the target's
+layers into what pair t takes in; Q, K and V read its normed embedding and this side by side; and a norm
+and an LM head of its own, over a vocabulary that was cropped when it was trained, read its output. That
+head is cropped further to the sub-vocabulary (FR-Spec, arXiv 2502.14856).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from frspec_jax import shapes
+from frspec_jax.config import ModelConfig, RopeScaling, TreeConfig
+from frspec_jax.drafters.beam import BeamDrafter
+from frspec_jax.kv_cache import LayerKV
+from frspec_jax.layers import LayerParams, decoder_layer, linear, rms_norm, rotation
+from frspec_jax.vocabulary import DraftHead, crop
+from pallas_kernels.dispatch import AUTO, Kernels
+
+
+@struct.dataclass
+class Eagle3Params:
+    """The weights of an EAGLE-3 draft."""
+
+    fc: Array  # [H, 3 H], over the taps in their order
+    fc_bias: Array | None  # [H]
+    embedding_norm: Array  # [H]
+    feature_norm: Array  # [H]
+    layer: LayerParams  # whose Q, K and V read 2 H, embedding first, and which has no attention norm
+    norm: Array  # [H], before the head
+    lm_head: Array | None  # [V_d, H]; None once it has been cropped
+    ids: Array | None  # [V_d] int32, what the head's rows stand for
+
+
+@struct.dataclass
+class Eagle3Weights:
+    """Everything that EAGLE-3 reads when it drafts, but for the target's embedding."""
+
+    params: Eagle3Params  # without its lm_head and ids
+    head: DraftHead
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3(BeamDrafter):
+    """EAGLE-3 as the engine sees it (`base.Drafter`)."""
+
+    config: ModelConfig  # the draft's one layer: `Eagle3Config.layer_of(target)`
+    taps: tuple[int, ...]
+    kernels: Kernels = AUTO
+
+    def fused(self, weights: Eagle3Weights, features: Array) -> Array:
+        params = weights.params
+        with jax.named_scope("fc"):
+            taps = features[:, self.config.hidden_size :]  # the target's final feature stands before them
+            return linear(taps.astype(params.fc.dtype), params.fc, params.fc_bias)
+
+    def extend(
+        self,
+        weights: Eagle3Weights,
+        embeddings: Array,
+        features: Array,
+        positions: Array,
+        cache: LayerKV,
+        write_at: Array,
+        committed: Array,
+        ancestors: Array,
+    ) -> tuple[Array, LayerKV]:
+        params, eps = weights.params, self.config.rms_norm_eps
+        parts = [rms_norm(embeddings, params.embedding_norm, eps), rms_norm(features, params.feature_norm, eps)]
+        return decoder_layer(
+            params.layer, self.config, features, rotation(self.config, positions), cache, write_at, committed,
+            ancestors, self.kernels, attend_from=jnp.concatenate(parts, axis=-1),
+        )  # fmt: skip
+
+    def head(self, weights: Eagle3Weights, outputs: Array) -> tuple[Array, DraftHead]:
+        return rms_norm(outputs, weights.params.norm, self.config.rms_norm_eps), weights.head
+
+
+def default_taps(layers: int) -> tuple[int, int, int]:
+    """The layers whose inputs the published drafts read: the third, the middle one, and the last but two."""
+    return 2, layers // 2, layers - 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Config:
+    """An EAGLE-3 draft (`base.DraftSpec`)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float  # its own: it may differ from the target's
+    rope_scaling: RopeScaling
+    draft_vocab_size: int  # V_d
+    taps: tuple[int, ...]
+    fc_bias: bool = False
+    attention_bias: bool = False
+
+    kind: ClassVar[str] = "eagle3"
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        known = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        scaling = known["rope_scaling"]
+        known["rope_scaling"] = RopeScaling(**{**scaling, "factors": tuple(scaling["factors"])})
+        return cls(**{**known, "taps": tuple(known["taps"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def layer_of(self, target: ModelConfig) -> ModelConfig:
+        """The draft's layer as a one-layer model, with its own rotary embedding."""
+        own = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps",
+               "rope_theta", "rope_scaling", "attention_bias")  # fmt: skip
+        return dataclasses.replace(
+            target, num_layers=1, output_bias=False, mlp_bias=False, **{name: getattr(self, name) for name in own}
+        )
+
+    def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> Eagle3Params:
+        hidden = self.hidden_size
+        norm = shapes.struct(dtype, hidden)
+        return Eagle3Params(
+            fc=shapes.struct(dtype, hidden, len(self.taps) * hidden),
+            fc_bias=norm if self.fc_bias else None,
+            embedding_norm=norm,
+            feature_norm=norm,
+            layer=shapes.layer_shapes(self.layer_of(target), dtype, attention_norm=False, inputs=2 * hidden),
+            norm=norm,
+            lm_head=shapes.struct(dtype, self.draft_vocab_size, hidden),
+            ids=shapes.struct(np.int32, self.draft_vocab_size),
+        )
+
+    def vocabulary(self, params: Eagle3Params) -> np.ndarray:
+        return np.asarray(params.ids)
+
+    def fit(self, tree: TreeConfig) -> TreeConfig:
+        return tree
+
+    def assemble(
+        self, target: ModelConfig, params: Eagle3Params, head: Array, ids: np.ndarray, *, kernels: Kernels, int8: bool
+    ) -> tuple[Eagle3, Eagle3Weights]:
+        """See `base.DraftSpec`; the head that is cropped is the draft's own, so `ids` must be among its vocabulary."""
+        assert params.lm_head is not None
+        known = self.vocabulary(params)
+        order = np.argsort(known)
+        rows = order[np.searchsorted(known, ids, sorter=order)]
+        kept = dataclasses.replace(crop(params.lm_head, rows, int8), ids=jnp.asarray(ids, jnp.int32))
+        bare = dataclasses.replace(params, lm_head=None, ids=None)
+        return Eagle3(self.layer_of(target), self.taps, kernels), Eagle3Weights(bare, kept)
