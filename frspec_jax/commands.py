@@ -13,6 +13,8 @@ from frspec_jax.errors import reported
 def dispatch(package: str, description: str, commands: Mapping[str, str], argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run `package.COMMAND`, a module with `add_arguments(parser)` and `run(args)`.
 
+    A hyphen of a command is an underscore of its module.
+
     commands: name and one line of help. Only the command at hand is imported, so that the others'
     help need not wait for JAX.
     """
@@ -23,7 +25,7 @@ def dispatch(package: str, description: str, commands: Mapping[str, str], argv: 
     for name, text in commands.items():
         sub = choices.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         if argv[:1] == [name]:
-            module = importlib.import_module(f"{package}.{name}")
+            module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
             sub.description = module.__doc__
             module.add_arguments(sub)
     args = parser.parse_args(argv)

@@ -33,7 +33,8 @@ from train.__main__ import main
 from train.batches import Batch, Packing
 from train.corpus import Record
 from train.features import FeatureStore, FeatureWriter, encode
-from train.recipe import Recipe, agreement, loss_terms, new_state, train_step, unrolled_passes
+from train.optimiser import new_state
+from train.recipe import Recipe, agreement, loss_terms, train_step, unrolled_passes
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = {29, 37, 40, 88, 116}  # of the first 120 sequences: part of the format, for a run must resume
@@ -283,18 +284,16 @@ def test_further_passes_are_self_fed_steps_through_the_cache(drafting):
             assert close(outputs[step][pair], feature)
 
 
-def test_passes_say_the_tokens_that_propose_does(drafting):
+def test_passes_say_the_tokens_that_drafting_does(drafting):
     """The drafter itself drafts a chain; on a row that goes on with that chain, the passes read off the same tokens."""
     _, cache = drafting.committed(slice(0, drafting.count))
     own = drafting.outputs(drafting.row)[0]
-    head = DraftHead(drafting.head, jnp.arange(40))
-    propose = jax.jit(drafter.propose, static_argnames=("config", "tree"))
+    weights = drafter.EagleWeights(drafting.params, DraftHead(drafting.head, jnp.arange(40)))
+    grow = jax.jit(drafter.Eagle(drafting.layer).grow, static_argnames="tree")
     for committed in range(1, drafting.count - 2):
         root = jnp.int32(drafting.row.next_tokens[committed - 1])
-        tree, _ = propose(
-            drafting.params, drafting.layer, TreeConfig(4, 3, 1), drafting.embedding, head, own[committed - 1], root,
-            jnp.int32(committed), cache,
-        )  # fmt: skip
+        feature, shape = own[committed - 1], TreeConfig(4, 3, 1)
+        tree, _ = grow(weights, drafting.embedding, shape, feature, root, jnp.int32(committed), cache)
         assert int(tree.tokens[0]) == int(root)
         chain = np.asarray(tree.tokens[1:])
         next_tokens = drafting.row.next_tokens.copy()

@@ -8,6 +8,8 @@ COMMANDS = {
     "rank": "count tokens: which ones may the draft propose?",
     "answers": "let the target answer prompts, as training data",
     "eagle": "train an EAGLE-2 draft",
+    "medusa": "train Medusa heads that share the target's LM head",
+    "medusa-tree": "fit a Medusa draft's tree to what its heads get right",
 }
 
 

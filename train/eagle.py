@@ -9,221 +9,41 @@ When the steps are done, the draft is written to CKPT/drafts/NAME.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import time
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
-from flax.training.train_state import TrainState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
-from frspec_jax.config import ModelConfig
-from frspec_jax.drafters.eagle import EagleConfig, EagleParams
-from frspec_jax.errors import UserError
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.llama import LlamaParams
-from train.batches import HELD_OUT, Packing
-from train.features import FeatureStore, open_corpora
-from train.recipe import PRESETS, Recipe, agreement, initial_params, new_state, train_step
+from train import session
+from train.recipe import PRESETS, agreement, initial_params, train_step
+from train.session import Task
 
 PASSES = 5  # self-fed steps that an evaluation looks at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "corpus", nargs="+", type=Path, help="feature stores, or text or conversation files and folders"
-    )
-    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
-    parser.add_argument("--name", default="eagle", help="the draft's name under CKPT/drafts (default: eagle)")
-    parser.add_argument("--work", type=Path, help="folder of the run (default: CKPT/training/NAME)")
-    parser.add_argument("--start-from", metavar="NAME", help="a draft (name or folder) whose weights to start from")
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="default", help="recipe to start from; flags below change it"
-    )
-    parser.add_argument("--rows", type=int, default=8, help="packed rows a batch (default: 8)")
-    parser.add_argument("--row", type=int, default=512, help="tokens a row; longer sequences are cut (default: 512)")
-    parser.add_argument("--seed", type=int, default=0, help="of initial weights, data order and noise (default: 0)")
-    parser.add_argument("--eval-every", type=int, default=100, help="steps between evaluations (default: 100)")
-    parser.add_argument("--eval-batches", type=int, default=1, help="held-out batches an evaluation reads (default: 1)")
-    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
-    recipe = parser.add_argument_group("recipe", "defaults are the preset's")
-    for field in dataclasses.fields(Recipe):
-        flag, default = f"--{field.name.replace('_', '-')}", getattr(PRESETS["default"], field.name)
-        recipe.add_argument(
-            flag, type=type(default), metavar=type(default).__name__.upper(), help=f"default preset: {default}"
-        )
-
-
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The preset, with every flag that was given in its place."""
-    names = (field.name for field in dataclasses.fields(Recipe))
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return dataclasses.replace(PRESETS[args.preset], **given)
-
-
-class Run:
-    """A training run's folder: settings, checkpoints, and metrics."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        file = folder / "settings.json"
-        if file.exists():
-            before = json.loads(file.read_text())
-            changed = [k for k in settings if before.get(k) != settings[k]]
-            if changed:
-                raise UserError(
-                    f"--work {folder} holds a run with another {changed[0]}; "
-                    "resume it as it was, or name another folder"
-                )
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(settings, indent=2) + "\n")
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        self._manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
-
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest whole checkpoint, or `state` where there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return state
-        saved = self._manager.restore(step, args=ocp.args.StandardRestore(_arrays(state)))
-        return state.replace(step=saved["step"], params=saved["params"], opt_state=saved["opt_state"])
-
-    def save(self, state: TrainState) -> None:
-        """Write a checkpoint in the background; an unfinished one is never restored."""
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(_arrays(state)))
-
-    def log(self, row: dict[str, Any]) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-
-def _arrays(state: TrainState) -> dict[str, Any]:
-    return {"step": jnp.asarray(state.step), "params": state.params, "opt_state": state.opt_state}
-
-
-def evaluate(state: TrainState, layer: ModelConfig, target: LlamaParams, batches: list[Any]) -> dict[str, list[float]]:
-    """Top-1 and top-3 agreement with the target on held-out pairs, over the full vocabulary, by self-fed step."""
-    params = state.params["draft"]
-    sums = np.sum([agreement(params, layer, target.embedding, target.head, batch, PASSES) for batch in batches], axis=0)
-    return {"top1": (sums[:, 0] / sums[:, 2]).round(4).tolist(), "top3": (sums[:, 1] / sums[:, 2]).round(4).tolist()}
+    session.add_arguments(parser, EagleConfig.kind, PRESETS)
 
 
 def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
-    recipe = recipe_of(args)
-    out = args.ckpt / "drafts" / args.name
-    if out.exists():
-        raise UserError(f"--name {args.name}: {out} exists already; remove it or choose another name")
-    work = args.work or args.ckpt / "training" / args.name
-    target = checkpoint.params()
-    stores = open_corpora(args.corpus, checkpoint, target, work / "features")
-    sequences = [len(store) for store in stores]
-    settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from")}
-    settings |= {"recipe": dataclasses.asdict(recipe), "target": checkpoint.fingerprint, "sequences": sequences}
-    session = Run(work, settings)
-    draft, params = _start(args, checkpoint)
-    layer = draft.layer_of(checkpoint.config)
-    packing = Packing(tuple(stores), args.rows, args.row, args.seed)
-    held_out = packing.held_out(args.eval_batches)
-    if not held_out:
-        raise UserError(f"{len(stores)} corpora hold too few sequences; one in {HELD_OUT} is held out for evaluation")
-    state = session.restore(new_state(params, recipe))
-    first = int(state.step)
-    # On the device for good, as the target's weights are: otherwise the second step would compile anew.
-    state = jax.device_put(state, jax.devices()[0])
-    note = f"; resumed at step {first}" if first else ""
-    console = Console(stderr=True)
-    console.print(
-        f"{sum(int(s.lengths.sum()) for s in stores):,} tokens in {sum(sequences):,} sequences, "
-        f"{packing.steps_per_epoch:,} steps an epoch{note}"
-    )
-    ranked = jnp.asarray(_by_frequency(stores, checkpoint.config.vocab_size))
-    state = _loop(args, recipe, session, state, layer, target, ranked, packing, held_out, console)
-    found = evaluate(state, layer, target, packing.held_out(4 * args.eval_batches))
-    final = {"step": int(state.step), **found}
-    session.close()
-    about = {"recipe": dataclasses.asdict(recipe), "rows": args.rows, "row": args.row, "seed": args.seed,
-             "tokens": sum(int(s.lengths.sum()) for s in stores), "held_out": final}  # fmt: skip
-    with new_folder(out, "--name") as folder:
-        write_draft(folder, draft, state.params["draft"], checkpoint.fingerprint, about)
-    print(f"wrote {out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
+    recipe = session.recipe_of(args, PRESETS)
+    found = session.starting_draft(args, checkpoint, EagleConfig.kind)
 
+    def task_of(target: LlamaParams) -> Task:
+        draft = EagleConfig.like(checkpoint.config) if found is None else found[0]
+        params = initial_params(jax.random.key(args.seed), draft, checkpoint.config) if found is None else found[1]
+        layer, seed = draft.layer_of(checkpoint.config), jnp.int32(args.seed)
+        embedding, head = target.embedding, target.head
+        return Task(
+            spec=draft,
+            params=params,
+            recipe=recipe,
+            step=lambda state, ranked, batch: train_step(state, layer, recipe, embedding, head, ranked, seed, batch),
+            agreement=lambda params, batch: agreement(params, layer, embedding, head, batch, PASSES),
+            parts="self-fed step",
+        )
 
-def _start(args: argparse.Namespace, checkpoint: Checkpoint) -> tuple[EagleConfig, EagleParams]:
-    """The draft to train: a new one with the shape of the target's layers, or another one's shape and weights."""
-    if args.start_from is None:
-        draft = EagleConfig.like(checkpoint.config)
-        return draft, initial_params(jax.random.key(args.seed), draft, checkpoint.config)
-    folder = checkpoint.draft_folder(args.start_from)
-    assert folder is not None, "only no name at all finds no folder"
-    draft, params = checkpoint.draft(folder)
-    if not isinstance(draft, EagleConfig):
-        raise UserError(f"--start-from {args.start_from} is a draft of kind {draft.kind}; give an EAGLE draft")
-    return draft, params
-
-
-def _by_frequency(stores: list[FeatureStore], vocab_size: int) -> np.ndarray:
-    """All ids by how often the answers hold them: the loss looks at the first of them."""
-    counts = sum(np.bincount(s.tokens[np.asarray(s.answer) == 1], minlength=vocab_size) for s in stores)
-    return np.argsort(-np.asarray(counts), kind="stable").astype(np.int32)
-
-
-def _loop(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    session: Run,
-    state: TrainState,
-    layer: ModelConfig,
-    target: LlamaParams,
-    ranked: jax.Array,
-    packing: Packing,
-    held_out: list[Any],
-    console: Console,
-) -> TrainState:
-    """Steps until the recipe's last; Ctrl-C saves what is done before it leaves."""
-    columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
-               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    batches = packing.training(int(state.step))
-    seed = jnp.int32(args.seed)
-    mark, done = time.perf_counter(), 0
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=recipe.steps, completed=int(state.step), shown="")
-        try:
-            while int(state.step) < recipe.steps:
-                state, metrics = train_step(
-                    state, layer, recipe, target.embedding, target.head, ranked, seed, next(batches)
-                )
-                step, done = int(state.step), done + 1
-                if step % 10 == 0 or step == recipe.steps:
-                    rate = done * args.rows * args.row / (time.perf_counter() - mark)
-                    mark, done = time.perf_counter(), 0
-                    shown = {k: round(float(v), 4) for k, v in metrics.items()}
-                    session.log({"step": step, "tokens_per_second": round(rate), **shown})
-                    text = f"loss {shown['loss']:.3f}  top-1 {shown['top1_0']:.1%}  {rate:,.0f} tokens/s"
-                    progress.update(task, shown=text)
-                if step % args.eval_every == 0:
-                    found = evaluate(state, layer, target, held_out)
-                    session.log({"step": step, "held_out": found})
-                    progress.console.print(
-                        f"step {step}: held-out top-1 by self-fed step {found['top1']}, top-3 {found['top3']}"
-                    )
-                    mark, done = time.perf_counter(), 0
-                if step % args.save_every == 0:
-                    session.save(state)
-                progress.update(task, completed=step)
-        except KeyboardInterrupt:
-            session.save(state)
-            session.close()
-            raise
-    return state
+    session.train(args, checkpoint, recipe, task_of)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,48 +22,20 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.layers import gated_mlp, linear, project_qkv, rms_norm, rotation
 from train.batches import Batch
+from train.optimiser import Optimisation
 
 MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(Optimisation):
     """What the loss and the optimiser are made of."""
 
-    steps: int = 2000
-    lr: float = 1e-3
-    warmup: int = 100
-    decay: Literal["cosine", "linear"] = "cosine"
-    optimizer: Literal["adamw", "muon"] = "muon"
-    weight_decay: float = 0.0
-    clip: float = 1.0  # global norm
     feature_weight: float = 0.1  # of SmoothL1 on the features
     ce_weight: float = 1.0  # of the soft cross-entropy
     unroll: int = 2  # passes: the first on the target's features, the rest on the draft's own
     unroll_decay: float = 0.8  # weight of each further pass, as a factor
     noise: float = 0.0  # uniform noise on the features of the first pass, +- this much
-    loss_vocab: int = 8192  # the most frequent ids, over which the cross-entropy is taken; 0 is all
-    loss_random: int = 2048  # further ids, drawn anew each step, so that the tail is held down too
-
-    def schedule(self) -> optax.Schedule:
-        """Linear warm-up, then decay to zero over the remaining steps."""
-        rest = max(1, self.steps - self.warmup)
-        fall = (
-            optax.cosine_decay_schedule(self.lr, rest)
-            if self.decay == "cosine"
-            else optax.linear_schedule(self.lr, 0.0, rest)
-        )
-        return optax.join_schedules([optax.linear_schedule(0.0, self.lr, self.warmup), fall], [self.warmup])
-
-    def transformation(self) -> optax.GradientTransformation:
-        """The optimiser. Muon (orthogonalised momentum) for matrices leaves vectors to AdamW."""
-        clip = optax.clip_by_global_norm(self.clip)
-        if self.optimizer == "adamw":
-            return optax.chain(clip, optax.adamw(self.schedule(), 0.9, 0.95, weight_decay=self.weight_decay))
-        muon = optax.contrib.muon(
-            self.schedule(), weight_decay=self.weight_decay, adam_b1=0.9, adam_b2=0.95, consistent_rms=0.2
-        )
-        return optax.chain(clip, muon)
 
 
 # EAGLE's published recipe: feature loss first, noise of 0.2 * 512 / T in all, one pass.
@@ -189,11 +161,6 @@ def loss_terms(
     return total, {"loss": total, **metrics}
 
 
-def new_state(params: EagleParams, recipe: Recipe) -> TrainState:
-    """The optimiser's state at step 0. (flax's TrainState asks for a dict, so the draft is one entry of it.)"""
-    return TrainState.create(apply_fn=None, params={"draft": params}, tx=recipe.transformation())
-
-
 @functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("state",))
 def train_step(
     state: TrainState, config: ModelConfig, recipe: Recipe, embedding: Array, head: Array, ranked: Array, seed: Array,
@@ -207,9 +174,7 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     ids_key, noise_key = jax.random.split(key)
-    if recipe.loss_vocab:
-        rest = jax.random.permutation(ids_key, ranked[recipe.loss_vocab :])[: recipe.loss_random]
-        head = head[jnp.concatenate([ranked[: recipe.loss_vocab], rest])]
+    head = recipe.loss_head(head, ranked, ids_key)
     if recipe.noise:
         noise = jax.random.uniform(noise_key, batch.features.shape, minval=-recipe.noise, maxval=recipe.noise)
         batch = dataclasses.replace(batch, features=batch.features + noise)
