@@ -11,6 +11,9 @@ COMMANDS = {
     "run": "answer question sets with every method, side by side, and keep records",
     "report": "tables in the paper's layout and plots, out of what run has kept",
     "tune": "find the fastest V' and draft tree on this device, and keep them as defaults",
+    "frequency": "plot the long tail of token frequencies, of one or several rankings",
+    "tree": "draw a draft tree and its mask, with the full and the cropped vocabulary",
+    "loops": "the same rounds, driven by the host or compiled into one loop",
     "identical": "compare the output with that of transformers, token by token",
 }
 

@@ -109,19 +109,22 @@ def interleaved(
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
-def _draft(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> Any:
+def draft_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> Any:
+    """The drafting half of a round as a program of its own: a `DraftTree`, and the state."""
     tree, cache = engine.draft(plan, weights, state)
     return tree, replace(state, caches=replace(state.caches, draft=cache))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
-def _verify(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
+def verify_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
+    """The target's pass over a tree: features [N, H], its own next tokens [N], and the state."""
     features, chosen, cache = engine.verify(plan, weights, state, tree)
     return features, chosen, replace(state, caches=replace(state.caches, target=cache))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
-def _accept(plan: engine.Plan, state: engine.DecodeState, tree: Any, features: Any, chosen: Any) -> Any:
+def accept_step(plan: engine.Plan, state: engine.DecodeState, tree: Any, features: Any, chosen: Any) -> Any:
+    """The end of a round: the state with the accepted path emitted and committed."""
     return engine.accept(plan, state, tree, features, chosen, state.caches)
 
 
@@ -142,11 +145,11 @@ def stage_times(model: Generator, prompt: np.ndarray, request: Request, rounds: 
     times: list[tuple[float, float, float]] = []
     while len(times) < rounds + WARM_UP and int(state.finished) == engine.RUNNING:
         start = time.perf_counter()
-        tree, state = jax.block_until_ready(_draft(plan, model.weights, state))
+        tree, state = jax.block_until_ready(draft_step(plan, model.weights, state))
         drafted = time.perf_counter()
-        features, chosen, state = jax.block_until_ready(_verify(plan, model.weights, state, tree))
+        features, chosen, state = jax.block_until_ready(verify_step(plan, model.weights, state, tree))
         verified = time.perf_counter()
-        state = jax.block_until_ready(_accept(plan, state, tree, features, chosen))
+        state = jax.block_until_ready(accept_step(plan, state, tree, features, chosen))
         times.append((drafted - start, verified - drafted, time.perf_counter() - verified))
     model._finish(state)
     medians = [1e3 * statistics.median(column) for column in zip(*times[WARM_UP:] or times, strict=True)]
