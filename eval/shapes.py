@@ -324,7 +324,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     context = min(row["context"] for row in figures["rows"])
     rows = [row for row in figures["rows"] if row["context"] == context]
     names = list(dict.fromkeys(s["stage"] for row in rows for s in row["stages"] if not s["stage"].startswith("(")))
-    figure, axes = pyplot.subplots(figsize=(9, 0.6 * len(rows) + 1.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 2.2), layout="constrained")
     left = np.zeros(len(rows))
     for name in names:
         widths = [sum(s["us"] * s["times"] for s in row["stages"] if s["stage"] == name) / 1e3 for row in rows]
@@ -334,7 +334,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     axes.plot([row["floor_us"] / 1e3 for row in rows], range(len(rows)), "r|", markersize=16, label="floor")
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a round")
-    axes.set_title(f"{figures['shapes']}, random weights, {figures['dtype']}, context {context}, {measure.machine()}")
-    axes.legend(fontsize="small")
+    axes.set_title(f"{figures['shapes']}, random weights, {figures['dtype']}, context {context}\n{measure.machine()}")
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(path)
     pyplot.close(figure)
