@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from frspec_jax import api, engine, llama, sampling, tuned
@@ -157,20 +156,6 @@ def stage_times(model: Generator, prompt: np.ndarray, request: Request, rounds: 
 
 
 # Floor -------------------------------------------------------------------------------------------
-
-
-def bandwidth(megabytes: int = 512) -> float:
-    """Bytes a second that this device reads from memory: the best of several matrix-vector products."""
-    data = jnp.ones((megabytes * 2**8, 2**10), jnp.float32)
-    vector = jnp.ones((2**10,), jnp.float32)
-    product = jax.jit(lambda x, y: x @ y)
-    jax.block_until_ready(product(data, vector))
-    best = float("inf")
-    for _ in range(7):
-        start = time.perf_counter()
-        jax.block_until_ready(product(data, vector))
-        best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
 
 
 def round_bytes(model: Generator, context: int) -> int:

@@ -24,6 +24,7 @@ from eval.peer import Peer
 from eval.questions import read_questions, spread
 from frspec_jax.api import Generator, Request, Result
 from frspec_jax.errors import UserError
+from pallas_kernels.timing import bandwidth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def compare(
             results[name].append(result)
         if peer is not None:
             peer_rates.append(peer.decode_rate(prompt, request.max_new_tokens))
-    speed = measure.bandwidth()
+    speed = bandwidth()
     context = int(np.mean([len(p) for p in prompts])) + request.max_new_tokens // 2
     rows = [_row(name, found[name], results, prompts, request, speed, context) for name in found]
     if peer_rates:
