@@ -74,7 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     device.add_argument(
         "--kernels", choices=IMPLEMENTATIONS, default="auto",
-        help="auto: Pallas kernels where they were measured to win (default); interpret: the same, slowly, on any device",
+        help="auto: Pallas kernels where they were measured to win (default); interpret: slowly, on any device",
     )  # fmt: skip
     return parser
 

@@ -36,9 +36,11 @@ def tokenizer(flavour: str = "") -> PreTrainedTokenizerFast:
     )
 
 
-def checkpoint_folder(path: Path, *, seed: int = 0, draft: bool = True, ranking: bool = True) -> Checkpoint:
+def checkpoint_folder(
+    path: Path, *, seed: int = 0, draft: bool = True, ranking: bool = True, layers: int = 2
+) -> Checkpoint:
     """Write a checkpoint to `path`, and open it."""
-    cfg: ModelConfig = toy.config(vocab_size=VOCAB_SIZE, max_context=1024)
+    cfg: ModelConfig = toy.config(vocab_size=VOCAB_SIZE, max_context=1024, num_layers=layers)
     params = toy.target(cfg, seed)
     with new_folder(path) as folder:
         write_model(folder, cfg, params)

@@ -28,6 +28,7 @@ from frspec_jax.drafters import eagle as drafter
 from frspec_jax.errors import UserError
 from frspec_jax.tree import causal
 from frspec_jax.vocabulary import DraftHead
+from runs import chats, refusal, same
 from train import eagle
 from train.__main__ import main
 from train.batches import Batch, Packing
@@ -177,10 +178,6 @@ def test_rows_are_near_full(stores):
     steps = Packing(stores, 2, 64, seed=0).steps_per_epoch
     batches = itertools.islice(Packing(stores, 2, 64, seed=0).training(0), steps)
     assert np.mean([(batch.segment > 0).mean() for batch in batches]) > 0.85
-
-
-def same(a, b) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 # Which tokens are an answer's --------------------------------------------------------------------
@@ -432,14 +429,7 @@ main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    file = tmp_path_factory.mktemp("corpus") / "chats.jsonl"
-    rng = np.random.default_rng(0)
-    with open(file, "w") as out:
-        for number in range(42):  # the 30th, 38th and 41st are held out
-            said = "".join(rng.choice(list("thean in"), 12))
-            turns = [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": said}]
-            out.write(json.dumps({"messages": turns}) + "\n")
-    return file
+    return chats(tmp_path_factory.mktemp("corpus") / "chats.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -459,17 +449,6 @@ def drafted(ckpt, name):
     folder = ckpt.draft_folder(name)
     about = json.loads((folder / "config.json").read_text())["about"]
     return ckpt.draft(folder)[1], about["held_out"]
-
-
-def refusal(capsys, argv) -> str:
-    """The one sentence by which `python -m train ARGV` refuses (stderr may hold a progress bar besides)."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and not out and "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def test_a_run_makes_a_draft_and_keeps_its_figures(ckpt, corpus, uninterrupted):

@@ -18,6 +18,7 @@ from frspec_jax import api
 from frspec_jax.api import Request
 from frspec_jax.config import TreeConfig
 from frspec_jax.drafters.medusa import PUBLISHED_63, check_choices, residual
+from runs import chats, drafted, refusal, same
 from train import medusa
 from train.__main__ import main
 from train.batches import Batch
@@ -149,14 +150,7 @@ def ckpt(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    file = tmp_path_factory.mktemp("corpus") / "chats.jsonl"
-    rng = np.random.default_rng(0)
-    with open(file, "w") as out:
-        for number in range(42):  # the 30th, 38th and 41st are held out
-            said = "".join(rng.choice(list("thean in"), 12))
-            turns = [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": said}]
-            out.write(json.dumps({"messages": turns}) + "\n")
-    return file
+    return chats(tmp_path_factory.mktemp("corpus") / "chats.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -170,24 +164,6 @@ def whole(ckpt, corpus, tmp_path_factory):
 def command(corpus, ckpt, work, name, *flags) -> list[str]:
     given = ("medusa", corpus, "--ckpt", ckpt.path, "--work", work, "--name", name, *FLAGS, *flags)
     return [str(arg) for arg in given]
-
-
-def drafted(ckpt, name):
-    return ckpt.draft(ckpt.draft_folder(name))
-
-
-def same(a, b) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-def refusal(capsys, argv) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(arg) for arg in argv])
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and not out and "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def test_a_run_makes_a_draft_that_changes_nothing(ckpt, whole):

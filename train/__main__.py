@@ -8,6 +8,7 @@ COMMANDS = {
     "rank": "count tokens: which ones may the draft propose?",
     "answers": "let the target answer prompts, as training data",
     "eagle": "train an EAGLE-2 draft",
+    "eagle3": "train an EAGLE-3 draft",
     "medusa": "train Medusa heads that share the target's LM head",
     "medusa-tree": "fit a Medusa draft's tree to what its heads get right",
 }

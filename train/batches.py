@@ -25,7 +25,7 @@ Rows = Array | np.ndarray  # on the device, or still on the host
 class Batch:
     """R packed rows of T pairs. Pair t joins the feature of token t with token t + 1."""
 
-    features: Rows  # [R, T, H] float32, the target's feature of token t
+    features: Rows  # [R, T, (1 + taps) H] float32, the target's feature of token t
     next_tokens: Rows  # [R, T] int32, token t + 1
     targets: Rows  # [R, T, H] float32, the target's feature of token t + 1
     mask: Rows  # [R, T] float32, 1 where the pair counts: token t + 1 belongs to an answer
@@ -90,9 +90,9 @@ class Packing:
         return [self._batch(group) for group in groups[:batches]]
 
     def _batch(self, rows: list[list[Piece]]) -> Batch:
-        width = self.stores[0].features.shape[1]
+        width, hidden = self.stores[0].features.shape[1], self.stores[0].hidden
         shape = (self.rows, self.row)
-        features, targets = (np.zeros((*shape, width), np.float32) for _ in range(2))
+        features, targets = (np.zeros((*shape, columns), np.float32) for columns in (width, hidden))
         next_tokens, segment, position = (np.zeros(shape, np.int32) for _ in range(3))
         mask = np.zeros(shape, np.float32)
         for r, pieces in enumerate(rows):
@@ -101,7 +101,7 @@ class Packing:
                 tokens, answer, rows_ = store.sequence(index)
                 here, source = slice(at, at + pairs), slice(first, first + pairs)
                 after = slice(first + 1, first + 1 + pairs)
-                features[r, here], targets[r, here] = rows_[source], rows_[after]
+                features[r, here], targets[r, here] = rows_[source], rows_[after, :hidden]
                 next_tokens[r, here], mask[r, here] = tokens[after], answer[after]
                 segment[r, here], position[r, here] = number, np.arange(first, first + pairs)
                 at += pairs

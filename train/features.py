@@ -1,10 +1,10 @@
 """A store of token sequences with the target's features: what a draft is trained on.
 
-    STORE/meta.json      format, target, hidden size
+    STORE/meta.json      format, target, hidden size, taps if there are any
     STORE/index.i64      a row (source number, end) per sequence; a sequence exists once its row does
     STORE/tokens.i32     token ids, one sequence after the other
     STORE/answer.u8      1 where the token belongs to an answer
-    STORE/features.f16   [tokens, H]
+    STORE/features.f16   [tokens, (1 + taps) H], as llama.forward returns them
 
 Rows are appended in that order backwards, so that a killed writer leaves whole sequences only, and
 the next one goes on behind them. Reading is by memory map.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,26 @@ from frspec_jax.tree import causal
 from train.corpus import Record, corpus_files, read_corpus
 
 FORMAT = "frspec-jax features 1"
+Taps = tuple[int, ...]  # layers of the target whose inputs stand beside each feature
 _COLUMNS = (("features.f16", np.float16), ("answer.u8", np.uint8), ("tokens.i32", np.int32))
 
 
-def _meta(checkpoint: Checkpoint) -> dict[str, object]:
-    return {"format": FORMAT, "target": checkpoint.fingerprint, "hidden_size": checkpoint.config.hidden_size}
+def _meta(checkpoint: Checkpoint, taps: Taps) -> dict[str, object]:
+    meta = {"format": FORMAT, "target": checkpoint.fingerprint, "hidden_size": checkpoint.config.hidden_size}
+    return meta | ({"taps": list(taps)} if taps else {})
 
 
 class FeatureWriter:
     """Appends sequences to a store, which it makes, or reopens after an interruption."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint, taps: Taps = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         meta = folder / "meta.json"
         if meta.exists():
-            FeatureStore(folder, checkpoint)  # refuses another target's store
+            FeatureStore(folder, checkpoint, taps)  # refuses another target's store
         else:
-            meta.write_text(json.dumps(_meta(checkpoint), indent=2) + "\n")
-        width = checkpoint.config.hidden_size
+            meta.write_text(json.dumps(_meta(checkpoint, taps), indent=2) + "\n")
+        width = (1 + len(taps)) * checkpoint.config.hidden_size
         self._index = open(folder / "index.i64", "ab")  # noqa: SIM115 (open as long as the writer)
         whole = self._index.tell() // 16
         self._index.truncate(whole * 16)
@@ -63,7 +66,7 @@ class FeatureWriter:
             self._columns.append((file, dtype))
 
     def append(self, source: int, tokens: np.ndarray, answer: np.ndarray, features: np.ndarray) -> None:
-        """Add a sequence: tokens [L], answer [L] (0 or 1), features [L, H] of the same L tokens.
+        """Add a sequence: tokens [L], answer [L] (0 or 1), features [L, (1 + taps) H] of the same L tokens.
 
         source: the number of the prompt or record that it came from, so that a resumed run skips it.
         """
@@ -85,25 +88,29 @@ class FeatureStore:
     """A store, opened for reading.
 
     Raises:
-      UserError: the folder is no store, or was made with another target.
+      UserError: the folder is no store, or was made with another target or other taps.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint, taps: Taps = ()) -> None:
         try:
             meta = json.loads((folder / "meta.json").read_text())
         except (OSError, ValueError):
             meta = {}
         if meta.get("format") != FORMAT:
             raise UserError(f"{folder} is no feature store; python -m train answers or python -m train eagle makes one")
-        if meta != _meta(checkpoint):
+        if {**meta, "taps": None} != {**_meta(checkpoint, taps), "taps": None}:
             raise UserError(f"{folder} holds the features of another target than {checkpoint.path}; make it again")
+        if tuple(meta.get("taps", ())) != taps:
+            has, needed = meta.get("taps", []), list(taps)
+            raise UserError(f"{folder} holds features with the taps {has}, and {needed} are needed; make it again")
         index = folder / "index.i64"
         rows = index.stat().st_size // 16 if index.exists() else 0
         ends = np.fromfile(index, np.int64, rows * 2).reshape(-1, 2)[:, 1] if rows else np.zeros(0, np.int64)
         self.starts = np.concatenate([[0], ends[:-1]]).astype(np.int64) if rows else ends
         self.lengths = ends - self.starts
         total = int(ends[-1]) if rows else 0
-        width = checkpoint.config.hidden_size
+        self.hidden = checkpoint.config.hidden_size  # H: the first columns of a feature are the final one
+        width = (1 + len(taps)) * self.hidden
         self.features, self.answer, self.tokens = (
             np.memmap(folder / name, dtype, "r", shape=(total, width) if name == "features.f16" else (total,))
             if total
@@ -115,56 +122,96 @@ class FeatureStore:
         return len(self.lengths)
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """tokens [L], answer [L] and features [L, H] of one sequence, as views of the memory map."""
+        """tokens [L], answer [L] and features [L, (1 + taps) H] of one sequence, as views of the memory map."""
         rows = slice(self.starts[index], self.starts[index] + self.lengths[index])
         return self.tokens[rows], self.answer[rows], self.features[rows]
 
+    def text(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """tokens [L] and answer [L] of one sequence."""
+        return self.sequence(index)[:2]
 
-def open_corpora(paths: list[Path], checkpoint: Checkpoint, target: LlamaParams, cache: Path) -> list[FeatureStore]:
-    """The stores among `paths`, and `cache`: a store of the corpora among them, made where it is not whole."""
-    stores = [FeatureStore(path, checkpoint) for path in paths if (path / "meta.json").is_file()]
-    files = corpus_files(path for path in paths if not (path / "meta.json").is_file())
-    if files:
-        writer = FeatureWriter(cache, checkpoint)
+
+def stored_taps(folder: Path) -> Taps | None:
+    """The taps of the store in a folder; None where there is no store."""
+    meta = folder / "meta.json"
+    if not meta.is_file():
+        return None
+    try:
+        return tuple(json.loads(meta.read_text()).get("taps", ()))
+    except (OSError, ValueError):
+        return ()  # opening the store will say what is wrong
+
+
+def open_corpora(
+    paths: list[Path], checkpoint: Checkpoint, target: LlamaParams, cache: Path, taps: Taps = ()
+) -> list[FeatureStore]:
+    """The stores among `paths` with these taps, and `cache`: a store of all the rest, made where it is not whole.
+
+    The rest are corpora, and stores without taps, whose tokens are then run through the target again.
+    """
+    found = {path: stored_taps(path) for path in paths}
+    stores = [FeatureStore(path, checkpoint, taps) for path, has in found.items() if has or has == taps]
+    plain = [FeatureStore(path, checkpoint) for path, has in found.items() if taps and has == ()]
+    files = corpus_files(path for path, has in found.items() if has is None)
+    if files or plain:
+        writer = FeatureWriter(cache, checkpoint, taps)
         try:
-            compute_features(files, checkpoint, target, writer)
+            compute_features(texts(files, plain, checkpoint), checkpoint, target, writer, taps=taps)
         finally:
             writer.close()
-        stores.append(FeatureStore(cache, checkpoint))
+        stores.append(FeatureStore(cache, checkpoint, taps))
     return stores
 
 
+Text = tuple[np.ndarray, np.ndarray]  # tokens [L] int32, and [L] uint8: 1 where the token is an answer's
+
+
+def texts(files: list[Path], stores: list[FeatureStore], checkpoint: Checkpoint) -> Iterator[Callable[[], Text]]:
+    """All records of some corpora, then all sequences of some stores; each one is read when it is called."""
+    for file in files:
+        for record in read_corpus(file):
+            yield functools.partial(encode, record, checkpoint.tokenizer)
+    for store in stores:
+        for index in range(len(store)):
+            yield functools.partial(store.text, index)
+
+
 def compute_features(
-    files: list[Path], checkpoint: Checkpoint, target: LlamaParams, writer: FeatureWriter, length: int = 512
+    sequences: Iterable[Callable[[], Text]],
+    checkpoint: Checkpoint,
+    target: LlamaParams,
+    writer: FeatureWriter,
+    *,
+    length: int = 512,
+    taps: Taps = (),
 ) -> None:
-    """Run corpora through the target, `length` tokens of a record at most, and store what comes out."""
+    """Run sequences through the target, `length` tokens of each at most, and store what comes out."""
     columns = (
         TextColumn("features: {task.fields[records]:,} records, {task.fields[tokens]:,} tokens"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=None, records=0, tokens=writer.tokens)
-        records = (record for file in files for record in read_corpus(file))
-        for number, record in enumerate(records):
+        for number, read in enumerate(sequences):
             if number in writer.sources:
                 continue
-            tokens, answer = encode(record, checkpoint.tokenizer)
+            tokens, answer = read()
             if len(tokens) >= 3 and answer.any():
                 tokens, answer = tokens[:length], answer[:length]
                 padded = np.zeros(-(-len(tokens) // 128) * 128, np.int32)
                 padded[: len(tokens)] = tokens
-                features = np.asarray(_features(target, checkpoint.config, padded))[: len(tokens)]
+                features = np.asarray(_features(target, checkpoint.config, padded, taps))[: len(tokens)]
                 writer.append(number, tokens, answer, features)
             progress.update(task, records=number + 1, tokens=writer.tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _features(target: LlamaParams, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """The target's features [T, H] of one text."""
+@functools.partial(jax.jit, static_argnames=("config", "taps"))
+def _features(target: LlamaParams, config: ModelConfig, tokens: jax.Array, taps: Taps) -> jax.Array:
+    """The target's features [T, (1 + taps) H] of one text."""
     count = tokens.shape[0]
     cache = kv_cache.empty(config, kv_cache.rounded_capacity(count), target.embedding.dtype)
     positions = jnp.arange(count, dtype=jnp.int32)
-    return llama.forward(target, config, tokens, positions, cache, jnp.int32(0), causal(count))[0]
+    return llama.forward(target, config, tokens, positions, cache, jnp.int32(0), causal(count), taps=taps)[0]
 
 
 def encode(record: Record, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -24,12 +24,12 @@ from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
 from train import session
 from train.batches import Batch
-from train.optimiser import Optimisation
+from train.optimiser import TargetHeadLoss
 from train.session import Task
 
 
 @dataclasses.dataclass(frozen=True)
-class MedusaRecipe(Optimisation):
+class MedusaRecipe(TargetHeadLoss):
     """Medusa-1's recipe (arXiv 2401.10774: a frozen target, AdamW), with the target's distribution for labels."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -1,4 +1,4 @@
-"""What the recipes of all drafts have in common: the optimiser, its schedule, and the vocabulary of the loss."""
+"""What the recipes of drafts have in common: the optimiser, its schedule, and the vocabulary of the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax import Array
 
 @dataclasses.dataclass(frozen=True)
 class Optimisation:
-    """The optimiser, and the ids over which cross-entropies are taken."""
+    """The optimiser and its schedule."""
 
     steps: int = 2000
     lr: float = 1e-3
@@ -23,8 +23,6 @@ class Optimisation:
     optimizer: Literal["adamw", "muon"] = "muon"
     weight_decay: float = 0.0
     clip: float = 1.0  # global norm
-    loss_vocab: int = 8192  # the most frequent ids, over which the cross-entropy is taken; 0 is all
-    loss_random: int = 2048  # further ids, drawn anew each step, so that the tail is held down too
 
     def schedule(self) -> optax.Schedule:
         """Linear warm-up, then decay to zero over the remaining steps."""
@@ -45,6 +43,14 @@ class Optimisation:
             self.schedule(), weight_decay=self.weight_decay, adam_b1=0.9, adam_b2=0.95, consistent_rms=0.2
         )
         return optax.chain(clip, muon)
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetHeadLoss(Optimisation):
+    """For drafts that the target's own LM head reads: which of its rows the cross-entropy looks at."""
+
+    loss_vocab: int = 8192  # the most frequent ids, over which the cross-entropy is taken; 0 is all
+    loss_random: int = 2048  # further ids, drawn anew each step, so that the tail is held down too
 
     def loss_head(self, head: Array, ranked: Array, key: Array) -> Array:
         """The rows [M, H] of an LM head [V, H] over which a step's cross-entropy is taken.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,15 +21,15 @@ from jax import Array
 
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
-from frspec_jax.layers import gated_mlp, linear, project_qkv, rms_norm, rotation
+from frspec_jax.layers import LayerParams, gated_mlp, linear, project_qkv, rms_norm, rotation
 from train.batches import Batch
-from train.optimiser import Optimisation
+from train.optimiser import TargetHeadLoss
 
 MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe(Optimisation):
+class Recipe(TargetHeadLoss):
     """What the loss and the optimiser are made of."""
 
     feature_weight: float = 0.1  # of SmoothL1 on the features
@@ -47,20 +48,27 @@ PRESETS = {"default": Recipe(), "eagle2": EAGLE2}
 
 
 def initial_params(key: Array, draft: EagleConfig, config: ModelConfig) -> EagleParams:
-    """A draft to start from: matrices normal, of deviation 1 / sqrt(inputs), so that every sum starts near unit size.
+    """A draft to start from: `random_params`, so that it begins as its fc.
 
-    The products that write to the residual stream start at a tenth of that: the draft begins as its fc.
     (Starting from the target's last layer is worse: it works on a residual stream that is many times
     larger than the normed features that a draft reads and writes.)
     """
-    shapes = draft.shapes(config)
+    return random_params(key, draft.shapes(config))
+
+
+def random_params(key: Array, shapes: Any) -> Any:
+    """Weights of a draft with one decoder `layer`: matrices normal, of deviation 1 / sqrt(inputs), vectors zero.
+
+    So every sum starts near unit size, but for the products that write to the residual stream, which start at
+    a tenth of that.
+    """
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
     random = [
         jax.random.normal(k, leaf.shape) * leaf.shape[1] ** -0.5 if len(leaf.shape) == 2 else jnp.zeros(leaf.shape)
         for k, leaf in zip(keys, leaves, strict=True)
     ]
-    params: EagleParams = jax.tree.unflatten(tree, random)
+    params = jax.tree.unflatten(tree, random)
     layer = params.layer
     layer = dataclasses.replace(
         layer, mlp_norm=jnp.ones_like(layer.mlp_norm), output=0.1 * layer.output, down=0.1 * layer.down
@@ -90,30 +98,46 @@ def _attend(q: Array, keys: list[Array], values: list[Array], visible: Array) ->
 def unrolled_passes(
     params: EagleParams, config: ModelConfig, embeddings: Array, batch: Batch, unroll: int
 ) -> list[Array]:
-    """Predicted features [T, H] of each pass over one row: what the draft makes of true features, of its own, ...
+    """`self_fed_passes` of EAGLE-2's layer over one row (no leading R); embeddings: [T, H] of its `next_tokens`."""
+
+    def enter(features: Array) -> tuple[Array, Array]:
+        x = linear(jnp.concatenate([embeddings, features], axis=-1), params.fc, params.fc_bias)
+        return x, x
+
+    return self_fed_passes(params.layer, config, enter, jnp.asarray(batch.features), batch, unroll)
+
+
+def self_fed_passes(
+    layer: LayerParams,
+    config: ModelConfig,
+    enter: Callable[[Array], tuple[Array, Array]],
+    features: Array,
+    batch: Batch,
+    unroll: int,
+) -> list[Array]:
+    """A draft's outputs [T, H] in each pass over one row: on true features, on its own, on its own of these, ...
 
     Pass s reads at pair t what pass s - 1 said at t - 1, and sees what drafting would: true pairs up to
     t - s, then one pair of each pass before it.
 
     Args:
-      embeddings: [T, H] of `batch.next_tokens`. batch: one row (no leading R).
+      enter: given the features [T, H] that a pass reads, what Q, K and V read and the residual stream, both of T rows.
+      features: [T, H], those of pass 0. batch: one row (no leading R), of which segments and positions are read.
     """
-    tokens = embeddings.shape[0]
-    here = jnp.arange(tokens)
+    here = jnp.arange(features.shape[0])
     same = batch.segment[:, None] == batch.segment[None]
-    features: Any = batch.features
     keys: list[Array] = []
     values: list[Array] = []
     outputs: list[Array] = []
     by = rotation(config, jnp.asarray(batch.position))
     for s in range(unroll):
-        x = linear(jnp.concatenate([embeddings, features], axis=-1), params.fc, params.fc_bias)
-        q, k, v = project_qkv(params.layer, config, x, by)
+        attend_from, x = enter(features)
+        q, k, v = project_qkv(layer, config, attend_from, by)
         keys = [keys[0] if i == 0 else _shifted(old) for i, old in enumerate(keys)] + [k]
         values = [values[0] if i == 0 else _shifted(old) for i, old in enumerate(values)] + [v]
         visible = same & (here[None] <= here[:, None] - s)
-        x = x + linear(_attend(q, keys, values, visible), params.layer.output, params.layer.output_bias)
-        x = x + gated_mlp(params.layer, rms_norm(x, params.layer.mlp_norm, config.rms_norm_eps))
+        x = x + linear(_attend(q, keys, values, visible), layer.output, layer.output_bias)
+        x = x + gated_mlp(layer, rms_norm(x, layer.mlp_norm, config.rms_norm_eps))
         outputs.append(x)
         features = _shifted(x)
     return outputs
@@ -124,7 +148,7 @@ def _shifted(rows: Array) -> Array:
     return jnp.concatenate([rows[:1], rows[:-1]])
 
 
-def _valid(batch: Batch, s: int) -> Array:
+def valid(batch: Batch, s: int) -> Array:
     """Mask of pass s: the pair counts, and the s pairs before it stand in its own sequence."""
     before = jnp.pad(batch.segment, ((0, 0), (s, 0)))[:, : batch.segment.shape[1]]
     return jnp.asarray(batch.mask * (before == batch.segment))
@@ -149,7 +173,7 @@ def loss_terms(
     total = jnp.zeros(())
     metrics: dict[str, Array] = {}
     for s, output in enumerate(_passes(params, config, embedding, batch, recipe.unroll)):
-        mask = _valid(batch, s)
+        mask = valid(batch, s)
         count = mask.sum() + 1e-5
         said = jnp.einsum("rth,mh->rtm", output, head)
         # Cross-entropy less the target's entropy: the KL divergence, whose floor is zero.
@@ -192,10 +216,17 @@ def agreement(
     Returns [passes, 3]: top-1 hits, top-3 hits and pairs counted, by pass (1: on true features).
     """
     best = jnp.einsum("rth,vh->rtv", batch.targets, head).argmax(-1)
-    rows = []
-    for s, output in enumerate(_passes(params, config, embedding, batch, passes)):
-        mask = _valid(batch, s)
-        top = jax.lax.top_k(jnp.einsum("rth,vh->rtv", output, head), 3)[1]
-        hits = (top == best[..., None]) * mask[..., None]
-        rows.append(jnp.stack([hits[..., 0].sum(), hits.sum(), mask.sum()]))
-    return jnp.stack(rows)
+    outputs = _passes(params, config, embedding, batch, passes)
+    return jnp.stack([hits(output, head, None, best, valid(batch, s)) for s, output in enumerate(outputs)])
+
+
+def hits(outputs: Array, head: Array, ids: Array | None, best: Array, mask: Array) -> Array:
+    """How often the best row of a head is the right one, how often one of its best three is, and of how many: [3].
+
+    Args:
+      outputs: [R, T, H], what the head [M, H] reads. ids: [M], what its rows stand for; None: themselves.
+      best: [R, T], the right ids. mask: [R, T], 1 where a pair counts.
+    """
+    top = jax.lax.top_k(jnp.einsum("rth,mh->rtm", outputs, head), 3)[1]
+    found = ((top if ids is None else ids[top]) == best[..., None]) * mask[..., None]
+    return jnp.stack([found[..., 0].sum(), found.sum(), mask.sum()])

@@ -27,7 +27,7 @@ from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
 from train.batches import HELD_OUT, Batch, Packing
-from train.features import FeatureStore, open_corpora
+from train.features import FeatureStore, Taps, open_corpora
 from train.optimiser import Optimisation, new_state
 
 Metrics = dict[str, jax.Array]
@@ -45,6 +45,7 @@ class Task:
     # Hits among the best and the best three, and pairs counted, [parts, 3]: of the target's best token, on a batch.
     agreement: Callable[[Any, Batch], jax.Array]
     parts: str  # what the rows of `agreement` are: "self-fed step", or "head"
+    finished: Callable[[Any], Any] = lambda params: params  # the draft's weights, of those that were trained
 
     def held_out(self, state: TrainState, batches: list[Batch]) -> dict[str, list[float]]:
         """Top-1 and top-3 agreement with the target on held-out pairs, over the full vocabulary, by part."""
@@ -161,12 +162,13 @@ def train(
     checkpoint: Checkpoint,
     recipe: Optimisation,
     task_of: Callable[[LlamaParams], Task],
+    taps: Taps = (),
     **more_settings: Any,
 ) -> None:
     """Train a draft and write it, or go on with a run that was interrupted.
 
     Args:
-      task_of: makes the task, given the target's weights.
+      task_of: makes the task, given the target's weights. taps: what a batch's features hold besides the final one.
       more_settings: what else a resumed run must not change.
     """
     out = args.ckpt / "drafts" / args.name
@@ -174,7 +176,7 @@ def train(
         raise UserError(f"--name {args.name}: {out} exists already; remove it or choose another name")
     work = args.work or args.ckpt / "training" / args.name
     target = checkpoint.params()
-    stores = open_corpora(args.corpus, checkpoint, target, work / "features")
+    stores = open_corpora(args.corpus, checkpoint, target, work / "features", taps)
     sequences = [len(store) for store in stores]
     settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from")}
     settings |= {"recipe": dataclasses.asdict(recipe), "target": checkpoint.fingerprint, "sequences": sequences}
@@ -201,7 +203,7 @@ def train(
     about = {"recipe": dataclasses.asdict(recipe), "rows": args.rows, "row": args.row, "seed": args.seed,
              "tokens": tokens, "held_out": {"step": int(state.step), **found}}  # fmt: skip
     with new_folder(out, "--name") as folder:
-        write_draft(folder, task.spec, state.params["draft"], checkpoint.fingerprint, about)
+        write_draft(folder, task.spec, task.finished(state.params["draft"]), checkpoint.fingerprint, about)
     print(f"wrote {out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
 
 

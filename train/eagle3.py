@@ -1,0 +1,191 @@
+"""`python -m train eagle3 CORPUS... --ckpt CKPT --name eagle3`: train an EAGLE-3 draft for a target.
+
+CORPUS is a feature store that `train answers` has made, or text or conversations. Stores do not hold the streams
+of the target's layers that EAGLE-3 reads, so the target runs over their tokens again, into a store of the run's
+own (WORK/features). The head keeps the most frequent tokens of CKPT's ranking (--draft-vocab), and is trained. The
+same command resumes a run bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.training.train_state import TrainState
+from jax import Array
+
+from frspec_jax.api import draft_ids
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.config import ModelConfig
+from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params, default_taps
+from frspec_jax.errors import UserError
+from frspec_jax.layers import linear, rms_norm
+from frspec_jax.llama import LlamaParams
+from train import session
+from train.batches import Batch
+from train.optimiser import Optimisation
+from train.recipe import hits, random_params, self_fed_passes, valid
+from train.session import Task
+
+PASSES = 5  # self-fed steps that an evaluation looks at
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Recipe(Optimisation):
+    """Cross-entropy alone, over passes that feed on the draft's own outputs (training-time test, arXiv 2503.01840)."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    unroll: int = 3  # passes: the first on the target's streams, the rest on the draft's own outputs
+    unroll_decay: float = 0.8  # weight of each further pass, as a factor
+
+
+# The published recipe: seven passes; AdamW, whose learning rate falls linearly to zero.
+PUBLISHED = Eagle3Recipe(steps=800_000, lr=5e-5, warmup=12_000, decay="linear", clip=0.5, unroll=7)
+PRESETS = {"default": Eagle3Recipe(), "eagle3": PUBLISHED}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    session.add_arguments(parser, Eagle3Config.kind, PRESETS)
+    parser.add_argument("--draft-vocab", metavar="N", help="rows of the draft's head (default: a quarter, if ranked)")
+
+
+def run(args: argparse.Namespace) -> None:
+    checkpoint = Checkpoint.open(args.ckpt)
+    recipe: Eagle3Recipe = session.recipe_of(args, PRESETS)
+    config = checkpoint.config
+    found = session.starting_draft(args, checkpoint, Eagle3Config.kind)
+    if found is None:
+        if config.num_layers < 3:
+            raise UserError(f"--ckpt {args.ckpt} has {config.num_layers} layers; EAGLE-3 reads the last but two")
+        ids = np.sort(draft_ids(checkpoint, args.draft_vocab))
+        spec = new_draft(config, len(ids))
+    elif args.draft_vocab is not None:
+        raise UserError("--draft-vocab does not go with --start-from, whose draft has its vocabulary already")
+    else:
+        spec, ids = found[0], found[0].vocabulary(found[1])
+
+    def task_of(target: LlamaParams) -> Task:
+        embedding, head = target.embedding, target.head
+        key = jax.random.key(args.seed)
+        params = initial_params(key, spec, config, head, ids) if found is None else found[1]
+        layer, kept = spec.layer_of(config), jnp.asarray(ids, jnp.int32)
+        return Task(
+            spec=spec,
+            params=dataclasses.replace(params, ids=None),  # which are not trained
+            recipe=recipe,
+            step=lambda state, ranked, batch: train_step(state, layer, recipe, embedding, head, kept, batch),
+            agreement=lambda params, batch: agreement(params, layer, embedding, head, kept, batch, PASSES),
+            parts="self-fed step",
+            finished=lambda params: dataclasses.replace(params, ids=kept),
+        )
+
+    session.train(args, checkpoint, recipe, task_of, spec.taps, draft_vocab=len(ids))
+
+
+def new_draft(target: ModelConfig, draft_vocab_size: int) -> Eagle3Config:
+    """A draft with the shape of one of the target's own layers, and its rotary embedding."""
+    same = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps", "rope_theta",
+            "rope_scaling")  # fmt: skip
+    return Eagle3Config(
+        **{name: getattr(target, name) for name in same},
+        draft_vocab_size=draft_vocab_size,
+        taps=default_taps(target.num_layers),
+    )
+
+
+def initial_params(key: Array, spec: Eagle3Config, config: ModelConfig, head: Array, ids: np.ndarray) -> Eagle3Params:
+    """A draft to start from: `random_params`, norms of one, and the rows `ids` of the target's LM head [V, H]."""
+    params: Eagle3Params = random_params(key, dataclasses.replace(spec.shapes(config), lm_head=None, ids=None))
+    # An array each: a step's arguments are donated, and no buffer can be given away twice.
+    one, two, three = (jnp.ones(spec.hidden_size) for _ in range(3))
+    return dataclasses.replace(params, embedding_norm=one, feature_norm=two, norm=three, lm_head=head[ids])
+
+
+# The loss ----------------------------------------------------------------------------------------
+
+
+def unrolled_passes(
+    params: Eagle3Params, config: ModelConfig, embeddings: Array, batch: Batch, unroll: int
+) -> list[Array]:
+    """What the draft's head reads, [T, H], in each pass over one row (no leading R).
+
+    embeddings: [T, H] of the row's `next_tokens`.
+    """
+    eps, hidden = config.rms_norm_eps, config.hidden_size
+    normed = rms_norm(embeddings, params.embedding_norm, eps)
+
+    def enter(features: Array) -> tuple[Array, Array]:
+        return jnp.concatenate([normed, rms_norm(features, params.feature_norm, eps)], axis=-1), features
+
+    fused = linear(jnp.asarray(batch.features)[:, hidden:], params.fc, params.fc_bias)
+    outputs = self_fed_passes(params.layer, config, enter, fused, batch, unroll)
+    return [rms_norm(output, params.norm, eps) for output in outputs]
+
+
+def _passes(params: Eagle3Params, config: ModelConfig, embedding: Array, batch: Batch, unroll: int) -> list[Array]:
+    """`unrolled_passes` of every row: arrays [R, T, H]."""
+    each = functools.partial(unrolled_passes, params, config, unroll=unroll)
+    return jax.vmap(lambda e, b: each(e, b))(embedding[batch.next_tokens], batch)
+
+
+def loss_terms(
+    params: Eagle3Params,
+    config: ModelConfig,
+    embedding: Array,
+    head: Array,
+    ids: Array,
+    batch: Batch,
+    recipe: Eagle3Recipe,
+) -> tuple[Array, dict[str, Array]]:
+    """The weighted sum of each pass's KL divergence from the target's distribution over the draft's vocabulary.
+
+    A pair whose most probable token is not in that vocabulary does not count, as published.
+
+    Args:
+      embedding, head: [V, H], the target's. ids: [V_d] int32, the draft's vocabulary.
+    """
+    every = jnp.einsum("rth,vh->rtv", batch.targets, head)
+    inside = jnp.isin(every.argmax(-1), ids)
+    log_want = jax.nn.log_softmax(every[..., ids], axis=-1)
+    share, best = jnp.exp(log_want), log_want.argmax(-1)
+    total = jnp.zeros(())
+    metrics: dict[str, Array] = {}
+    for s, output in enumerate(_passes(params, config, embedding, batch, recipe.unroll)):
+        mask = valid(batch, s) * inside
+        count = mask.sum() + 1e-5
+        said = jax.nn.log_softmax(jnp.einsum("rth,vh->rtv", output, params.lm_head), axis=-1)
+        kl = ((share * (log_want - said)).sum(-1) * mask).sum() / count
+        total += recipe.unroll_decay**s * kl
+        metrics[f"kl_{s}"] = kl
+        metrics[f"top1_{s}"] = ((said.argmax(-1) == best) * mask).sum() / count
+    return total, {"loss": total, **metrics}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("state",))
+def train_step(
+    state: TrainState, config: ModelConfig, recipe: Eagle3Recipe, embedding: Array, head: Array, ids: Array,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """One step of the optimiser; the arguments are those of `loss_terms`."""
+    gradient = jax.grad(loss_terms, has_aux=True)
+    grads, metrics = gradient(state.params["draft"], config, embedding, head, ids, batch, recipe)
+    return state.apply_gradients(grads={"draft": grads}), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("config", "passes"))
+def agreement(
+    params: Eagle3Params, config: ModelConfig, embedding: Array, head: Array, ids: Array, batch: Batch, passes: int
+) -> Array:
+    """How often the draft's best token, and its best three, hold the target's best one of its whole vocabulary.
+
+    Returns [passes, 3]: top-1 hits, top-3 hits and pairs counted, by pass (1: on true features).
+    """
+    assert params.lm_head is not None
+    best = jnp.einsum("rth,vh->rtv", batch.targets, head).argmax(-1)
+    outputs = _passes(params, config, embedding, batch, passes)
+    return jnp.stack([hits(output, params.lm_head, ids, best, valid(batch, s)) for s, output in enumerate(outputs)])
