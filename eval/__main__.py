@@ -14,6 +14,7 @@ COMMANDS = {
     "frequency": "plot the long tail of token frequencies, of one or several rankings",
     "tree": "draw a draft tree and its mask, with the full and the cropped vocabulary",
     "loops": "the same rounds, driven by the host or compiled into one loop",
+    "quality": "HumanEval and GSM8K: are answers worth the same with drafting?",
     "identical": "compare the output with that of transformers, token by token",
 }
 

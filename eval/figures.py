@@ -113,7 +113,10 @@ class Run:
         Raises:
           UserError: the folder holds no run, or none of its questions is answered yet.
         """
-        manifest, lines = records.read_manifest(folder), records.read_records(folder)
+        manifest = records.read_manifest(folder)
+        if manifest.get("kind") != "run":
+            raise UserError(f"{folder} holds no run of python -m eval run; python -m eval quality reports on its own")
+        lines = records.read_records(folder)
         if not lines:
             raise UserError(f"{folder} holds no answered question yet; let python -m eval run go on with it")
         return cls(folder.resolve().name, manifest, lines)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eval import measure
 from frspec_jax import api, compile_cache
@@ -46,6 +48,12 @@ def add_question_arguments(parser: argparse.ArgumentParser, questions: int | Non
     parser.add_argument(
         "--max-new-tokens", type=int, default=tokens, metavar="N", help=f"of an answer (default: {tokens})"
     )
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error, with counts and times."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

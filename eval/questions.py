@@ -7,11 +7,11 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from frspec_jax.errors import UserError
 
@@ -100,9 +100,20 @@ def _question(row: Mapping[str, Any]) -> Question:
     return Question(int(row["question_id"]), CATEGORIES[row["category"]], tuple(map(str, row["turns"])))
 
 
-def by_task(questions: list[Question]) -> dict[str, list[Question]]:
+class Asked(Protocol):
+    """What can be chosen from evenly: a `Question`, or a problem of `eval.problems`."""
+
+    @property
+    def task(self) -> str:
+        """The group that it belongs to."""
+
+
+Item = TypeVar("Item", bound=Asked)
+
+
+def by_task(questions: Sequence[Item]) -> dict[str, list[Item]]:
     """The questions of each task, tasks in the order in which they are first met."""
-    groups: dict[str, list[Question]] = {}
+    groups: dict[str, list[Item]] = {}
     for question in questions:
         groups.setdefault(question.task, []).append(question)
     return groups
@@ -123,7 +134,7 @@ def of_tasks(questions: list[Question], tasks: str | None) -> list[Question]:
     return [question for question in questions if question.task in wanted]
 
 
-def spread(questions: list[Question], count: int | None) -> list[Question]:
+def spread(questions: list[Item], count: int | None) -> list[Item]:
     """`count` of the questions, taken in turn from each task and evenly within it; all for None."""
     if count is None:
         return questions
@@ -131,14 +142,14 @@ def spread(questions: list[Question], count: int | None) -> list[Question]:
         raise UserError(f"--questions {count} must be at least 1")
     tasks = list(by_task(questions).values())
     shares = [count // len(tasks) + (index < count % len(tasks)) for index in range(len(tasks))]
-    chosen = []
+    chosen: list[Item] = []
     for group, share in zip(tasks, shares, strict=True):
         share = min(share, len(group))
         chosen += [group[i * len(group) // share] for i in range(share)]
     return chosen
 
 
-def alternated(questions: list[Question]) -> list[Question]:
+def alternated(questions: Sequence[Item]) -> list[Item]:
     """One of each task in turn, so that a run which is cut short holds some of all."""
     rows = zip_longest(*by_task(questions).values())
     return [question for row in rows for question in row if question is not None]

@@ -9,25 +9,16 @@ goes on where an interrupted one stopped. `python -m eval report RUN` makes tabl
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from eval import measure, records
+from eval import manifest, records
 from eval.contest import Contest, first_prompt
-from eval.options import add_model_arguments, add_question_arguments, models
+from eval.options import add_model_arguments, add_question_arguments, models, progress_bar
 from eval.peer import Peer
 from eval.questions import Question, alternated, by_task, digest, of_tasks, read_questions, spread
 from frspec_jax.api import Generator, Request
-from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
-from frspec_jax.vocabulary import DraftHead, Ranking
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +55,16 @@ def run(args: argparse.Namespace) -> None:
     if not asked:
         raise UserError("no question fits --context; raise it")
     configuration = {
-        **describe(checkpoint, found, args, request),
+        "kind": "run",
+        **manifest.of_models(checkpoint, found, args.ranking),
+        "--max-new-tokens": request.max_new_tokens,
+        "--temperature": request.sampling.temperature,
+        "--top-k": request.sampling.top_k,
+        "--top-p": request.sampling.top_p,
+        "--seed": request.seed,
+        "--repeats": args.repeats,
+        "--context": found["vanilla"].capacity,
+        "--peer": args.peer.name if args.peer else None,
         "questions": {
             "asked": len(asked),
             "too long": len(questions) - len(asked),
@@ -87,9 +87,7 @@ def fill(
     waiting = [(turn, *item) for turn, item in enumerate(plan) if (item[0].key, item[1]) not in done]
     if not waiting:
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("warming up", total=len(plan), completed=len(done))
         stop_ids = found["vanilla"].checkpoint.stop_ids
         contest = Contest(found, None if peer is None else Peer(peer, stop_ids), request)
@@ -108,51 +106,3 @@ def fits(found: dict[str, Generator], question: Question, request: Request) -> b
         return all(model.check(prompt, request) > 0 for model in found.values())
     except UserError:
         return False
-
-
-def describe(
-    checkpoint: Checkpoint, found: dict[str, Generator], args: argparse.Namespace, request: Request
-) -> dict[str, Any]:
-    """What a run's figures depend on: two runs with the same description measure the same thing."""
-    rankings = args.ranking or [checkpoint.path / "ranking.npz"]
-    return {
-        "checkpoint": {
-            "name": checkpoint.path.resolve().name,
-            "fingerprint": checkpoint.fingerprint,
-            "vocabulary": checkpoint.config.vocab_size,
-        },
-        "methods": {name: method_facts(model) for name, model in found.items()},
-        "rankings": {file.stem: ranking_facts(file) for file in rankings if file.is_file()},
-        "dtype": str(found["vanilla"].weights.target.embedding.dtype),
-        "--max-new-tokens": request.max_new_tokens,
-        "--temperature": request.sampling.temperature,
-        "--top-k": request.sampling.top_k,
-        "--top-p": request.sampling.top_p,
-        "--seed": request.seed,
-        "--repeats": args.repeats,
-        "--context": found["vanilla"].capacity,
-        "--peer": args.peer.name if args.peer else None,
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-    }  # fmt: skip
-
-
-def ranking_facts(file: Path) -> dict[str, Any]:
-    """What a ranking counted."""
-    ranking = Ranking.load(file)
-    counts = hashlib.sha256(ranking.counts.tobytes()).hexdigest()[:16]
-    return {"corpora": list(ranking.corpora), "tokens": ranking.tokens, "digest": counts}
-
-
-def method_facts(model: Generator) -> dict[str, Any]:
-    """A method's kind, V' and tree, and a short name of what it drafts with."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(model.weights.draft, is_leaf=lambda node: isinstance(node, DraftHead)):
-        kept = leaf.ids if isinstance(leaf, DraftHead) else leaf  # which rows of the head, not the rows
-        digest.update(np.asarray(kept, np.float32).tobytes())
-    return {
-        "kind": model.method,
-        "draft_vocab": model.draft_vocab,
-        "tree": {"size": model.tree.size, "depth": model.tree.depth, "top_k": model.tree.top_k},
-        "weights": digest.hexdigest()[:16],
-    }

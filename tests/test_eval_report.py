@@ -49,6 +49,7 @@ LINES = [
 TREE = {"size": 8, "depth": 2, "top_k": 4}
 MANIFEST = {
     "format": "frspec-jax run 1",
+    "kind": "run",
     "checkpoint": {"name": "toy", "fingerprint": "f", "vocabulary": 64},
     "methods": {
         "vanilla": {"kind": "vanilla", "draft_vocab": None, "tree": {"size": 1, "depth": 0, "top_k": 1}, "weights": ""},
@@ -202,6 +203,9 @@ def test_refusals(folder, tmp_path, capsys):
     assert "no manifest.json" in refused(capsys, tmp_path)
     empty = write(tmp_path / "empty", MANIFEST, [])
     assert "no answered question yet" in refused(capsys, empty)
+    assert "no run of python -m eval run" in refused(
+        capsys, write(tmp_path / "q", MANIFEST | {"kind": "quality"}, LINES)
+    )
     other = tmp_path / "other"
     other.mkdir()
     shutil.copytree(folder, other / "run")
