@@ -12,6 +12,7 @@ import torch
 from drafts import imported, published_eagle, published_medusa
 from safetensors.numpy import load_file
 from tiny_hf import edit_json, refusal, same
+from transformers import AutoConfig
 
 from convert.__main__ import main
 from frspec_jax.checkpoint import Checkpoint
@@ -88,6 +89,16 @@ def test_sglang_finds_a_bias_and_no_more_than_it_reads(tiny_ckpt, tmp_path):
     assert set(tensors) == set(plain)
     assert config["architectures"] == ["EagleLlamaForCausalLM"] and "bias" not in config
     assert config["attention_bias"] is False and config["qkv_bias"] is False
+
+
+@pytest.mark.parametrize("form", ["sglang", "vllm"])
+def test_transformers_reads_the_config_as_the_engines_do(form, tiny_ckpt, tmp_path):
+    imported(published_eagle(tmp_path / "draft", tiny_ckpt, bias=False), tiny_ckpt)
+    exported(tiny_ckpt, tmp_path / "out", "--format", form)
+    config, target = AutoConfig.from_pretrained(tmp_path / "out"), tiny_ckpt.config
+    assert (config.model_type, config.num_hidden_layers, config.head_dim) == ("llama", 1, target.head_dim)
+    assert (config.vocab_size, config.hidden_size) == (target.vocab_size, target.hidden_size)
+    assert not config.attention_bias and not config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(("form", "architecture"), [("sglang", "Qwen2ForCausalLMEagle"), ("vllm", "Eagle")])

@@ -143,7 +143,8 @@ def test_configs_survive_json():
     ("changes", "words"),
     [
         ({"choices": [[0], [0, 0], [0]]}, "comes twice"),
-        ({"choices": [[0, 0], [0]]}, "before the path that it goes on from"),
+        ({"choices": [[0], [1, 0], [1]]}, "before the path that it goes on from"),
+        ({"choices": [[1], [0]]}, r"the tree's first path is \[1\]; it must be \[0\]"),
         ({"choices": [[0], [-1]]}, "comes twice, or"),
         ({"choices": [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0, 0]]}, "needs 5 heads, and there are 4"),
         ({"choices": []}, "a tree of 0 nodes"),

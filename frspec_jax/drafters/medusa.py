@@ -84,10 +84,13 @@ def check_choices(choices: Choices, heads: int) -> None:
     """Refuse what is no tree.
 
     Raises:
-      ValueError: a path comes before its own beginning, comes twice, or is longer than there are heads.
+      ValueError: a path comes before its own beginning, comes twice, or is longer than there are heads; or the
+        first one is not [0], which any tree's bounds have room for.
     """
     if not 1 <= len(choices) < TREE_LIMIT:
         raise ValueError(f"a tree of {len(choices)} nodes below the root: 1 to {TREE_LIMIT - 1} are possible")
+    if choices[0] != (0,):
+        raise ValueError(f"the tree's first path is {list(choices[0])}; it must be [0]")
     seen: set[tuple[int, ...]] = {()}
     for path in choices:
         if path in seen or path[:-1] not in seen or min(path) < 0:
