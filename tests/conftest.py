@@ -5,8 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from frspec_jax.checkpoint import Checkpoint
+
+# A busy machine is no fault of an example.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 ROOT = Path(__file__).parent.parent
 MATERIAL = ROOT / "material" / "SmolLM2-135M-Instruct.Q4_1.gguf"
