@@ -366,3 +366,21 @@ def test_warm_up_is_not_recorded(ckpt, data, tmp_path, monkeypatch):
     evaluate(*command(ckpt, data, tmp_path / "run", "--tasks", "QA"))
     assert calls == [contest.WARM_UP_TOKENS] * 3 + [12] * 3
     assert len(timeless(tmp_path / "run")) == 1
+
+
+def test_every_kind_of_draft_has_its_names(data, tmp_path):
+    """EAGLE-2 and Medusa heads in one run, each whole and cropped, and each with what it may propose."""
+    pytest.importorskip("torch")
+    from drafts import imported, published_medusa
+
+    checkpoint = checkpoint_folder(tmp_path / "toy")
+    imported(published_medusa(tmp_path / "published", checkpoint, own=True), checkpoint, "heads", command="medusa")
+    flags = ("--draft", "eagle,heads", "--tasks", "QA", "--max-new-tokens", "8")
+    evaluate(*command(checkpoint.path, data, tmp_path / "run", *flags))
+    (record,) = timeless(tmp_path / "run")
+    names = ["vanilla", "EAGLE-2", "FR-Spec 68", "Medusa", "Medusa + FR 68"]
+    assert list(record["turns"][0]["methods"]) == names
+    facts = json.loads((tmp_path / "run" / "manifest.json").read_text())["methods"]
+    assert [facts[name]["kind"] for name in names] == ["vanilla", "eagle", "eagle+fr", "medusa", "medusa+fr"]
+    assert len({facts[name]["weights"] for name in names}) == 5
+    assert all("parted" not in figures for figures in record["turns"][0]["methods"].values())
