@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from folders import VOCAB_SIZE, checkpoint_folder
 
-from eval import contest, measure, records
+from eval import contest, measure
 from eval.__main__ import COMMANDS
 from eval.contest import Contest, parting
 from eval.peer import PeerResult
@@ -255,17 +255,6 @@ def reference_logits(model, ids):
     return np.asarray(llama.logits(model.weights.target, features))[-1]
 
 
-def test_questions(data):
-    questions = read_questions(data)
-    assert [q.key for q in questions] == ["Conv/81", "Conv/82", "MT/161", "QA/321", "Code/0"]
-    assert "def one():" in questions[-1].turns[0]
-    assert [q.key for q in alternated(questions)] == ["Conv/81", "MT/161", "QA/321", "Code/0", "Conv/82"]
-    assert {q.task for q in of_tasks(questions, "QA,MT")} == {"QA", "MT"}
-    assert digest(questions) != digest(questions[:-1])
-    with pytest.raises(UserError, match="--tasks Maths"):
-        of_tasks(questions, "QA,Maths")
-
-
 def refused(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         evaluate(*argv)
@@ -321,44 +310,6 @@ def test_bad_data(ckpt, tmp_path, capsys):
     assert "holds no question" in refused(capsys, *command(ckpt, tmp_path / "none.jsonl", tmp_path / "r"))
 
 
-def test_folders_that_hold_no_run(whole, tmp_path):
-    with pytest.raises(UserError, match=r"no manifest\.json"):
-        records.read_manifest(tmp_path)
-    broken = shutil.copytree(whole, tmp_path / "broken")
-    lines = (whole / "records.jsonl").read_text().splitlines(keepends=True)
-    (broken / "records.jsonl").write_text(lines[0] + "{\n" + lines[1])
-    with pytest.raises(UserError, match="line 2 is damaged"):
-        records.read_records(broken)
-    (broken / "records.jsonl").write_text(lines[0] + lines[1] + lines[0])
-    with pytest.raises(UserError, match="line 3 counts Conv/81 twice"):
-        records.read_records(broken)
-    (broken / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="format"):
-        records.read_manifest(broken)
-    (broken / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"no manifest\.json"), records.opened(broken, {}):
-        pass
-
-
-def test_two_processes_do_not_write_one_run(tmp_path):
-    with records.opened(tmp_path, {"a": 1}) as kept:
-        kept.append({"question": "QA/1", "repeat": 0})
-        with pytest.raises(UserError, match="another process"), records.opened(tmp_path, {"a": 1}):
-            pass
-    with records.opened(tmp_path, {"a": 1}) as kept:
-        assert kept.lines == [{"question": "QA/1", "repeat": 0}]
-
-
-def test_a_line_is_on_disk_before_the_next_question(tmp_path, monkeypatch):
-    synced = []
-    with records.opened(tmp_path, {}) as kept:
-        monkeypatch.setattr(records.os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
-        for number in range(3):
-            kept.append({"question": f"QA/{number}", "repeat": 0})
-    sizes = np.cumsum([len(line) for line in (tmp_path / "records.jsonl").read_bytes().splitlines(keepends=True)])
-    assert synced == sizes.tolist()
-
-
 def test_warm_up_is_not_recorded(ckpt, data, tmp_path, monkeypatch):
     calls = []
     honest = contest.Contest._answer
@@ -384,3 +335,14 @@ def test_every_kind_of_draft_has_its_names(data, tmp_path):
     assert [facts[name]["kind"] for name in names] == ["vanilla", "eagle", "eagle+fr", "medusa", "medusa+fr"]
     assert len({facts[name]["weights"] for name in names}) == 5
     assert all("parted" not in figures for figures in record["turns"][0]["methods"].values())
+
+
+def test_questions(data):
+    questions = read_questions(data)
+    assert [q.key for q in questions] == ["Conv/81", "Conv/82", "MT/161", "QA/321", "Code/0"]
+    assert "def one():" in questions[-1].turns[0]
+    assert [q.key for q in alternated(questions)] == ["Conv/81", "MT/161", "QA/321", "Code/0", "Conv/82"]
+    assert {q.task for q in of_tasks(questions, "QA,MT")} == {"QA", "MT"}
+    assert digest(questions) != digest(questions[:-1])
+    with pytest.raises(UserError, match="--tasks Maths"):
+        of_tasks(questions, "QA,Maths")
