@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -26,6 +27,19 @@ class PeerResult:
     decode_seconds: float
 
 
+def check(path: Path) -> None:
+    """Refuse what cannot be loaded, before anything is written or loaded.
+
+    Raises:
+      UserError: a package or the model is not there.
+    """
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--peer needs {name}: pip install 'frspec-jax[torch]'")
+    if not path.exists():
+        raise UserError(f"--peer {path} is no file or folder; give the model in Hugging Face's or GGUF format")
+
+
 class Peer:
     """A model of transformers, float32, greedy, batch 1.
 
@@ -34,16 +48,13 @@ class Peer:
     """
 
     def __init__(self, path: Path, stop_ids: tuple[int, ...]) -> None:
+        check(path)
         os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would run into ours
-        try:
-            import torch
-            import transformers
-        except ImportError as missing:
-            raise UserError(f"--peer needs {missing.name}: pip install 'frspec-jax[torch]'") from None
+        import torch
+        import transformers
+
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        if not path.exists():
-            raise UserError(f"--peer {path} is no file or folder; give the model in Hugging Face's or GGUF format")
         where: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
         folder = path.parent if where else path
         try:

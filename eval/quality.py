@@ -19,9 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from eval import manifest, records, sandbox, tables
+from eval import manifest, peer, records, sandbox, tables
 from eval.options import add_model_arguments, models, progress_bar
-from eval.peer import Peer
 from eval.problems import BENCHMARKS, Problem, read_problems
 from eval.questions import alternated, spread
 from frspec_jax.api import Generator, Request
@@ -56,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
     temperatures = temperatures_of(args.temperature)
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds} must be at least 1")
+    if args.peer:
+        peer.check(args.peer)
     request = Request(args.max_new_tokens)
     chosen = alternated(spread(read_problems(args.data), args.questions))
     problems = {problem.key: problem for problem in chosen}
@@ -95,7 +96,7 @@ def temperatures_of(text: str) -> list[float]:
 
 
 def fill(
-    kept: records.Records, problems: list[Problem], found: dict[str, Generator], peer: Path | None, request: Request,
+    kept: records.Records, problems: list[Problem], found: dict[str, Generator], model: Path | None, request: Request,
     temperatures: list[float], seeds: int,
 ) -> None:  # fmt: skip
     """Ask what the records do not hold yet: every problem at every temperature, greedy once, else for every seed."""
@@ -109,13 +110,13 @@ def fill(
     waiting = [item for item in plan if (f"{item[0].key} T={item[1]:g}", item[2]) not in done]
     if not waiting:
         return
-    rival = Peer(peer, found["vanilla"].checkpoint.stop_ids) if peer else None
+    rival = peer.Peer(model, found["vanilla"].checkpoint.stop_ids) if model else None
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(plan), completed=len(done))
         for problem, temperature, seed in waiting:
             progress.update(bar, description=problem.key)
             asked = Request(request.max_new_tokens, Sampling(temperature), seed)
-            answers = {name: model.generate(problem.prompt, asked).text for name, model in found.items()}
+            answers = {name: one.generate(problem.prompt, asked).text for name, one in found.items()}
             if rival is not None and temperature == 0:
                 tokens = rival.answer(found["vanilla"].encode(problem.prompt), request.max_new_tokens).tokens
                 answers[PEER] = found["vanilla"].checkpoint.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eval import manifest, records
+from eval import manifest, peer, records
 from eval.contest import Contest, first_prompt
 from eval.options import add_model_arguments, add_question_arguments, models, progress_bar
-from eval.peer import Peer
 from eval.questions import Question, alternated, by_task, digest, of_tasks, read_questions, spread
 from frspec_jax.api import Generator, Request
 from frspec_jax.config import Sampling
@@ -49,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--repeats {args.repeats} must be at least 1")
     if args.peer and not request.sampling.greedy:
         raise UserError(f"--peer answers greedily, so --temperature {args.temperature} cannot be compared; drop one")
+    if args.peer:
+        peer.check(args.peer)
     questions = alternated(spread(of_tasks(read_questions(args.data), args.tasks), args.questions))
     checkpoint, found = models(args, args.ranking, args.dtype, args.context)
     asked = [question for question in questions if fits(found, question, request)]
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def fill(
-    kept: records.Records, questions: list[Question], repeats: int, found: dict[str, Generator], peer: Path | None,
+    kept: records.Records, questions: list[Question], repeats: int, found: dict[str, Generator], rival: Path | None,
     request: Request,
 ) -> None:  # fmt: skip
     """Ask what the records do not hold yet."""
@@ -90,7 +91,7 @@ def fill(
     with progress_bar() as progress:
         bar = progress.add_task("warming up", total=len(plan), completed=len(done))
         stop_ids = found["vanilla"].checkpoint.stop_ids
-        contest = Contest(found, None if peer is None else Peer(peer, stop_ids), request)
+        contest = Contest(found, None if rival is None else peer.Peer(rival, stop_ids), request)
         contest.warm_up(questions[0])
         for turn, question, repeat in waiting:
             progress.update(bar, description=question.key)

@@ -236,6 +236,7 @@ def test_scores_are_by_seed():
         (("--temperature", "0,warm"), "--temperature 0,warm"),
         (("--temperature", "-1"), "--temperature -1"),
         (("--seeds", "0"), "--seeds 0"),
+        (("--peer", "absent"), "--peer absent is no file"),
         (("--questions", "0"), "--questions 0"),
         (("--max-new-tokens", "0"), "--max-new-tokens 0"),
     ],

@@ -289,6 +289,7 @@ def test_another_configuration_is_refused(ckpt, data, whole, capsys, flags, word
         (("--questions", "0"), "--questions 0"),
         (("--tasks", "Poetry"), "--tasks Poetry"),
         (("--temperature", "1", "--peer", "x"), "--peer answers greedily"),
+        (("--peer", "absent"), "--peer absent is no file"),
         (("--tree-size", "1"), "--tree-size 1"),
         (("--draft-vocab", "half"), "--draft-vocab half"),
         (("--ranking", "absent.npz"), "absent.npz is no file"),
