@@ -24,7 +24,6 @@ from frspec_jax import api, engine
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.presets import eagle_of, model_config, random_weights, state_at
-from frspec_jax.vocabulary import DraftHead
 from pallas_kernels import dispatch, subvocab_head_pallas, tree_attention_pallas
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.shapes import SHAPES
@@ -118,19 +117,17 @@ def test_the_head_on_a_gpu(num_warps, num_stages, size):
 # The round with kernels inside -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", toy.DRAFTS)
 @pytest.mark.parametrize(("settings", "int8"), [(Sampling(), False), (Sampling(1.0), False), (Sampling(), True)])
-def test_a_round_with_kernels_emits_the_same_tokens(settings, int8):
+def test_a_round_with_kernels_emits_the_same_tokens(kind, settings, int8):
     """And makes the same proposals: as many rounds, unless the head was rounded."""
-    cfg = toy.config()
-    w, eagle = toy.weights(cfg, np.array([5, 1, 9, 3, 11, 0, 7, 20, 21, 2, 4]))
+    cfg, ids = toy.config(), np.array([5, 1, 9, 3, 11, 0, 7, 20, 21, 2, 4])
+    w, drafter = toy.weights(cfg, ids, kind=kind)
     prompt = np.arange(9) % cfg.vocab_size
-    plan = engine.Plan(cfg, eagle, TreeConfig(8, 2, 4), settings, (), Kernels("xla", "xla"))
+    plan = engine.Plan(cfg, drafter, TreeConfig(8, 2, 4), settings, (), Kernels("xla", "xla"))
     expected, before = toy.decode(plan, w, prompt, seed=3)
-    if int8:
-        head = w.draft.head
-        weight, scale = quantised(head.weight)
-        w = w.replace(draft=w.draft.replace(head=DraftHead(weight, head.ids, scale)))
-    plan = dataclasses.replace(plan, drafter=dataclasses.replace(eagle, kernels=INTERPRET), kernels=INTERPRET)
+    w, _ = toy.weights(cfg, ids, kind=kind, int8=int8)
+    plan = dataclasses.replace(plan, drafter=dataclasses.replace(drafter, kernels=INTERPRET), kernels=INTERPRET)
     tokens, after = toy.decode(plan, w, prompt, seed=3)
     assert tokens == expected
     assert int8 or np.array_equal(before.histogram, after.histogram)

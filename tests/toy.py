@@ -74,13 +74,13 @@ def fitted(kind: str, cfg: ModelConfig, tree: TreeConfig) -> TreeConfig:
 
 
 def weights(
-    cfg: ModelConfig, ids: np.ndarray | None = None, seed: int = 0, kind: str = "eagle"
+    cfg: ModelConfig, ids: np.ndarray | None = None, seed: int = 0, kind: str = "eagle", int8: bool = False
 ) -> tuple[engine.Weights, Any]:
     """A target with a draft whose head keeps `ids` (all of them by default)."""
     params = target(cfg, seed)
     shape, draft_params = DRAFTS[kind](cfg, seed + 1)
     ids = np.arange(cfg.vocab_size) if ids is None else ids
-    drafter, draft_weights = shape.assemble(cfg, draft_params, params.head, ids, kernels=AUTO, int8=False)
+    drafter, draft_weights = shape.assemble(cfg, draft_params, params.head, ids, kernels=AUTO, int8=int8)
     return engine.Weights(params, draft_weights), drafter
 
 
