@@ -110,6 +110,17 @@ def test_a_long_cache_changes_nothing(kind):
     assert short == long
 
 
+def test_every_kind_runs_in_bfloat16(kind):
+    """What it writes is its own: rounding differs with the shape of a pass (README, on floating point)."""
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+    w = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
+    plan = engine.Plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(), ())
+    caches = engine.new_caches(plan, 256, jnp.bfloat16)
+    state = engine.run(plan, w, engine.start(plan, w, caches, PROMPT, chunk=8, limit=20), np.int32(100))
+    assert int(state.emitted) == 20 and state.accepted.features.dtype == jnp.bfloat16
+
+
 # Stops and limits --------------------------------------------------------------------------------
 
 
