@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    plots.check_folder(args.out)
     _, found = models(args)
     texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]
     prompts = [found["vanilla"].encode(text) for text in texts]

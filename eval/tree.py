@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--after {args.after} must be 0 or more")
     if args.draft_vocab not in (None, "full") and not args.draft_vocab.isdecimal():
         raise UserError(f"--draft-vocab {args.draft_vocab} must be a number of tokens")
+    plots.check_folder(args.out)
     compile_cache.enable()
     checkpoint = Checkpoint.open(args.ckpt)
     if checkpoint.draft_folder(args.draft) is None:

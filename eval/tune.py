@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
     folder = checkpoint.draft_folder(args.draft)
     if folder is None:
         raise UserError(f"{args.ckpt} holds no draft to tune; add one with python -m train eagle or convert eagle")
+    out: Path = args.out or folder
+    plots.check_folder(out)
     dtype = api.defaults().dtype if args.dtype is None else jnp.dtype(args.dtype)
     space = space_of(args, checkpoint)
     texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]
@@ -78,7 +80,6 @@ def run(args: argparse.Namespace) -> None:
     if rivals["before"]["tokens_per_second"] > rivals["best"]["tokens_per_second"]:
         best, rivals["best"] = start, rivals["before"]  # what was measured one after the other does not hold up
     vanilla = rivals["vanilla"]["tokens_per_second"]
-    out = args.out or folder
     plots.save(tune_plots.sweeps(best, points, space, vanilla), out, "tuned-sweeps")
     plots.save(tune_plots.trade_off(best, points, vanilla), out, "tuned-trade-off")
     save(args.json, figures_of(bench, folder.name, points, rivals))

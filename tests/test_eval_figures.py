@@ -101,6 +101,7 @@ def test_the_tree_command(ckpt, tmp_path, capsys):
         (("--tree-size", "99"), "--tree-size 99"),
         (("--draft-vocab", "few"), "--draft-vocab few"),
         (("--prompt", " "), "empty"),
+        (("--out", ckpt / "config.json" / "x"), "--out"),
     ):
         assert words in refused(capsys, "tree", "--ckpt", ckpt, "--out", tmp_path / "x", *flags)
     assert not (tmp_path / "x").exists()

@@ -176,6 +176,7 @@ def test_the_command_writes_setting_plots_and_figures(copy, tmp_path, capsys):
         (("--draft-vocab", "1/0"), "--draft-vocab 1/0"),
         (("--draft", "absent"), "--draft absent"),
         (("--questions", "0"), "--questions 0"),
+        (("--out", "/dev/null/x"), "--out /dev/null/x"),
     ],
 )
 def test_refusals(copy, capsys, flags, words):
