@@ -66,10 +66,24 @@ def new_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _checkpointer() -> ocp.Checkpointer:
+    """One that reads and writes in this process alone: in a run over several hosts, only one may be here."""
+    alone = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
+        )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 def save_params(folder: Path, params: Any) -> None:
     """Write a pytree of weights to `folder` (Orbax); returns once it is on disk."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(folder).resolve(), params)
+    if jax.process_count() > 1:
+        params = jax.tree.map(np.asarray, params)  # Orbax expects a jax.Array to be written by every process
+    with _checkpointer() as checkpointer:
+        checkpointer.save(Path(folder).resolve(), args=ocp.args.StandardSave(params))
 
 
 def fingerprint(params: LlamaParams) -> str:
@@ -115,11 +129,11 @@ def _read_config(folder: Path, formats: tuple[str, ...], what: str) -> dict[str,
 
 def _load_params(folder: Path, shapes: Any) -> Any:
     """Restore a pytree of weights into the shapes and dtypes of `shapes`."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.resolve(), wanted)
+        with _checkpointer() as checkpointer:
+            return checkpointer.restore(folder.resolve(), args=ocp.args.StandardRestore(wanted))
     except Exception as error:  # Orbax raises many kinds for a folder that is cut short or of another shape
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder} is damaged or incomplete ({reason[:200]}); convert it again") from None

@@ -456,7 +456,9 @@ def test_a_run_makes_a_draft_and_keeps_its_figures(ckpt, corpus, uninterrupted):
     assert held_out["step"] == 6 and len(held_out["top1"]) == len(held_out["top3"]) == eagle.PASSES
     assert len(FeatureStore(features, ckpt)) == 42
     rows = [json.loads(line) for line in (features.parent / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [4, 6] and "held_out" in rows[0] and rows[1]["loss"] > 0
+    assert [row["step"] for row in rows] == [4, 6, 6] and rows[1]["loss"] > 0 and rows[1]["utilisation"] > 0
+    assert "held_out" in rows[0] and "held_out" in rows[2]
+    assert (features.parent / "curves.png").stat().st_size > 5000
     start = eagle.initial_params(jax.random.key(0), toy.draft(ckpt.config)[0], ckpt.config)
     assert not same(params, start)
 

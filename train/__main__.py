@@ -10,6 +10,7 @@ COMMANDS = {
     "eagle": "train an EAGLE-2 draft",
     "eagle3": "train an EAGLE-3 draft",
     "medusa": "train Medusa heads that share the target's LM head",
+    "curves": "plot what runs have logged",
     "medusa-tree": "fit a Medusa draft's tree to what its heads get right",
 }
 

@@ -16,6 +16,7 @@ from jax import Array
 from train.features import FeatureStore
 
 HELD_OUT = 50  # one sequence in so many is never trained on
+ALL = slice(None)
 
 
 Rows = Array | np.ndarray  # on the device, or still on the host
@@ -70,8 +71,8 @@ class Packing:
                     closed.append(opened.pop(0)[1])
         return closed + [row for _, row in opened]
 
-    def training(self, first_step: int) -> Iterator[Batch]:
-        """Batches without end, from step `first_step` on."""
+    def training(self, first_step: int, share: slice = ALL) -> Iterator[Batch]:
+        """Batches without end, from step `first_step` on; of each only the rows `share`."""
         pieces, step, epoch = self._pieces(held_out=False), 0, 0
         while True:
             rng = np.random.default_rng((self.seed, epoch))
@@ -79,19 +80,26 @@ class Packing:
             order = rng.permutation(len(packed))
             for at in range(0, len(order) - self.rows + 1, self.rows) or [0]:
                 if step >= first_step:
-                    yield self._batch([packed[i] for i in order[at : at + self.rows]])
+                    yield self._batch([packed[i] for i in order[at : at + self.rows]], share)
                 step += 1
             epoch += 1
 
-    def held_out(self, batches: int) -> list[Batch]:
-        """The first batches of the sequences that are never trained on."""
+    def held_out(self, batches: int, share: slice = ALL) -> list[Batch]:
+        """The first batches of the sequences that are never trained on; of each only the rows `share`."""
         packed = self._packed(self._pieces(held_out=True))
         groups = [packed[at : at + self.rows] for at in range(0, len(packed), self.rows)]
-        return [self._batch(group) for group in groups[:batches]]
+        return [self._batch(group, share) for group in groups[:batches]]
 
-    def _batch(self, rows: list[list[Piece]]) -> Batch:
+    def held_out_sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """tokens [L] and answer [L] of the sequences that are never trained on, whole."""
+        for store, index, first, _ in self._pieces(held_out=True):
+            if first == 0:
+                yield store.sequence(index)[:2]
+
+    def _batch(self, rows: list[list[Piece]], share: slice) -> Batch:
         width, hidden = self.stores[0].features.shape[1], self.stores[0].hidden
-        shape = (self.rows, self.row)
+        rows = (rows + [[]] * (self.rows - len(rows)))[share]
+        shape = (len(rows), self.row)
         features, targets = (np.zeros((*shape, columns), np.float32) for columns in (width, hidden))
         next_tokens, segment, position = (np.zeros(shape, np.int32) for _ in range(3))
         mask = np.zeros(shape, np.float32)

@@ -17,7 +17,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.llama import LlamaParams
 from train import session
-from train.recipe import PRESETS, agreement, initial_params, train_step
+from train.recipe import PRESETS, Recipe, agreement, initial_params, train_step
 from train.session import Task
 
 PASSES = 5  # self-fed steps that an evaluation looks at
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
-    recipe = session.recipe_of(args, PRESETS)
+    recipe: Recipe = session.recipe_of(args, PRESETS)
     found = session.starting_draft(args, checkpoint, EagleConfig.kind)
 
     def task_of(target: LlamaParams) -> Task:
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
             step=lambda state, ranked, batch: train_step(state, layer, recipe, embedding, head, ranked, seed, batch),
             agreement=lambda params, batch: agreement(params, layer, embedding, head, batch, PASSES),
             parts="self-fed step",
+            flops=recipe.flops(params, head, passes=recipe.unroll, outputs=recipe.unroll),
         )
 
     session.train(args, checkpoint, recipe, task_of)

@@ -26,9 +26,10 @@ from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params, default_taps
 from frspec_jax.errors import UserError
 from frspec_jax.layers import linear, rms_norm
 from frspec_jax.llama import LlamaParams
+from pallas_kernels.products import einsum_f32
 from train import session
 from train.batches import Batch
-from train.optimiser import Optimisation
+from train.optimiser import Optimisation, gradients, product_flops
 from train.recipe import hits, random_params, self_fed_passes, valid
 from train.session import Task
 
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> None:
             step=lambda state, ranked, batch: train_step(state, layer, recipe, embedding, head, kept, batch),
             agreement=lambda params, batch: agreement(params, layer, embedding, head, kept, batch, PASSES),
             parts="self-fed step",
+            # All weights in each pass (fc, which runs once, too often by some per cent); the target's whole head once.
+            flops=recipe.unroll * product_flops(params) + 2.0 * config.vocab_size * config.hidden_size,
             finished=lambda params: dataclasses.replace(params, ids=kept),
         )
 
@@ -133,6 +136,18 @@ def _passes(params: Eagle3Params, config: ModelConfig, embedding: Array, batch: 
     return jax.vmap(lambda e, b: each(e, b))(embedding[batch.next_tokens], batch)
 
 
+def wanted(head: Array, ids: Array, batch: Batch) -> tuple[Array, Array]:
+    """The target's log-probabilities over the draft's vocabulary [R, T, V_d]; where its best token is in it [R, T]."""
+    every = einsum_f32("rth,vh->rtv", jnp.asarray(batch.targets), head)
+    return jax.nn.log_softmax(every[..., ids], axis=-1), jnp.isin(every.argmax(-1), ids)
+
+
+def pairs_counted(head: Array, ids: Array, batch: Batch, recipe: Eagle3Recipe) -> Array:
+    """[unroll] how many pairs of a batch count in each pass."""
+    inside = wanted(head, ids, batch)[1]
+    return jnp.stack([(valid(batch, s) * inside).sum() for s in range(recipe.unroll)])
+
+
 def loss_terms(
     params: Eagle3Params,
     config: ModelConfig,
@@ -141,6 +156,7 @@ def loss_terms(
     ids: Array,
     batch: Batch,
     recipe: Eagle3Recipe,
+    counts: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted sum of each pass's KL divergence from the target's distribution over the draft's vocabulary.
 
@@ -148,21 +164,25 @@ def loss_terms(
 
     Args:
       embedding, head: [V, H], the target's. ids: [V_d] int32, the draft's vocabulary.
+      counts: [unroll] what the sums over pairs are divided by; None: the pairs of this batch that count.
     """
-    every = jnp.einsum("rth,vh->rtv", batch.targets, head)
-    inside = jnp.isin(every.argmax(-1), ids)
-    log_want = jax.nn.log_softmax(every[..., ids], axis=-1)
-    share, best = jnp.exp(log_want), log_want.argmax(-1)
+    counts = pairs_counted(head, ids, batch, recipe) if counts is None else counts
+    log_want, inside = wanted(head, ids, batch)
+    assert params.lm_head is not None
+    lm_head = params.lm_head
+
+    @recipe.rematted
+    def sums(output: Array, mask: Array) -> tuple[Array, Array]:
+        said = jax.nn.log_softmax(einsum_f32("rth,vh->rtv", output, lm_head), axis=-1)
+        kl = ((jnp.exp(log_want) * (log_want - said)).sum(-1) * mask).sum()
+        return kl, ((said.argmax(-1) == log_want.argmax(-1)) * mask).sum()
+
     total = jnp.zeros(())
     metrics: dict[str, Array] = {}
     for s, output in enumerate(_passes(params, config, embedding, batch, recipe.unroll)):
-        mask = valid(batch, s) * inside
-        count = mask.sum() + 1e-5
-        said = jax.nn.log_softmax(jnp.einsum("rth,vh->rtv", output, params.lm_head), axis=-1)
-        kl = ((share * (log_want - said)).sum(-1) * mask).sum() / count
+        kl, right = (x / (counts[s] + 1e-5) for x in sums(output, valid(batch, s) * inside))
         total += recipe.unroll_decay**s * kl
-        metrics[f"kl_{s}"] = kl
-        metrics[f"top1_{s}"] = ((said.argmax(-1) == best) * mask).sum() / count
+        metrics |= {f"kl_{s}": kl, f"top1_{s}": right}
     return total, {"loss": total, **metrics}
 
 
@@ -172,8 +192,13 @@ def train_step(
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
     """One step of the optimiser; the arguments are those of `loss_terms`."""
-    gradient = jax.grad(loss_terms, has_aux=True)
-    grads, metrics = gradient(state.params["draft"], config, embedding, head, ids, batch, recipe)
+    embedding, head = recipe.cast((embedding, head))
+
+    def loss(params: Eagle3Params, part: Batch, counts: Array) -> tuple[Array, dict[str, Array]]:
+        return loss_terms(params, config, embedding, head, ids, part, recipe, counts)
+
+    counts = pairs_counted(head, ids, batch, recipe)
+    grads, metrics = gradients(loss, state.params["draft"], batch, counts, recipe)
     return state.apply_gradients(grads={"draft": grads}), metrics
 
 

@@ -22,9 +22,10 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.medusa import HeadParams, MedusaConfig, MedusaParams, published_choices, residual
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
+from pallas_kernels.products import einsum_f32
 from train import session
 from train.batches import Batch
-from train.optimiser import TargetHeadLoss
+from train.optimiser import TargetHeadLoss, gradients
 from train.session import Task
 
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
             step=lambda state, ranked, batch: train_step(state, recipe, head, ranked, seed, batch),
             agreement=lambda params, batch: agreement(params, head, batch),
             parts="head",
+            flops=recipe.flops(params, head, passes=1, outputs=recipe.heads),
         )
 
     session.train(args, checkpoint, recipe, task_of)
@@ -114,23 +116,36 @@ def outputs_of(head: HeadParams, batch: Batch) -> Array:
     return residual(head.blocks, flat).reshape(rows, tokens, hidden)
 
 
-def loss_terms(params: MedusaParams, head: Array, batch: Batch, recipe: MedusaRecipe) -> tuple[Array, dict[str, Array]]:
+def pairs_counted(batch: Batch, heads: int) -> Array:
+    """[heads] how many pairs of a batch count for each head."""
+    return jnp.stack([valid(batch, i).sum() for i in range(heads)])
+
+
+def loss_terms(
+    params: MedusaParams, head: Array, batch: Batch, recipe: MedusaRecipe, counts: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
     """The weighted sum of the heads' KL divergences from the target, each head i + 1 tokens further on.
 
-    head: [M, H], the rows of the target's LM head over which they are taken.
+    Args:
+      head: [M, H], the rows of the target's LM head over which they are taken.
+      counts: [heads] what the sums over pairs are divided by; None: the pairs of this batch that count.
     """
-    log_want = jax.nn.log_softmax(jnp.einsum("rth,mh->rtm", batch.targets, head), axis=-1)
+    counts = pairs_counted(batch, len(params.heads)) if counts is None else counts
+    log_want = jax.nn.log_softmax(einsum_f32("rth,mh->rtm", jnp.asarray(batch.targets), head), axis=-1)
+
+    @recipe.rematted
+    def sums(output: Array, want: Array, mask: Array) -> tuple[Array, Array]:
+        said = jax.nn.log_softmax(einsum_f32("rth,mh->rtm", output, head), axis=-1)
+        kl = ((jnp.exp(want) * (want - said)).sum(-1) * mask).sum()
+        return kl, ((said.argmax(-1) == want.argmax(-1)) * mask).sum()
+
     total = jnp.zeros(())
     metrics: dict[str, Array] = {}
     for i, one in enumerate(params.heads):
-        mask = valid(batch, i)
-        count = mask.sum() + 1e-5
-        want = ahead(log_want, i)
-        said = jax.nn.log_softmax(jnp.einsum("rth,mh->rtm", outputs_of(one, batch), head), axis=-1)
-        kl = ((jnp.exp(want) * (want - said)).sum(-1) * mask).sum() / count
+        found = sums(outputs_of(one, batch), ahead(log_want, i), valid(batch, i))
+        kl, right = (x / (counts[i] + 1e-5) for x in found)
         total += recipe.head_decay**i * kl
-        metrics[f"kl_{i}"] = kl
-        metrics[f"top1_{i}"] = ((said.argmax(-1) == want.argmax(-1)) * mask).sum() / count
+        metrics |= {f"kl_{i}": kl, f"top1_{i}": right}
     return total, {"loss": total, **metrics}
 
 
@@ -144,8 +159,12 @@ def train_step(
       head: [V, H], the target's. ranked: [V] int32, all ids by frequency. seed: int32 scalar; with the
         step's number it decides the random ids.
     """
-    rows = recipe.loss_head(head, ranked, jax.random.fold_in(jax.random.key(seed), state.step))
-    grads, metrics = jax.grad(loss_terms, has_aux=True)(state.params["draft"], rows, batch, recipe)
+    rows = recipe.cast(recipe.loss_head(head, ranked, jax.random.fold_in(jax.random.key(seed), state.step)))
+
+    def loss(params: MedusaParams, part: Batch, counts: Array) -> tuple[Array, dict[str, Array]]:
+        return loss_terms(params, rows, part, recipe, counts)
+
+    grads, metrics = gradients(loss, state.params["draft"], batch, pairs_counted(batch, recipe.heads), recipe)
     return state.apply_gradients(grads={"draft": grads}), metrics
 
 

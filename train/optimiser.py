@@ -1,20 +1,28 @@
-"""What the recipes of drafts have in common: the optimiser, its schedule, and the vocabulary of the loss."""
+"""What the recipes of drafts have in common: the optimiser, its schedule, precision, and the vocabulary of the loss."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
-from jax import Array
+from jax import Array, lax
+
+from train.batches import Batch
+
+Tree = TypeVar("Tree")
+Metrics = dict[str, Array]
+# Given weights, a batch, and how many pairs count in each part (pass or head) of the whole batch: loss and metrics.
+Loss = Callable[[Any, Batch, Array], tuple[Array, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimisation:
-    """The optimiser and its schedule."""
+    """The optimiser, its schedule, and how a step is computed."""
 
     steps: int = 2000
     lr: float = 1e-3
@@ -23,6 +31,18 @@ class Optimisation:
     optimizer: Literal["adamw", "muon"] = "muon"
     weight_decay: float = 0.0
     clip: float = 1.0  # global norm
+    accumulate: int = 1  # parts of a batch whose gradients are taken one after the other, to save memory
+    compute: Literal["float32", "bfloat16"] = "float32"  # of products; weights and optimiser stay float32
+    remat: Literal["none", "heads"] = "none"  # heads: logits are computed again for the gradient, not kept
+
+    def cast(self, tree: Tree) -> Tree:
+        """Floats in the precision of products."""
+        dtype = jnp.dtype(self.compute)
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def rematted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function; with `remat`, one whose intermediate results are not kept for the gradient."""
+        return jax.checkpoint(function) if self.remat == "heads" else function
 
     def schedule(self) -> optax.Schedule:
         """Linear warm-up, then decay to zero over the remaining steps."""
@@ -62,7 +82,44 @@ class TargetHeadLoss(Optimisation):
         rest = jax.random.permutation(key, ranked[self.loss_vocab :])[: self.loss_random]
         return head[jnp.concatenate([ranked[: self.loss_vocab], rest])]
 
+    def flops(self, params: Any, head: Array, passes: int, outputs: int) -> float:
+        """Operations a token of a step that runs all weights `passes` times and reads `outputs` off the head [V, H]."""
+        vocab, hidden = head.shape
+        rows = min(vocab, self.loss_vocab + self.loss_random) if self.loss_vocab else vocab
+        return passes * product_flops(params) + (2 + 4 * outputs) * rows * hidden
+
+
+def product_flops(params: Any) -> float:
+    """Operations a token of the products with all matrices of `params`: forward, and both gradients."""
+    return 6.0 * sum(leaf.size for leaf in jax.tree.leaves(params) if len(leaf.shape) == 2)
+
 
 def new_state(params: Any, recipe: Optimisation) -> TrainState:
     """The optimiser's state at step 0. (flax's TrainState asks for a dict, so the draft is one entry of it.)"""
     return TrainState.create(apply_fn=None, params={"draft": params}, tx=recipe.transformation())
+
+
+def gradients(loss: Loss, params: Any, batch: Batch, counts: Array, recipe: Optimisation) -> tuple[Any, Metrics]:
+    """Gradients of a batch's loss, and its metrics, taken over `recipe.accumulate` parts of its rows in turn.
+
+    Every term is a sum over pairs divided by a count of the whole batch, so the parts add up to what
+    the batch gives at once (a mean of means would weigh parts with few pairs too much).
+    """
+
+    def of_part(params: Any, part: Batch) -> tuple[Array, Metrics]:
+        held = recipe.cast((part.features, part.targets))
+        part = dataclasses.replace(part, features=held[0], targets=held[1])
+        return loss(recipe.cast(params), part, counts)
+
+    gradient = jax.grad(of_part, has_aux=True)
+    if recipe.accumulate == 1:
+        return gradient(params, batch)
+    # Part p takes every p-th row, so that each part lies on all devices that the rows are spread over.
+    parts = jax.tree.map(lambda x: x.reshape(-1, recipe.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first))
+    return lax.scan(add, zero, parts)[0]

@@ -22,8 +22,9 @@ from jax import Array
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.layers import LayerParams, gated_mlp, linear, project_qkv, rms_norm, rotation
+from pallas_kernels.products import einsum_f32
 from train.batches import Batch
-from train.optimiser import TargetHeadLoss
+from train.optimiser import TargetHeadLoss, gradients
 
 MASKED = -1e30
 
@@ -85,10 +86,10 @@ def _attend(q: Array, keys: list[Array], values: list[Array], visible: Array) ->
     tokens, heads, head_dim = q.shape
     kv_heads = keys[0].shape[1]
     q = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    main = jnp.einsum("thgd,shd->hgts", q, keys[0])
+    main = einsum_f32("thgd,shd->hgts", q, keys[0])
     scores = [jnp.where(visible, main, MASKED)]
-    scores += [jnp.einsum("thgd,thd->hgt", q, k)[..., None] for k in keys[1:]]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    scores += [einsum_f32("thgd,thd->hgt", q, k)[..., None] for k in keys[1:]]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     mixed = jnp.einsum("hgts,shd->thgd", weights[..., :tokens], values[0])
     for extra, v in enumerate(values[1:]):
         mixed += jnp.einsum("hgt,thd->thgd", weights[..., tokens + extra], v)
@@ -160,28 +161,45 @@ def _passes(params: EagleParams, config: ModelConfig, embedding: Array, batch: B
     return jax.vmap(lambda e, b: each(e, b))(embedding[batch.next_tokens], batch)
 
 
+def pairs_counted(batch: Batch, unroll: int) -> Array:
+    """[unroll] how many pairs of a batch count in each pass."""
+    return jnp.stack([valid(batch, s).sum() for s in range(unroll)])
+
+
 def loss_terms(
-    params: EagleParams, config: ModelConfig, embedding: Array, head: Array, batch: Batch, recipe: Recipe
+    params: EagleParams,
+    config: ModelConfig,
+    embedding: Array,
+    head: Array,
+    batch: Batch,
+    recipe: Recipe,
+    counts: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The recipe's loss, and its terms.
 
-    head: [M, H], the rows of the target's LM head over which the cross-entropy is taken.
+    Args:
+      head: [M, H], the rows of the target's LM head over which the cross-entropy is taken.
+      counts: [unroll] what the sums over pairs are divided by; None: the pairs of this batch that count.
     """
-    want = jnp.einsum("rth,mh->rtm", batch.targets, head)
-    log_want = jax.nn.log_softmax(want, axis=-1)
-    share, best = jnp.exp(log_want), want.argmax(-1)
+    counts = pairs_counted(batch, recipe.unroll) if counts is None else counts
+    targets = jnp.asarray(batch.targets)
+    log_want = jax.nn.log_softmax(einsum_f32("rth,mh->rtm", targets, head), axis=-1)
+
+    @recipe.rematted
+    def sums(output: Array, mask: Array) -> tuple[Array, Array, Array]:
+        said = einsum_f32("rth,mh->rtm", output, head)
+        # Cross-entropy less the target's entropy: the KL divergence, whose floor is zero.
+        ce = ((jnp.exp(log_want) * (log_want - jax.nn.log_softmax(said, axis=-1))).sum(-1) * mask).sum()
+        distance = optax.huber_loss(output.astype(jnp.float32), targets.astype(jnp.float32))
+        right = said.argmax(-1) == log_want.argmax(-1)
+        return ce, (distance.mean(-1) * mask).sum(), (right * mask).sum()
+
     total = jnp.zeros(())
     metrics: dict[str, Array] = {}
     for s, output in enumerate(_passes(params, config, embedding, batch, recipe.unroll)):
-        mask = valid(batch, s)
-        count = mask.sum() + 1e-5
-        said = jnp.einsum("rth,mh->rtm", output, head)
-        # Cross-entropy less the target's entropy: the KL divergence, whose floor is zero.
-        ce = -((share * (jax.nn.log_softmax(said, axis=-1) - log_want)).sum(-1) * mask).sum() / count
-        feature = (optax.huber_loss(output, batch.targets).mean(-1) * mask).sum() / count
+        ce, feature, right = (x / (counts[s] + 1e-5) for x in sums(output, valid(batch, s)))
         total += recipe.unroll_decay**s * (recipe.ce_weight * ce + recipe.feature_weight * feature)
-        metrics |= {f"kl_{s}": ce, f"feature_{s}": feature}
-        metrics[f"top1_{s}"] = ((said.argmax(-1) == best) * mask).sum() / count
+        metrics |= {f"kl_{s}": ce, f"feature_{s}": feature, f"top1_{s}": right}
     return total, {"loss": total, **metrics}
 
 
@@ -198,12 +216,16 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     ids_key, noise_key = jax.random.split(key)
-    head = recipe.loss_head(head, ranked, ids_key)
+    embedding, head = recipe.cast((embedding, recipe.loss_head(head, ranked, ids_key)))
     if recipe.noise:
         noise = jax.random.uniform(noise_key, batch.features.shape, minval=-recipe.noise, maxval=recipe.noise)
         batch = dataclasses.replace(batch, features=batch.features + noise)
-    gradient = jax.grad(loss_terms, has_aux=True)
-    grads, metrics = gradient(state.params["draft"], config, embedding, head, batch, recipe)
+
+    def loss(params: EagleParams, part: Batch, counts: Array) -> tuple[Array, dict[str, Array]]:
+        return loss_terms(params, config, embedding, head, part, recipe, counts)
+
+    counts = pairs_counted(batch, recipe.unroll)
+    grads, metrics = gradients(loss, state.params["draft"], batch, counts, recipe)
     return state.apply_gradients(grads={"draft": grads}), metrics
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -26,9 +27,12 @@ from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
+from train import curves, devices
 from train.batches import HELD_OUT, Batch, Packing
 from train.features import FeatureStore, Taps, open_corpora
 from train.optimiser import Optimisation, new_state
+from train.probe import Probe, held_out_prompts
+from train.speed import Speed
 
 Metrics = dict[str, jax.Array]
 
@@ -45,6 +49,7 @@ class Task:
     # Hits among the best and the best three, and pairs counted, [parts, 3]: of the target's best token, on a batch.
     agreement: Callable[[Any, Batch], jax.Array]
     parts: str  # what the rows of `agreement` are: "self-fed step", or "head"
+    flops: float  # floating-point operations a token of a step's products
     finished: Callable[[Any], Any] = lambda params: params  # the draft's weights, of those that were trained
 
     def held_out(self, state: TrainState, batches: list[Batch]) -> dict[str, list[float]]:
@@ -78,16 +83,34 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str, presets: Mapping[s
     parser.add_argument("--eval-every", type=int, default=100, help="steps between evaluations (default: 100)")
     parser.add_argument("--eval-batches", type=int, default=1, help="held-out batches an evaluation reads (default: 1)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
+    parser.add_argument(
+        "--accept-every", type=int, default=500, metavar="N",
+        help="steps between measurements of the accepted length, on held-out prompts; 0: never (default: 500)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep", choices=("best", "last"), default="best",
+        help="which weights become the draft: the best by held-out agreement, or the last (default: best)",
+    )  # fmt: skip
     recipe = parser.add_argument_group("recipe", "defaults are the preset's" if len(presets) > 1 else None)
+    hints = typing.get_type_hints(type(presets["default"]))
     for field in dataclasses.fields(presets["default"]):
         flag, default = f"--{field.name.replace('_', '-')}", getattr(presets["default"], field.name)
-        recipe.add_argument(
-            flag, type=type(default), metavar=type(default).__name__.upper(), help=f"default preset: {default}"
-        )
+        choices = typing.get_args(hints[field.name])  # of a Literal; nothing of other types
+        what = {"choices": choices} if choices else {"type": type(default), "metavar": type(default).__name__.upper()}
+        recipe.add_argument(flag, help=f"default: {default}", **what)
+    devices.add_arguments(parser)
 
 
 def recipe_of(args: argparse.Namespace, presets: Mapping[str, Any]) -> Any:
-    """The preset, with every flag that was given in its place."""
+    """The preset, with every flag that was given in its place; several hosts are joined before JAX is used.
+
+    Raises:
+      UserError: figures that make no sense, by their flags.
+    """
+    devices.join(args)
+    for flag in ("rows", "row", "eval_every", "eval_batches", "save_every", "accumulate"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value} must be at least 1")
     preset = presets[getattr(args, "preset", "default")]
     names = (field.name for field in dataclasses.fields(preset))
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -126,28 +149,59 @@ class Run:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(settings, indent=2) + "\n")
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        self._manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+        self._last = self._manager("checkpoints", 2)
+        self._best = self._manager("best", 1)
+
+    def _manager(self, name: str, keep: int) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        return ocp.CheckpointManager((self.folder / name).resolve(), options=options)
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest whole checkpoint, or `state` where there is none."""
-        step = self._manager.latest_step()
+        """The newest whole checkpoint, or `state` where there is none; placed as `state` is."""
+        step = self._last.latest_step()
         if step is None:
             return state
-        saved = self._manager.restore(step, args=ocp.args.StandardRestore(_arrays(state)))
+        saved = self._last.restore(step, args=ocp.args.StandardRestore(_arrays(state)))
         return state.replace(step=saved["step"], params=saved["params"], opt_state=saved["opt_state"])
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint in the background; an unfinished one is never restored."""
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(_arrays(state)))
+        self._best.wait_until_finished()  # whoever resumes from here relies on the best up to here
+        self._last.save(int(state.step), args=ocp.args.StandardSave(_arrays(state)))
+
+    def save_best(self, state: TrainState) -> None:
+        """Keep these weights as the best so far, likewise; a resumed run comes by the same ones again."""
+        if int(state.step) not in self._best.all_steps():
+            self._best.save(int(state.step), args=ocp.args.StandardSave({"params": state.params}), force=True)
+
+    def best(self, state: TrainState) -> tuple[Any, int]:
+        """The best weights and their step, or those of `state` where no evaluation was made."""
+        self._best.wait_until_finished()
+        step = self._best.latest_step()
+        if step is None:
+            return state.params, int(state.step)
+        saved = self._best.restore(step, args=ocp.args.StandardRestore({"params": state.params}))
+        return saved["params"], step
+
+    def rows(self, until: int) -> list[dict[str, Any]]:
+        """The metrics up to a step."""
+        there = (self.folder / "metrics.jsonl").exists()
+        return [row for row in (curves.read(self.folder) if there else []) if row["step"] <= until]
 
     def log(self, row: dict[str, Any]) -> None:
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if devices.first_process():
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def draw(self) -> None:
+        """The curves of what was logged, as WORK/curves.png."""
+        if devices.first_process():
+            curves.draw([self.folder], self.folder / "curves.png")
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        for manager in (self._last, self._best):
+            manager.wait_until_finished()
+            manager.close()
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
@@ -180,30 +234,43 @@ def train(
     sequences = [len(store) for store in stores]
     settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from")}
     settings |= {"recipe": dataclasses.asdict(recipe), "target": checkpoint.fingerprint, "sequences": sequences}
+    mesh = devices.mesh_for(args.rows, recipe.accumulate)
     run = Run(work, settings | more_settings)
+    target = devices.everywhere(target, mesh)
     task = task_of(target)
     packing = Packing(tuple(stores), args.rows, args.row, args.seed)
-    held_out = packing.held_out(args.eval_batches)
+    held_out = [devices.spread(batch, mesh) for batch in packing.held_out(args.eval_batches, devices.share(args.rows))]
     if not held_out:
         raise UserError(f"{len(stores)} corpora hold too few sequences; one in {HELD_OUT} is held out for evaluation")
-    state = run.restore(new_state(task.params, recipe))
-    first = int(state.step)
-    # On the device for good, as the target's weights are: otherwise the second step would compile anew.
-    state = jax.device_put(state, jax.devices()[0])
+    # On the devices for good, as the target's weights are: otherwise the second step would compile anew.
+    state = run.restore(devices.everywhere(new_state(task.params, recipe), mesh))
     tokens = sum(int(store.lengths.sum()) for store in stores)
-    note = f"; resumed at step {first}" if first else ""
-    console = Console(stderr=True)
+    note = f"; resumed at step {int(state.step)}" if int(state.step) else ""
+    console = Console(stderr=True, quiet=not devices.first_process())
     console.print(
-        f"{tokens:,} tokens in {sum(sequences):,} sequences, {packing.steps_per_epoch:,} steps an epoch{note}"
+        f"{tokens:,} tokens in {sum(sequences):,} sequences, {packing.steps_per_epoch:,} steps an epoch, "
+        f"{mesh.size} {'device' if mesh.size == 1 else 'devices'}{note}"
     )
-    ranked = jnp.asarray(by_frequency(stores, checkpoint.config.vocab_size))
-    state = _loop(args, task, run, state, ranked, packing, held_out, console)
-    found = task.held_out(state, packing.held_out(4 * args.eval_batches))
+    ranked = devices.everywhere(by_frequency(stores, checkpoint.config.vocab_size), mesh)
+    probe = None
+    if args.accept_every:
+        probe = Probe(checkpoint, task.spec, target, held_out_prompts(packing), task.finished)
+    loop = Loop(args, task, run, mesh, packing, held_out, probe, console)
+    state = loop.run(state, ranked)
+    params, step = run.best(state) if args.keep == "best" else (state.params, int(state.step))
+    more = packing.held_out(4 * args.eval_batches, devices.share(args.rows))
+    found = task.held_out(state.replace(params=params), [devices.spread(batch, mesh) for batch in more])
+    lengths = [row["accepted_length"] for row in run.rows(step) if "accepted_length" in row]
+    run.draw()
     run.close()
+    if not devices.first_process():
+        return
     about = {"recipe": dataclasses.asdict(recipe), "rows": args.rows, "row": args.row, "seed": args.seed,
-             "tokens": tokens, "held_out": {"step": int(state.step), **found}}  # fmt: skip
+             "tokens": tokens, "held_out": {"step": step, **found}}  # fmt: skip
+    if lengths:
+        about["accepted_length"] = lengths[-1]
     with new_folder(out, "--name") as folder:
-        write_draft(folder, task.spec, task.finished(state.params["draft"]), checkpoint.fingerprint, about)
+        write_draft(folder, task.spec, task.finished(params["draft"]), checkpoint.fingerprint, about)
     print(f"wrote {out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
 
 
@@ -213,46 +280,68 @@ def by_frequency(stores: list[FeatureStore], vocab_size: int) -> np.ndarray:
     return np.argsort(-np.asarray(counts), kind="stable").astype(np.int32)
 
 
-def _loop(
-    args: argparse.Namespace,
-    task: Task,
-    run: Run,
-    state: TrainState,
-    ranked: jax.Array,
-    packing: Packing,
-    held_out: list[Batch],
-    console: Console,
-) -> TrainState:
-    """Steps until the recipe's last; Ctrl-C saves what is done before it leaves."""
-    columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
-               TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    steps, batches = task.recipe.steps, packing.training(int(state.step))
-    mark, done = time.perf_counter(), 0
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("training", total=steps, completed=int(state.step), shown="")
-        try:
-            while int(state.step) < steps:
-                state, metrics = task.step(state, ranked, next(batches))
-                step, done = int(state.step), done + 1
-                if step % 10 == 0 or step == steps:
-                    rate = done * args.rows * args.row / (time.perf_counter() - mark)
-                    mark, done = time.perf_counter(), 0
-                    shown = {k: round(float(v), 4) for k, v in metrics.items()}
-                    run.log({"step": step, "tokens_per_second": round(rate), **shown})
-                    text = f"loss {shown['loss']:.3f}  top-1 {shown['top1_0']:.1%}  {rate:,.0f} tokens/s"
-                    progress.update(bar, shown=text)
-                if step % args.eval_every == 0:
-                    found = task.held_out(state, held_out)
-                    run.log({"step": step, "held_out": found})
-                    progress.console.print(
-                        f"step {step}: held-out top-1 by {task.parts} {found['top1']}, top-3 {found['top3']}"
-                    )
-                    mark, done = time.perf_counter(), 0
-                if step % args.save_every == 0:
-                    run.save(state)
-                progress.update(bar, completed=step)
-        except KeyboardInterrupt:
-            run.save(state)
-            run.close()
-            raise
-    return state
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The steps of a run, with what happens every so many of them."""
+
+    args: argparse.Namespace
+    task: Task
+    folder: Run
+    mesh: Mesh
+    packing: Packing
+    held_out: list[Batch]
+    probe: Probe | None
+    console: Console
+
+    def run(self, state: TrainState, ranked: jax.Array) -> TrainState:
+        """Steps until the recipe's last; Ctrl-C saves what is done before it leaves."""
+        args, task, steps = self.args, self.task, self.task.recipe.steps
+        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        batches = self.packing.training(int(state.step), devices.share(args.rows))
+        record = max((_score(row["held_out"]) for row in self.folder.rows(int(state.step)) if "held_out" in row),
+                     default=-1.0)  # fmt: skip
+        speed = Speed(args.rows * args.row, task.flops * args.rows * args.row, task.recipe.compute, self.mesh.size)
+        with Progress(*columns, console=self.console) as progress:
+            bar = progress.add_task("training", total=steps, completed=int(state.step), shown="")
+            try:
+                while int(state.step) < steps:
+                    state, metrics = task.step(state, ranked, devices.spread(next(batches), self.mesh))
+                    step = int(state.step)
+                    speed.count()
+                    if step % 10 == 0 or step == steps:
+                        shown = {k: round(float(v), 4) for k, v in metrics.items()}
+                        self.folder.log({"step": step, **speed.figures(), **shown})
+                        text = f"loss {shown['loss']:.3f}  top-1 {shown['top1_0']:.1%}  {speed}"
+                        progress.update(bar, shown=text)
+                        speed.restart()
+                    if step % args.eval_every == 0 or step == steps:
+                        found = task.held_out(state, self.held_out)
+                        self.folder.log({"step": step, "held_out": found})
+                        progress.console.print(
+                            f"step {step}: held-out top-1 by {task.parts} {found['top1']}, top-3 {found['top3']}"
+                        )
+                        if _score(found) >= record:  # of equals the later, which has seen more
+                            record = _score(found)
+                            self.folder.save_best(state)
+                        speed.restart()
+                    if self.probe and step % args.accept_every == 0:
+                        length = self.probe.accepted_length(state.params["draft"])
+                        if length is not None:
+                            self.folder.log({"step": step, "accepted_length": length})
+                            progress.console.print(f"step {step}: accepted length {length:.3f}, bonus counted")
+                            self.folder.draw()
+                        speed.restart()
+                    if step % args.save_every == 0:
+                        self.folder.save(state)
+                    progress.update(bar, completed=step)
+            except KeyboardInterrupt:
+                self.folder.save(state)
+                self.folder.close()
+                raise
+        return state
+
+
+def _score(held_out: dict[str, list[float]]) -> float:
+    """What the best weights are best by: top-1 agreement, averaged over parts."""
+    return float(np.mean(held_out["top1"]))
