@@ -48,10 +48,10 @@ def steps(out: Path, dry: bool) -> list[Step]:
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
     sweep = ["-m", "pallas_kernels.bench", "--tune", "--shapes", "llama3-8b", "--context", "1024"]
     sweep += ["--json", str(out / "kernels.json")]
-    one = ("--context", "1024")
+    one = ("--context", "1024", "--draft-vocab", "full,32768")
     return [
-        Step("tests", 150, tests),
-        Step("kernels", 200, sweep),
+        Step("tests", 120, tests),
+        Step("kernels", 180, sweep),
         rounds("llama3-8b", "auto", *one, "--peer-step"),
         rounds("llama3-8b", "xla", *one),
         rounds("llama3-8b", "pallas", *one),

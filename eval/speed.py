@@ -26,9 +26,12 @@ from frspec_jax.api import Generator, Request, Result
 from frspec_jax.errors import UserError
 from pallas_kernels.timing import bandwidth
 
+VOCABULARIES = "full,1/2,1/4,1/8"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, "full,1/2,1/4,1/8", required=False)
+    add_model_arguments(parser, VOCABULARIES, required=False)  # --shapes may stand in place of --ckpt
+    parser.set_defaults(draft_vocab=None)  # whose sub-vocabularies are others
     add_question_arguments(parser, questions=8, tokens=128)
     add_json_argument(parser)
     parser.add_argument("--peer", type=Path, metavar="PATH", help="the same model for transformers: HF folder or .gguf")
@@ -39,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.shapes or args.random_weights:
         shapes.run(args)
         return
+    args.draft_vocab = args.draft_vocab or VOCABULARIES
     if args.ckpt is None:
         raise UserError("give --ckpt CKPT, a checkpoint to measure, or --shapes MODEL --random-weights")
     checkpoint, found = models(args)

@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pallas_kernels import subvocab_head_pallas, timing, tree_attention_pallas
-from pallas_kernels.dispatch import TUNED, Implementation
+from pallas_kernels.dispatch import TUNED, Implementation, power_of_two
 from pallas_kernels.shapes import SHAPES, Shape
 from pallas_kernels.subvocab_head import subvocab_top_k
 from pallas_kernels.tree_attention import bit_words, tree_attention
@@ -66,7 +66,7 @@ def attention_case(name: str, shape: Shape, tokens: int, context: int, dtype: jn
     splits = sorted({max(1, suited.splits // 2), suited.splits})
     configs = [
         dataclasses.replace(suited, block_k=block_k, splits=split, num_warps=warps, num_stages=stages)
-        for block_k, split, (warps, stages) in itertools.product((32, 64, 128), splits, WARPS_STAGES)
+        for block_k, split, (warps, stages) in itertools.product((64, 128), splits, WARPS_STAGES)
     ]
 
     def run(q: Array, keys: Array, values: Array, **how: Any) -> Array:
@@ -96,12 +96,12 @@ def head_case(
     suited = subvocab_head_pallas.Config.suited_to(shape.hidden)
     configs = [
         dataclasses.replace(suited, block_v=block_v, num_warps=warps, num_stages=stages)
-        for block_v, (warps, stages) in itertools.product((32, 64, 128), WARPS_STAGES)
+        for block_v, (warps, stages) in itertools.product((64, 128), WARPS_STAGES)
     ]
     return Case(
         operation=f"subvocab_head {head.dtype}",
         label=f"{name}, {rows} rows, V' = {head.shape[0]:,}, top {k}",
-        shape={"rows": rows, "hidden": shape.hidden, "vocabulary": head.shape[0]},
+        shape={"rows": power_of_two(rows), "hidden": shape.hidden, "vocabulary": head.shape[0]},
         bytes=head.nbytes,
         moving=x,
         still=(head,),
@@ -121,8 +121,8 @@ def cases(names: Iterable[str], contexts: Iterable[int], dtype: jnp.dtype, sweep
         for tokens, context in itertools.product(TOKENS, contexts):
             yield attention_case(name, shape, tokens, context, dtype, sweep)
         sizes = [v for v in VOCABULARIES if v is None or v < shape.vocabulary]
-        for rows, vocabulary in itertools.product((1, TOP_K), sizes):
-            yield head_case(name, shape, rows, vocabulary, dtype, sweep)
+        for vocabulary in sizes:
+            yield head_case(name, shape, TOP_K, vocabulary, dtype, sweep)
         yield head_case(name, shape, 60, None, dtype, sweep, k=1)  # greedy verification
 
 

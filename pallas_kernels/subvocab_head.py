@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import subvocab_head_pallas
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, power_of_two
 from pallas_kernels.products import einsum_f32
 from pallas_kernels.subvocab_head_pallas import Config
 
@@ -32,7 +32,8 @@ def subvocab_top_k(
       Log-probabilities [M, k], float32, descending, and row indices [M, k], int32; of equal
       logits the lower index comes first.
     """
-    shape = {"rows": x.shape[0], "hidden": x.shape[1], "vocabulary": head.shape[0]}
+    # Rows are padded to a power of two, so one row costs what ten do.
+    shape = {"rows": power_of_two(x.shape[0]), "hidden": x.shape[1], "vocabulary": head.shape[0]}
     default = config or Config.suited_to(x.shape[1])
     implementation, chosen = choose(implementation, f"subvocab_head {head.dtype}", shape, default)
     if implementation == "xla":

@@ -22,7 +22,7 @@ def test_a_dry_run_does_every_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert report.count("| passed |") == 3
     kernels = json.loads((tmp_path / "kernels.json").read_text())
-    assert kernels["interpreted"] and len(kernels["cases"]) == 6
+    assert kernels["interpreted"] and len(kernels["cases"]) == 5
     assert all(case["wrong"] == [] and case["pallas_us"] > 0 for case in kernels["cases"])
     rounds = json.loads((tmp_path / "tiny-auto.json").read_text())
     assert [row["name"] for row in rounds["rows"]] == ["vanilla", "EAGLE-2"]
