@@ -16,9 +16,9 @@ from eval.speed import compare, show
 from frspec_jax.api import Request
 
 PROMPTS = (
-    "Give me three tips for learning to cook.",
+    "What should I pack for a hiking trip?",
     "Write a Python function that counts the vowels in a string.",
-    "A train leaves at 9:40 and arrives at 11:15. How long is the journey?",
+    "What are the main differences between cats and dogs?",
 )
 
 
