@@ -20,6 +20,7 @@ import toy
 from folders import checkpoint_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import chats, refusal, same
 
 from frspec_jax import kv_cache
 from frspec_jax.checkpoint import Checkpoint
@@ -28,7 +29,6 @@ from frspec_jax.drafters import eagle as drafter
 from frspec_jax.errors import UserError
 from frspec_jax.tree import causal
 from frspec_jax.vocabulary import DraftHead
-from runs import chats, refusal, same
 from train import eagle
 from train.__main__ import main
 from train.batches import Batch, Packing

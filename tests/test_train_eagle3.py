@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import toy
 from folders import checkpoint_folder
+from runs import chats, drafted, refusal, same
 
 from frspec_jax import api, kv_cache, llama
 from frspec_jax.api import Request
 from frspec_jax.tree import causal
 from pallas_kernels.dispatch import AUTO
-from runs import chats, drafted, refusal, same
 from train import eagle3
 from train.__main__ import main
 from train.batches import Batch

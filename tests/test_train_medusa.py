@@ -13,12 +13,12 @@ import toy
 from folders import checkpoint_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import chats, drafted, refusal, same
 
 from frspec_jax import api
 from frspec_jax.api import Request
 from frspec_jax.config import TreeConfig
 from frspec_jax.drafters.medusa import PUBLISHED_63, check_choices, residual
-from runs import chats, drafted, refusal, same
 from train import medusa
 from train.__main__ import main
 from train.batches import Batch

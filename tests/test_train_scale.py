@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import toy
 from folders import checkpoint_folder
-
 from runs import chats, refusal
+
 from train import curves, recipe
 from train.__main__ import main
 from train.batches import Batch
