@@ -124,7 +124,7 @@ def test_the_manifest_says_what_was_measured(whole):
     manifest = json.loads((whole / "manifest.json").read_text())
     cropped = manifest["methods"]["FR-Spec 68"]
     assert (cropped["kind"], cropped["draft_vocab"]) == ("eagle+fr", 68)
-    assert cropped["tree"] == {"size": 8, "depth": 3, "top_k": 4}
+    assert cropped["tree"] == dataclasses.asdict(api.defaults().tree)
     assert manifest["rankings"]["ranking"]["corpora"] == ["toy.txt"]
     assert manifest["questions"]["tasks"] == {"Conv": 2, "MT": 1, "QA": 1, "Code": 1}
     assert manifest["--max-new-tokens"] == 12 and "jax" in manifest["versions"] and manifest["machine"]
