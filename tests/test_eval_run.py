@@ -270,7 +270,7 @@ def refused(capsys, *argv):
     ("flags", "words"),
     [
         (("--max-new-tokens", "16"), "--max-new-tokens 12, and this command has 16"),
-        (("--tree-size", "5"), "methods EAGLE-2 tree size 8, and this command has 5"),
+        (("--tree-size", "5"), f"methods EAGLE-2 tree size {api.defaults().tree.size}, and this command has 5"),
         (("--seed", "1"), "--seed 0"),
         (("--questions", "3"), "questions asked 5, and this command has 3"),
         (("--draft-vocab", "full"), "methods FR-Spec 68"),

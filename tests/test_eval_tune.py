@@ -153,7 +153,8 @@ def test_the_command_writes_setting_plots_and_figures(copy, tmp_path, capsys):
     setting = tuned.read(folder, jnp.float32)
     figures = json.loads((tmp_path / "figures.json").read_text())
     measured = {(p["draft_vocab"], p["size"]) for p in figures["points"]}
-    assert {(VOCAB_SIZE // 4, 8), (VOCAB_SIZE, 8)} <= measured  # from the default tree of a CPU on
+    size = api.defaults().tree.size  # from the default tree on
+    assert {(VOCAB_SIZE // 4, size), (VOCAB_SIZE, size)} <= measured
     assert setting is not None and setting.draft_vocab in (VOCAB_SIZE, VOCAB_SIZE // 4)
     best = figures["side_by_side"]["best"]
     assert best["tokens_per_second"] >= figures["side_by_side"]["before"]["tokens_per_second"]
