@@ -37,7 +37,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
     def rounds(model: str, kernels: str, *more: str, name: str = "", xla_flags: str = "") -> Step:
         file = out / f"{model}-{name or kernels}"
         command = ["-m", "eval", "speed", "--shapes", model, "--random-weights", "--kernels", kernels]
-        command += ["--json", f"{file}.json", "--plot", f"{file}.png", *more]
+        command += ["--json", f"{file}.json", "--out", str(file), *more]
         return Step(f"rounds of {model}, {name or kernels}", 150, command, xla_flags)
 
     if dry:
@@ -116,7 +116,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu-check", help="folder of logs and figures")
     parser.add_argument("--dry", action="store_true", help="tiny, on a CPU: shows that the script is sound")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be made: {error.strerror}; name another folder")
     start = time.perf_counter()
     done = []
     for number, step in enumerate(steps(args.out.resolve(), args.dry)):

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from eval import measure
+from eval import measure, plots
 from eval.options import save, sizes_of
 from eval.shape_peer import step_us
 from frspec_jax import api, compile_cache, engine, kv_cache, llama
@@ -186,19 +186,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kernels", choices=("auto", "pallas", "xla", "interpret"), default="auto")
     group.add_argument("--draft-int8", action="store_true", help="the draft's head in int8")
     group.add_argument("--peer-step", action="store_true", help="time a step of transformers (PyTorch) too")
-    group.add_argument("--plot", type=Path, metavar="FILE", help="a stacked-bar plot of the stages (.png or .svg)")
+    group.add_argument("--out", type=Path, metavar="FOLDER", help="a stacked-bar plot of the stages goes there")
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole command: measure, show, write."""
     if not (args.shapes and args.random_weights) or args.ckpt is not None:
         raise UserError("--shapes MODEL and --random-weights go together, and in place of --ckpt")
+    if args.rounds < 1 or min(args.context) < 1:
+        raise UserError(f"--rounds {args.rounds} and --context {min(args.context)}: give at least 1 of each")
+    if args.out:
+        plots.check_folder(args.out)
     compile_cache.enable()
     figures = figures_of(args, tree_of(args, api.defaults().tree))
     show(figures)
     save(args.json, figures)
-    if args.plot:
-        plot(figures, args.plot)
+    if args.out:
+        plot(figures, args.out)
 
 
 def figures_of(args: argparse.Namespace, tree: TreeConfig) -> dict[str, Any]:
@@ -327,27 +331,21 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["name"], *ours, verify, *whole, *paper]
 
 
-def plot(figures: dict[str, Any], path: Path) -> None:
+def plot(figures: dict[str, Any], folder: Path) -> None:
     """Stacked bars: a round's stages, by method, at the shortest context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     context = min(row["context"] for row in figures["rows"])
     rows = [row for row in figures["rows"] if row["context"] == context]
     names = list(dict.fromkeys(s["stage"] for row in rows for s in row["stages"] if not s["stage"].startswith("(")))
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 2.2), layout="constrained")
+    drawn, (axes,) = plots.figure(9, 0.5 * len(rows) + 2.2)
     left = np.zeros(len(rows))
-    for name in names:
+    for name, colour in zip(names, plots.COLOURS, strict=True):
         widths = [sum(s["us"] * s["times"] for s in row["stages"] if s["stage"] == name) / 1e3 for row in rows]
-        axes.barh([row["name"] for row in rows], widths, left=left, label=name)
+        axes.barh([row["name"] for row in rows], widths, left=left, label=name, color=colour)
         left += widths
     axes.plot([row["round_us"] / 1e3 for row in rows], range(len(rows)), "k|", markersize=16, label="whole round")
     axes.plot([row["floor_us"] / 1e3 for row in rows], range(len(rows)), "r|", markersize=16, label="floor")
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a round")
     axes.set_title(f"{figures['shapes']}, random weights, {figures['dtype']}, context {context}\n{measure.machine()}")
-    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
-    figure.savefig(path)
-    pyplot.close(figure)
+    drawn.legend(loc="outside lower center", ncols=5, fontsize="small")
+    plots.save(drawn, folder, "stages")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from frspec_jax.config import ModelConfig, RopeScaling
-from frspec_jax.drafters.eagle import Eagle, EagleConfig, EagleParams, EagleWeights
+from frspec_jax.drafters.eagle import Eagle, EagleConfig, EagleWeights
 from frspec_jax.engine import DecodeState, Plan, Weights, new_caches, state_after
-from frspec_jax.layers import LayerParams
-from frspec_jax.llama import LlamaParams
+from frspec_jax.shapes import model_shapes
 from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.shapes import SHAPES, Shape
@@ -58,35 +59,22 @@ def state_at(plan: Plan, length: Array, capacity: int, dtype: jnp.dtype) -> Deco
 
 def random_weights(config: ModelConfig, draft_vocab: int | None, dtype: jnp.dtype, key: Array) -> Weights:
     """Random weights for a target, and for an EAGLE draft whose head keeps `draft_vocab` rows (None: no draft)."""
-    keys = iter(jax.random.split(key, 16 * (config.num_layers + 2)))
-
-    def normal(*shape: int) -> Array:
-        return SPREAD * jax.random.normal(next(keys), shape, dtype)
-
-    def layer(of: ModelConfig, norm: bool) -> LayerParams:
-        hidden, heads, width = of.hidden_size, of.num_heads * of.head_dim, of.head_dim
-        qkv = heads + 2 * of.num_kv_heads * width
-        return LayerParams(
-            attention_norm=jnp.ones(hidden, dtype) if norm else None,
-            qkv=normal(qkv, hidden),
-            qkv_bias=normal(qkv) if of.attention_bias else None,
-            output=normal(hidden, heads),
-            output_bias=None,
-            mlp_norm=jnp.ones(hidden, dtype),
-            gate_up=normal(2 * of.intermediate_size, hidden),
-            gate_up_bias=None,
-            down=normal(hidden, of.intermediate_size),
-            down_bias=None,
-        )
-
-    target = LlamaParams(
-        embedding=normal(config.vocab_size, config.hidden_size),
-        layers=tuple(layer(config, True) for _ in range(config.num_layers)),
-        final_norm=jnp.ones(config.hidden_size, dtype),
-        lm_head=None if config.tied_head else normal(config.vocab_size, config.hidden_size),
-    )
+    target_key, draft_key = jax.random.split(key)
+    target = _random(target_key, model_shapes(config, dtype))
     if draft_vocab is None:
         return Weights(target, ())
-    of = eagle_of(config).config
-    params = EagleParams(normal(config.hidden_size, 2 * config.hidden_size), None, layer(of, False))
+    params = _random(draft_key, EagleConfig.like(config).shapes(config, dtype))
     return Weights(target, EagleWeights(params, crop(target.head, np.arange(draft_vocab))))
+
+
+def _random(key: Array, shapes: Any) -> Any:
+    """Arrays of these shapes: matrices of small random numbers, vectors (norms and biases) of ones."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    filled = [
+        SPREAD * jax.random.normal(k, leaf.shape, leaf.dtype)
+        if len(leaf.shape) == 2
+        else jnp.ones(leaf.shape, leaf.dtype)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, filled)

@@ -198,9 +198,18 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments().parse_args(argv)
+    parser = arguments()
+    args = parser.parse_args(argv)
     if jax.default_backend() != "gpu" and not args.dry:
-        sys.exit("error: no GPU is in sight, and the kernels are for one; --dry interprets them at a tiny shape")
+        parser.error("no GPU is in sight, and the kernels are for one; --dry interprets them at a tiny shape")
+    if args.calls < 1 or min(args.context) < 1:
+        parser.error(f"--calls {args.calls} and --context {min(args.context)}: give at least 1 of each")
+    if args.json:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.touch()
+        except OSError as error:
+            parser.error(f"--json {args.json} cannot be written: {error.strerror}; name another file")
     device = jax.devices()[0].device_kind
     speed = timing.bandwidth(16 if args.dry else 2048)
     if args.dry:
@@ -220,7 +229,6 @@ def main(argv: list[str] | None = None) -> None:
                 about = {"device": device, "jax": jax.__version__, "date": datetime.date.today().isoformat()}
                 about |= {"command": "python -m pallas_kernels.bench", "interpreted": args.dry}
                 figures = about | {"bandwidth_gb_per_second": round(speed / 1e9, 1), "cases": rows}
-                args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(figures, indent=1) + "\n")
             if args.tune and not args.dry:
                 _write_table(rows, device)

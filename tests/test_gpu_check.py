@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import pytest
+
+TINY = ["-m", "eval", "speed", "--shapes", "tiny", "--random-weights"]
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
 spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
 assert spec and spec.loader
@@ -29,7 +33,7 @@ def test_a_dry_run_does_every_step(tmp_path):
     stages = {stage["stage"]: stage["us"] for stage in rounds["rows"][1]["stages"]}
     assert {"extend", "level: layer", "level: head, top-k", "verify: layers", "accept, compact"} < set(stages)
     assert min(stages.values()) > 0 and rounds["random_weights"] is True
-    assert (tmp_path / "tiny-auto.png").stat().st_size > 5000
+    assert (tmp_path / "tiny-auto" / "stages.png").stat().st_size > 5000
 
 
 def test_a_failing_step_is_reported_and_a_slow_one_stopped(tmp_path):
@@ -63,3 +67,24 @@ def test_the_report_holds_rounds_against_the_aims(tmp_path):
     assert figures == [
         (1.109, "reached"), (1.6, "missed"), (1.2, "reached"), (8.0, "missed"), (1.05, "reached"), (1.1, "missed"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["-m", "pallas_kernels.bench"], "no GPU is in sight"),
+        (["-m", "pallas_kernels.bench", "--dry", "--calls", "0"], "--calls 0 and --context 1024: give at least 1"),
+        (["-m", "pallas_kernels.bench", "--dry", "--json", "/proc/no/file"], "--json /proc/no/file cannot be written"),
+        (["-m", "eval", "speed", "--shapes", "tiny"], "--shapes MODEL and --random-weights go together"),
+        ([*TINY, "--rounds", "0"], "--rounds 0 and --context 512: give at least 1"),
+        ([*TINY, "--context", "64", "0"], "--rounds 20 and --context 0: give at least 1"),
+        ([*TINY, "--out", "/proc/no"], "--out /proc/no cannot be written"),
+        ([*TINY, "--draft-vocab", "8192"], "--draft-vocab 8192: tiny has 500 tokens; give fewer, or full"),
+        ([SCRIPT, "--dry", "--out", "/proc/no"], "--out /proc/no cannot be made"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(argv, said):
+    if argv == ["-m", "pallas_kernels.bench"] and jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU, which is what this command asks for")
+    done = subprocess.run([sys.executable, *argv], cwd=SCRIPT.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr

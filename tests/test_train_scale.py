@@ -171,6 +171,7 @@ def test_the_best_weights_are_kept(ckpt, store, tmp_path, monkeypatch):
         (["--accumulate", 3], "--rows 4 cannot be split evenly into 3 parts"),
         (["--rows", 0], "--rows 0 must be at least 1"),
         (["--accumulate", 0], "--accumulate 0 must be at least 1"),
+        (["--accept-every", -1], "--accept-every -1 must be 0 (never) or a number of steps"),
         (["--processes", 2], "--coordinator, --processes N and --process I go together"),
         (["--coordinator", "h:1", "--processes", 2, "--process", 2], "with I from 0 to N - 1"),
     ],

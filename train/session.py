@@ -111,6 +111,8 @@ def recipe_of(args: argparse.Namespace, presets: Mapping[str, Any]) -> Any:
     for flag in ("rows", "row", "eval_every", "eval_batches", "save_every", "accumulate"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+    if args.accept_every < 0:
+        raise UserError(f"--accept-every {args.accept_every} must be 0 (never) or a number of steps")
     preset = presets[getattr(args, "preset", "default")]
     names = (field.name for field in dataclasses.fields(preset))
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
