@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,13 +93,19 @@ def _size(text: str, vocab_size: int) -> int | str:
     return vocab_size // int(share) if text.startswith("1/") else int(share)
 
 
+def _command() -> str:
+    """The command line, for a reader elsewhere: of a path that is absolute only the name."""
+    return " ".join(["python -m eval", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
+
+
 def save(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write figures as JSON, with the machine and the versions that they were measured on."""
+    """Write figures as JSON, with the machine, the versions, the date and the command that they were measured with."""
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"machine": measure.machine(), "versions": measure.versions()}
+        about |= {"date": datetime.date.today().isoformat(), "command": _command()}
         part = path.with_name(f".{path.name}.part")
         part.write_text(json.dumps(about | figures, indent=2) + "\n")
         part.replace(path)
