@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from runs import chats
 
 from frspec_jax.checkpoint import Checkpoint
 
@@ -15,6 +16,12 @@ settings.load_profile("suite")
 
 ROOT = Path(__file__).parent.parent
 MATERIAL = ROOT / "material" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short conversations to train on."""
+    return chats(tmp_path_factory.mktemp("corpus") / "chats.jsonl")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import toy
 from folders import checkpoint_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import chats, refusal, same
+from runs import refusal, same
 
 from frspec_jax import kv_cache
 from frspec_jax.checkpoint import Checkpoint
@@ -425,11 +425,6 @@ def killed(*args):
 eagle.train_step = killed
 main(sys.argv[1:])
 """
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return chats(tmp_path_factory.mktemp("corpus") / "chats.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import toy
 from folders import checkpoint_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import chats, drafted, refusal, same
+from runs import drafted, refusal, same
 
 from frspec_jax import api
 from frspec_jax.api import Request
@@ -146,11 +146,6 @@ FLAGS = ("--rows", 2, "--row", 16, "--steps", 6, "--save-every", 3, "--eval-ever
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     return checkpoint_folder(tmp_path_factory.mktemp("train") / "toy", draft=False)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return chats(tmp_path_factory.mktemp("corpus") / "chats.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import Array
 
 from frspec_jax import engine
 from frspec_jax.config import VANILLA, ModelConfig, RopeScaling, Sampling, TreeConfig
-from frspec_jax.drafters.base import Accepted, Vanilla
+from frspec_jax.drafters.base import Accepted, Cacheless, Vanilla
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params
 from frspec_jax.drafters.medusa import PUBLISHED_63, MedusaConfig, MedusaParams
@@ -102,22 +102,13 @@ def decode(
 
 
 @dataclasses.dataclass(frozen=True)
-class Oracle:
+class Oracle(Cacheless):
     """A drafter that is told the answer: it proposes, as a chain, the tokens that are to come.
 
     Its weights are the whole text [T] int32, prompt and answer; from `wrong_from` on it errs.
     """
 
     wrong_from: int = 10**6
-    taps: ClassVar[tuple[int, ...]] = ()
-
-    def new_cache(self, capacity: int, dtype: Any) -> Any:
-        return ()
-
-    def prefill(
-        self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: Any
-    ) -> Any:
-        return cache
 
     def propose(
         self,

@@ -62,16 +62,10 @@ class Drafter(Protocol):
         """
 
 
-class Vanilla:
-    """Proposes nothing: the tree is the root alone, and a round emits one token."""
+class Cacheless:
+    """For drafters that remember nothing between rounds: what the prompt was, they read off the last feature."""
 
     taps: ClassVar[tuple[int, ...]] = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vanilla)
-
-    def __hash__(self) -> int:
-        return hash(Vanilla)
 
     def new_cache(self, capacity: int, dtype: jnp.dtype) -> Any:
         return ()
@@ -80,6 +74,16 @@ class Vanilla:
         self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: Any
     ) -> Any:
         return cache
+
+
+class Vanilla(Cacheless):
+    """Proposes nothing: the tree is the root alone, and a round emits one token."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vanilla)
+
+    def __hash__(self) -> int:
+        return hash(Vanilla)
 
     def propose(
         self,

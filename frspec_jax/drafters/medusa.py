@@ -20,7 +20,7 @@ from jax import Array
 
 from frspec_jax import shapes
 from frspec_jax.config import TREE_LIMIT, ModelConfig, TreeConfig
-from frspec_jax.drafters.base import Accepted
+from frspec_jax.drafters.base import Accepted, Cacheless
 from frspec_jax.layers import linear
 from frspec_jax.tree import DraftTree
 from frspec_jax.vocabulary import DraftHead, crop
@@ -121,20 +121,11 @@ def skeleton(choices: Choices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Medusa:
+class Medusa(Cacheless):
     """Medusa as the engine sees it (`base.Drafter`): no cache, and nothing to take in but the last feature."""
 
     choices: Choices
     kernels: Kernels = AUTO
-    taps: ClassVar[tuple[int, ...]] = ()
-
-    def new_cache(self, capacity: int, dtype: jnp.dtype) -> Any:
-        return ()
-
-    def prefill(
-        self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: Any
-    ) -> Any:
-        return cache
 
     def propose(
         self,
