@@ -1,7 +1,8 @@
 """`python -m eval identical --ckpt CKPT --peer MODEL`: is the output that of transformers, token for token?
 
-Greedy, float32, every method on every prompt. Where two outputs part, the target's two best logits
-there are compared: below --tie they are a near-tie, which rounding decides.
+Greedy, every method on every prompt, in float32 unless --dtype says otherwise. Where two outputs
+part, the target's two best logits there are compared: below --tie they are a near-tie, which
+rounding decides.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from frspec_jax.api import Request
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/4,1/12")
+    parser.set_defaults(dtype="float32")
     add_question_arguments(parser, questions=42, tokens=128)
     add_json_argument(parser)
     parser.add_argument("--peer", type=Path, required=True, metavar="PATH", help="the same model: HF folder or .gguf")
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     checkpoint, found = models(args)
-    peer = Peer(args.peer, checkpoint.stop_ids)
+    peer = Peer(args.peer, checkpoint.stop_ids, args.dtype)
     questions = spread(read_questions(args.data), args.questions)
     prompts = [found["vanilla"].encode(q.turns[0]) for q in questions]
     counts = {name: {"identical": 0, "near_ties": 0, "different": 0} for name in found}

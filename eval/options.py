@@ -37,6 +37,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str, requ
     )
     parser.add_argument("--depth", type=int, metavar="D", help="levels below the root")
     parser.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
+    add_dtype_argument(parser)
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: bfloat16 on a GPU and on a CPU with AMX, else float32",
+    )
 
 
 def add_question_arguments(parser: argparse.ArgumentParser, questions: int | None, tokens: int) -> None:
@@ -63,7 +72,7 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def models(
-    args: argparse.Namespace, rankings: Sequence[Path] = (), dtype: str | None = None, context: int | None = None
+    args: argparse.Namespace, rankings: Sequence[Path] = (), context: int | None = None
 ) -> tuple[Checkpoint, dict[str, Generator]]:
     """The checkpoint, and vanilla and the drafting methods that the flags ask for."""
     compile_cache.enable()
@@ -71,12 +80,12 @@ def models(
     drafts = args.draft.split(",") if args.draft else [None]
     if any(checkpoint.draft_folder(draft) is None for draft in drafts):
         raise UserError(f"{args.ckpt} holds no draft to measure; add one with python -m train eagle or convert eagle")
-    tree: TreeConfig = tree_of(args, api.preferred_tree(checkpoint, drafts[0], dtype and jnp.dtype(dtype)))
+    dtype = args.dtype and jnp.dtype(args.dtype)
+    tree: TreeConfig = tree_of(args, api.preferred_tree(checkpoint, drafts[0], dtype))
     if tree.size == 1:
         raise UserError("--tree-size 1 drafts nothing; vanilla decoding is measured anyhow, so ask for 2 or more")
     sizes = sizes_of(args.draft_vocab, checkpoint.config.vocab_size)
-    options = {"dtype": dtype and jnp.dtype(dtype), "context": context}
-    return checkpoint, measure.methods(checkpoint, drafts, sizes, tree, rankings, **options)
+    return checkpoint, measure.methods(checkpoint, drafts, sizes, tree, rankings, dtype=dtype, context=context)
 
 
 def sizes_of(text: str, vocab_size: int) -> list[int | str]:

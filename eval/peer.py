@@ -41,13 +41,14 @@ def check(path: Path) -> None:
 
 
 class Peer:
-    """A model of transformers, float32, greedy, batch 1.
+    """A model of transformers, greedy, batch 1.
 
     Args:
       path: a Hugging Face folder, or a .gguf file (then accelerate is needed too).
+      dtype: of weights and products, by name.
     """
 
-    def __init__(self, path: Path, stop_ids: tuple[int, ...]) -> None:
+    def __init__(self, path: Path, stop_ids: tuple[int, ...], dtype: str = "float32") -> None:
         check(path)
         os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would run into ours
         import torch
@@ -58,7 +59,7 @@ class Peer:
         where: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
         folder = path.parent if where else path
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **where)
         except (ValueError, ImportError, OSError) as error:
             raise UserError(f"--peer {path} cannot be loaded by transformers: {str(error).splitlines()[0]}") from None
         self._torch, self._model, self._stop_ids = torch, model.eval(), list(stop_ids)

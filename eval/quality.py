@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--temperature", default="0,1", metavar="T,T,...", help="0 is greedy (default: 0,1)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="answers above temperature 0 (default: 5)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument(
         "--peer", type=Path, metavar="PATH", help="the same model for transformers, greedy: HF folder or .gguf"
     )
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     problems = {problem.key: problem for problem in chosen}
     if args.execute:
         sandbox.check()
-    checkpoint, found = models(args, dtype=args.dtype)
+    checkpoint, found = models(args)
     text = json.dumps([[problem.key, problem.prompt] for problem in problems.values()])
     configuration = {
         "kind": "quality",
@@ -110,7 +109,8 @@ def fill(
     waiting = [item for item in plan if (f"{item[0].key} T={item[1]:g}", item[2]) not in done]
     if not waiting:
         return
-    rival = peer.Peer(model, found["vanilla"].checkpoint.stop_ids) if model else None
+    vanilla = found["vanilla"]
+    rival = peer.Peer(model, vanilla.checkpoint.stop_ids, vanilla.dtype_name) if model else None
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(plan), completed=len(done))
         for problem, temperature, seed in waiting:
@@ -118,7 +118,7 @@ def fill(
             asked = Request(request.max_new_tokens, Sampling(temperature), seed)
             answers = {name: one.generate(problem.prompt, asked).text for name, one in found.items()}
             if rival is not None and temperature == 0:
-                tokens = rival.answer(found["vanilla"].encode(problem.prompt), request.max_new_tokens).tokens
+                tokens = rival.answer(vanilla.encode(problem.prompt), request.max_new_tokens).tokens
                 answers[PEER] = found["vanilla"].checkpoint.tokenizer.decode(tokens, skip_special_tokens=True)
             kept.append({
                 "question": f"{problem.key} T={temperature:g}", "repeat": seed, "problem": problem.key,

@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens; 0 keeps all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest share P (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer (default: at most 4096)")
     parser.add_argument("--peer", type=Path, metavar="PATH", help="the same model for transformers: HF folder or .gguf")
 
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.peer:
         peer.check(args.peer)
     questions = alternated(spread(of_tasks(read_questions(args.data), args.tasks), args.questions))
-    checkpoint, found = models(args, args.ranking, args.dtype, args.context)
+    checkpoint, found = models(args, args.ranking, args.context)
     asked = [question for question in questions if fits(found, question, request)]
     if not asked:
         raise UserError("no question fits --context; raise it")
@@ -90,8 +89,9 @@ def fill(
         return
     with progress_bar() as progress:
         bar = progress.add_task("warming up", total=len(plan), completed=len(done))
-        stop_ids = found["vanilla"].checkpoint.stop_ids
-        contest = Contest(found, None if rival is None else peer.Peer(rival, stop_ids), request)
+        vanilla = found["vanilla"]
+        other = None if rival is None else peer.Peer(rival, vanilla.checkpoint.stop_ids, vanilla.dtype_name)
+        contest = Contest(found, other, request)
         contest.warm_up(questions[0])
         for turn, question, repeat in waiting:
             progress.update(bar, description=question.key)

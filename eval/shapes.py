@@ -168,7 +168,7 @@ def round_us(plan: engine.Plan, weights: engine.Weights, context: int, dtype: jn
 
     def loop(held: engine.Weights, state: engine.DecodeState) -> engine.DecodeState:
         state = dataclasses.replace(state, length=jnp.int32(context), emitted=jnp.int32(1), finished=jnp.int32(0))
-        return engine.run(plan, held, state, jnp.int32(rounds))
+        return engine.decode_rounds(plan, held, state, jnp.int32(rounds))
 
     state = jax.jit(functools.partial(state_at, plan, capacity=capacity, dtype=dtype))(jnp.int32(context))
     return timing.looped(loop, weights, state, 1) / rounds

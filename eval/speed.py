@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
     if args.ckpt is None:
         raise UserError("give --ckpt CKPT, a checkpoint to measure, or --shapes MODEL --random-weights")
     checkpoint, found = models(args)
-    peer = Peer(args.peer, checkpoint.stop_ids) if args.peer else None
     vanilla = found["vanilla"]
+    peer = Peer(args.peer, checkpoint.stop_ids, vanilla.dtype_name) if args.peer else None
     prompts = [vanilla.encode(q.turns[0]) for q in spread(read_questions(args.data), args.questions)]
     figures = compare(found, prompts, Request(args.max_new_tokens), peer)
     show(figures)

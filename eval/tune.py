@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from eval import measure, plots, tune_plots
-from eval.options import add_json_argument, add_question_arguments, save, sizes_of
+from eval.options import add_dtype_argument, add_json_argument, add_question_arguments, save, sizes_of
 from eval.questions import read_questions, spread
 from eval.search import Choice, Point, climb
 from frspec_jax import api, compile_cache, tuned
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"to try (default: CPU {space[name]}, GPU {SPACES['gpu'][name]})",
         )  # fmt: skip
     add_question_arguments(parser, questions=7, tokens=64)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    add_dtype_argument(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the plots go (default: the draft's folder)")
     add_json_argument(parser)
 

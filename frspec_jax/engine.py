@@ -27,6 +27,11 @@ from pallas_kernels.dispatch import AUTO, Kernels
 
 RUNNING, STOPPED, FULL = 0, 1, 2  # DecodeState.finished
 
+# XLA may otherwise leave out the rounding of a sum to bfloat16 and back, in one program and not in another, and
+# a tree's pass and a single token's would part. In float32 this changes nothing. (JAX takes such options at the
+# outermost jit alone: a program of one's own is built from `decode_rounds`.)
+EXACT = {"xla_allow_excess_precision": False}
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -87,7 +92,7 @@ def new_caches(plan: Plan, capacity: int, dtype: jnp.dtype) -> Caches:
 # Prefill -----------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("caches",))
+@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
 def _prefill_chunk(
     plan: Plan, weights: Weights, caches: Caches, tokens: Array, start: Array, count: Array
 ) -> tuple[Caches, Array]:
@@ -103,7 +108,7 @@ def _prefill_chunk(
     return Caches(target, draft), features[count - 1]
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("caches",))
+@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
 def _first_token(
     plan: Plan,
     weights: Weights,
@@ -249,8 +254,7 @@ def decode_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeStat
     return accept(plan, state, tree, features, chosen, Caches(target_cache, draft_cache))
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
-def run(plan: Plan, weights: Weights, state: DecodeState, rounds: Array) -> DecodeState:
+def decode_rounds(plan: Plan, weights: Weights, state: DecodeState, rounds: Array) -> DecodeState:
     """Decode until the sequence is finished, or `rounds` more rounds are done: 1 streams, many generate."""
     last = state.rounds + rounds
     return lax.while_loop(
@@ -258,3 +262,6 @@ def run(plan: Plan, weights: Weights, state: DecodeState, rounds: Array) -> Deco
         lambda s: decode_round(plan, weights, s),
         state,
     )
+
+
+run = jax.jit(decode_rounds, static_argnames=("plan",), donate_argnames=("state",), compiler_options=EXACT)

@@ -68,7 +68,11 @@ def arguments() -> argparse.ArgumentParser:
     )
     draft.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")
     device = parser.add_argument_group("device")
-    device.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    device.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: bfloat16 on a GPU and on a CPU with AMX, else float32",
+    )
     device.add_argument(
         "--context", type=int, metavar="N", help="tokens of prompt and answer together (default: at most 4096)"
     )

@@ -36,11 +36,19 @@ def rounded_capacity(tokens: int) -> int:
     return -(-tokens // BLOCK) * BLOCK
 
 
+def stored(dtype: jnp.dtype) -> jnp.dtype:
+    """What a cache keeps for weights of `dtype`: the same, but always float32 on a CPU.
+
+    To update a bfloat16 array in place, XLA's CPU backend widens and narrows all of it, which took half of a pass.
+    """
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else dtype
+
+
 def empty(config: ModelConfig, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """A zeroed cache of `capacity` rows (a multiple of `BLOCK`) for every layer of `config`."""
+    """A zeroed cache of `capacity` rows (a multiple of `BLOCK`) for every layer; dtype: of the weights."""
     if capacity % BLOCK:
         raise ValueError(f"capacity {capacity} is not a multiple of {BLOCK}")
-    shape = (config.num_kv_heads, capacity, config.head_dim)
+    shape, dtype = (config.num_kv_heads, capacity, config.head_dim), stored(dtype)
     return tuple(LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
 

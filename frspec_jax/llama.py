@@ -11,7 +11,7 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.layers import LayerParams, decoder_layer, rms_norm, rotation
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.products import einsum_f32
+from pallas_kernels.products import rows_f32
 
 
 @struct.dataclass
@@ -70,4 +70,4 @@ def forward(
 def logits(params: LlamaParams, features: Array) -> Array:
     """Full-vocabulary logits [T, V], float32, of features [T, H], which may have taps beside them."""
     with jax.named_scope("lm_head"):
-        return einsum_f32("th,vh->tv", features[:, : params.head.shape[1]], params.head)
+        return rows_f32(features[:, : params.head.shape[1]], params.head)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 
 
 def precision_of(x: Array) -> lax.Precision | None:
@@ -14,16 +16,50 @@ def precision_of(x: Array) -> lax.Precision | None:
 def einsum_f32(spec: str, a: Array, b: Array) -> Array:
     """`jnp.einsum` of two arrays with a float32 result.
 
-    A GPU multiplies bfloat16 as it is; XLA's CPU backend has no batched product of that kind, so there
-    the operands are widened first.
+    In bfloat16 this is what a CPU with matrix units (AMX) is fast at: a bfloat16 result, which is rounded
+    after every step of the sum, takes XLA's plain loops there, at a tenth of the speed.
     """
-    if a.dtype == b.dtype == jnp.float32:
-        return jnp.einsum(spec, a, b, precision=precision_of(a))
+    return jnp.einsum(spec, a, b, precision=precision_of(a), preferred_element_type=jnp.float32)
 
-    def widened(a: Array, b: Array) -> Array:
-        return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32))
 
-    def mixed(a: Array, b: Array) -> Array:
-        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+FEW_ROWS = 16  # up to so many rows a CPU multiplies sooner with the weight on the left
 
-    return lax.platform_dependent(a, b, cpu=widened, default=mixed)
+
+def rows_f32(x: Array, weight: Array) -> Array:
+    """x [T, in] times the rows of weight [out, in]: float32 [T, out]."""
+    rows, narrow = x.shape[0], x.dtype == jnp.bfloat16
+    if rows > FEW_ROWS or (rows == 1 and not narrow):
+        return _plain(x, weight)
+    cpu = _one_row if rows == 1 else _weight_on_the_left
+    return lax.platform_dependent(x, weight, cpu=cpu, default=_plain)
+
+
+def _plain(x: Array, weight: Array) -> Array:
+    return einsum_f32("ti,oi->to", x, weight)
+
+
+def _weight_on_the_left(x: Array, weight: Array) -> Array:
+    """The same product for XLA's CPU backend: it packs what stands on the right, so that must be the small one.
+
+    Measured for all layers of SmolLM2-135M on two cores, 4 rows and 8: in float32 26 and 29 ms instead of 32 and 33,
+    in bfloat16 10 and 12 instead of 14. Without the barrier XLA folds the transpositions and swaps the operands back.
+    """
+    return lax.optimization_barrier(einsum_f32("oi,ti->ot", weight, x)).T
+
+
+@custom_vmap
+def _one_row(x: Array, weight: Array) -> Array:
+    """One bfloat16 row as two: the product of a matrix and a vector takes XLA's CPU backend 14 times as long.
+
+    A row's result does not depend on how many stand beside it, so one token and a tree of many give the same bits.
+    """
+    return _weight_on_the_left(jnp.concatenate([x, x]), weight)[:1]
+
+
+@_one_row.def_vmap
+def _one_row_each(size: int, batched: list[bool], x: Array, weight: Array) -> tuple[Array, bool]:
+    """Under vmap there are rows enough, where they share their weight."""
+    if batched == [True, False]:
+        return _plain(x[:, 0], weight)[:, None], True
+    axes = tuple(0 if many else None for many in batched)
+    return jax.vmap(_plain, in_axes=axes)(x, weight), True

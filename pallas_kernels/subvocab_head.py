@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from pallas_kernels import subvocab_head_pallas
 from pallas_kernels.dispatch import Implementation, choose, power_of_two
-from pallas_kernels.products import einsum_f32
+from pallas_kernels.products import rows_f32
 from pallas_kernels.subvocab_head_pallas import Config
 
 
@@ -42,10 +42,7 @@ def subvocab_top_k(
 
 
 def _xla(x: Array, head: Array, k: int, scale: Array | None) -> tuple[Array, Array]:
-    if scale is None:
-        logits = einsum_f32("mh,vh->mv", x, head)
-    else:
-        logits = einsum_f32("mh,vh->mv", x, head.astype(x.dtype)) * scale
+    logits = rows_f32(x, head) if scale is None else rows_f32(x, head.astype(x.dtype)) * scale
     best, index = lax.top_k(logits, k)
     return best - jax.nn.logsumexp(logits, axis=-1, keepdims=True), index
 

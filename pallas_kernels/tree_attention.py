@@ -7,6 +7,8 @@ of ancestors gives ordinary causal attention, so prefill, one token and a tree a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -77,30 +79,66 @@ def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Arra
     # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
     # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
     columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
+    steady = q.dtype != keys.dtype  # bfloat16 on a CPU: see `_steady_mix`
+    spare = max(0, _least_columns(kv_heads) - tokens * group) if steady else 0
+    columns = jnp.pad(columns, ((0, 0), (0, 0), (0, spare)))
 
     def scores(first: Array | int, k: Array) -> Array:
         with jax.named_scope("scores"):
             # Without the barrier XLA swaps the operands back to save the transposition, at 1.7 times the cost.
-            products = lax.optimization_barrier(einsum_f32("hkd,hdq->hkq", k, columns)).swapaxes(1, 2)
+            products = lax.optimization_barrier(einsum_f32("hkd,hdq->hkq", k.astype(q.dtype), columns)).swapaxes(1, 2)
             row = first + jnp.arange(k.shape[1])
             visible = (row < committed)[None] | has_bit(ancestors, row - committed)  # [T, k]
-            masked = jnp.repeat(visible, group, axis=0)[None]
+            masked = jnp.repeat(visible, group, axis=0)
+            masked = jnp.pad(masked, ((0, spare), (0, 0)), constant_values=True)[None]
             return jnp.where(masked, products * head_dim**-0.5, MASKED)
 
+    mix = _steady_mix if steady else _mix
     if capacity <= DENSE_LIMIT:
-        weights = jax.nn.softmax(scores(0, keys), axis=-1)
-        out = einsum_f32("hqk,hkd->hqd", weights.astype(values.dtype), values)
+        s = scores(0, keys)
+        total, out = mix(jnp.exp(s - s.max(-1, keepdims=True)), values)
+        out /= total[..., None]
     else:
-        out = _over_live_blocks(
-            scores, (kv_heads, tokens * group, head_dim), keys, values, committed + 32 * ancestors.shape[1]
-        )
-    out = out.reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
+        out = _over_live_blocks(scores, mix, columns.shape[2], keys, values, committed + 32 * ancestors.shape[1])
+    out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
-def _over_live_blocks(scores, shape: tuple[int, ...], keys: Array, values: Array, live: Array) -> Array:
+def _mix(weights: Array, values: Array) -> tuple[Array, Array]:
+    """Sums [kv_heads, q] of weights [kv_heads, q, k], and the weights' product with values [kv_heads, k, head_dim]."""
+    return weights.sum(-1), einsum_f32("hqk,hkd->hqd", weights.astype(values.dtype), values)
+
+
+def _steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
+    """The same, rounded the same for one token and for a tree of many, wherever in the cache its keys stand.
+
+    On the right hand, XLA's CPU backend adds up such a product key by key, so that masked keys between two visible
+    ones change no bit, and a column of ones has it add up the weights alike. Then vanilla and speculative decoding
+    write the same text in bfloat16 too, where rounding would otherwise decide a tie every few hundred tokens.
+    """
+    columns = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
+    out = lax.optimization_barrier(einsum_f32("hkd,hqk->hdq", columns, weights)).swapaxes(1, 2)
+    return out[..., -1], out[..., :-1]
+
+
+def _least_columns(kv_heads: int) -> int:
+    """Queries a KV head below which XLA's CPU backend rounds exponentials with other instructions.
+
+    It does so for arrays of fewer than 4,096 numbers: 16 rows of a block of 256 keys, over all KV heads.
+    """
+    return max(4, -(-16 // kv_heads))
+
+
+def _over_live_blocks(
+    scores: Callable[[Array, Array], Array],
+    mix: Callable[[Array, Array], tuple[Array, Array]],
+    rows: int,
+    keys: Array,
+    values: Array,
+    live: Array,
+) -> Array:
     """Online softmax over the blocks that hold live rows, so that free capacity costs nothing."""
-    kv_heads, rows, head_dim = shape
+    kv_heads, capacity, head_dim = keys.shape
 
     def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
@@ -111,14 +149,14 @@ def _over_live_blocks(scores, shape: tuple[int, ...], keys: Array, values: Array
         new_peak = jnp.maximum(peak, s.max(-1))
         weights = jnp.exp(s - new_peak[..., None])
         old = jnp.exp(peak - new_peak)
-        mix = einsum_f32("hqk,hkd->hqd", weights.astype(v.dtype), v)
-        return new_peak, total * old + weights.sum(-1), out * old[..., None] + mix
+        sums, mixed = mix(weights, v)
+        return new_peak, total * old + sums, out * old[..., None] + mixed
 
     start = (
         jnp.full((kv_heads, rows), MASKED, jnp.float32),
         jnp.zeros((kv_heads, rows), jnp.float32),
-        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((kv_heads, rows, head_dim), jnp.float32),
     )
-    blocks = jnp.minimum(-(-live // BLOCK), keys.shape[1] // BLOCK)
+    blocks = jnp.minimum(-(-live // BLOCK), capacity // BLOCK)
     _, total, out = lax.fori_loop(0, blocks, step, start)
     return out / total[..., None]

@@ -110,15 +110,21 @@ def test_a_long_cache_changes_nothing(kind):
     assert short == long
 
 
-def test_every_kind_runs_in_bfloat16(kind):
-    """What it writes is its own: rounding differs with the shape of a pass (README, on floating point)."""
+@pytest.mark.parametrize("tree", TREES)
+def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
+    """On a CPU a token's row rounds alike alone and in a tree, wherever its keys stand (README, on floating point)."""
     cfg = toy.config()
     w, drafter = toy.weights(cfg, kind=kind)
     w = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
-    plan = engine.Plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(), ())
-    caches = engine.new_caches(plan, 256, jnp.bfloat16)
-    state = engine.run(plan, w, engine.start(plan, w, caches, PROMPT, chunk=8, limit=20), np.int32(100))
-    assert int(state.emitted) == 20 and state.accepted.features.dtype == jnp.bfloat16
+    outputs = []
+    for plan in (toy.vanilla_plan(cfg, Sampling(1.0)), engine.Plan(cfg, drafter, tree, Sampling(1.0), ())):
+        weights = w if plan.drafter is drafter else engine.Weights(w.target, ())
+        caches = engine.new_caches(plan, 1024, jnp.bfloat16)
+        state = engine.start(plan, weights, caches, PROMPT, chunk=8, limit=150, seed=3)
+        state = engine.run(plan, weights, state, np.int32(1000))
+        assert int(state.emitted) == 150 and state.accepted.features.dtype == jnp.bfloat16
+        outputs.append(np.asarray(state.output)[:150].tolist())
+    assert outputs[0] == outputs[1]
 
 
 # Stops and limits --------------------------------------------------------------------------------
@@ -195,8 +201,10 @@ def test_outputs_follow_the_targets_law(kind, settings):
     )
 
     def decode(sequence):
-        state = engine._first_token(plan, w, caches, feature, jnp.int32(3), jnp.int32(3), jnp.int32(11), sequence)
-        return engine.run(plan, w, state, jnp.int32(5)).output[:3]
+        state = engine._first_token.__wrapped__(
+            plan, w, caches, feature, jnp.int32(3), jnp.int32(3), jnp.int32(11), sequence
+        )
+        return engine.decode_rounds(plan, w, state, jnp.int32(5)).output[:3]
 
     outputs = np.asarray(jax.lax.map(decode, jnp.arange(count), batch_size=250))
 

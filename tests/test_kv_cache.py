@@ -25,12 +25,14 @@ def filled(seed: int = 0) -> LayerKV:
     return LayerKV(keys, values)
 
 
-def test_an_empty_cache_has_a_pair_of_arrays_a_layer():
+@pytest.mark.parametrize(("backend", "kept"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16)])
+def test_an_empty_cache_has_a_pair_of_arrays_a_layer(backend, kept, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     cache = kv_cache.empty(CFG, 2 * BLOCK, jnp.bfloat16)
     assert len(cache) == CFG.num_layers and cache[0].capacity == 2 * BLOCK
     for array in jax.tree.leaves(cache):
         assert array.shape == (CFG.num_kv_heads, 2 * BLOCK, CFG.head_dim)
-        assert array.dtype == jnp.bfloat16 and not array.any()
+        assert array.dtype == kept and not array.any()
 
 
 @given(st.integers(1, 10**6))
@@ -64,7 +66,7 @@ def test_write_fills_its_rows_and_no_others(tokens, place, seed):
 
 
 def test_write_rounds_to_the_caches_dtype():
-    cache = kv_cache.empty(CFG, BLOCK, jnp.bfloat16)[0]
+    cache = jax.tree.map(lambda rows: rows.astype(jnp.bfloat16), filled())
     rows = np.random.default_rng(0).normal(size=(2, 3, CFG.num_kv_heads, CFG.head_dim)).astype(np.float32)
     after = write(cache, *rows, jnp.int32(7))
     assert after.keys.dtype == after.values.dtype == jnp.bfloat16

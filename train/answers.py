@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from frspec_jax import kv_cache, llama, sampling
+from frspec_jax.api import defaults
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig, Sampling
 from frspec_jax.errors import UserError
@@ -54,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the target (default: bfloat16 on a GPU and on a CPU with AMX, else float32)",
+    )
+    parser.add_argument(
         "--limit-tokens", type=int, metavar="N", help="take no new prompt once the store holds N tokens"
     )
 
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     settings = Sampling(args.temperature)
     checkpoint = Checkpoint.open(args.ckpt)
     files = corpus_files(args.prompts)
-    params = checkpoint.params()
+    params = checkpoint.params(jnp.dtype(args.dtype) if args.dtype else defaults().dtype)
     writer = FeatureWriter(args.out, checkpoint)
     longest = args.capacity - 2 * STEPS
 
@@ -212,7 +218,7 @@ def answer_prompts(
       progress: called with (answers, tokens) since the last call.
     """
     shape = (slots, config.num_kv_heads, capacity, config.head_dim)
-    dtype = params.embedding.dtype
+    dtype = kv_cache.stored(params.embedding.dtype)
     layers = tuple(kv_cache.LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
     state = Slots(layers, *(jnp.zeros(slots, jnp.int32) for _ in range(3)))
     waiting: Iterator[tuple[int, list[int]]] = iter(prompts)

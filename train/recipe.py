@@ -166,6 +166,28 @@ def pairs_counted(batch: Batch, unroll: int) -> Array:
     return jnp.stack([valid(batch, s).sum() for s in range(unroll)])
 
 
+@jax.custom_vjp
+def frozen_logits(rows: Array, head: Array) -> Array:
+    """Logits [R, T, M], float32, of rows [R, T, H] by a head [M, H] that is not trained.
+
+    The gradient's product has the head's dtype too; JAX's own would widen the head to float32, since logits are.
+    """
+    return einsum_f32("rth,mh->rtm", rows.astype(head.dtype), head)
+
+
+def _logits_forward(rows: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
+    return frozen_logits(rows, head), (jnp.zeros((), rows.dtype), head)
+
+
+def _logits_backward(kept: tuple[Array, Array], by_logits: Array) -> tuple[Array, Array]:
+    like, head = kept
+    by_rows = einsum_f32("rtm,mh->rth", by_logits.astype(head.dtype), head)
+    return by_rows.astype(like.dtype), jnp.zeros_like(head)
+
+
+frozen_logits.defvjp(_logits_forward, _logits_backward)
+
+
 def loss_terms(
     params: EagleParams,
     config: ModelConfig,
@@ -183,11 +205,11 @@ def loss_terms(
     """
     counts = pairs_counted(batch, recipe.unroll) if counts is None else counts
     targets = jnp.asarray(batch.targets)
-    log_want = jax.nn.log_softmax(einsum_f32("rth,mh->rtm", targets, head), axis=-1)
+    log_want = jax.nn.log_softmax(frozen_logits(targets, head), axis=-1)
 
     @recipe.rematted
     def sums(output: Array, mask: Array) -> tuple[Array, Array, Array]:
-        said = einsum_f32("rth,mh->rtm", output, head)
+        said = frozen_logits(output, head)
         # Cross-entropy less the target's entropy: the KL divergence, whose floor is zero.
         ce = ((jnp.exp(log_want) * (log_want - jax.nn.log_softmax(said, axis=-1))).sum(-1) * mask).sum()
         distance = optax.huber_loss(output.astype(jnp.float32), targets.astype(jnp.float32))
