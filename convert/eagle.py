@@ -61,7 +61,8 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> EagleConfig:
         fc_bias=_has_fc_bias(source),
         attention_bias="layers.0.self_attn.q_proj.bias" in names,
     )
-    _note_disagreements(config, spec, target, file)
+    _check_bias(config, spec, file)
+    _note_rope(config, target, file)
     return spec
 
 
@@ -72,10 +73,17 @@ def _has_fc_bias(source: TensorFolder) -> bool:
     return source.config.get(FC_BIAS_KEY) is not False or bool(source.read("fc.bias").any())
 
 
-def _note_disagreements(config: Mapping[str, Any], spec: EagleConfig, target: Checkpoint, file: str) -> None:
+def _check_bias(config: Mapping[str, Any], spec: EagleConfig, file: str) -> None:
+    """EAGLE's training has written an fc.bias that its config denies, and its inference then leaves out."""
     if "bias" in config and bool(config["bias"]) != spec.fc_bias:
-        what = "the checkpoint has an fc.bias, which is used" if spec.fc_bias else "the checkpoint has no fc.bias"
-        print(f"note: {file} says bias: {json.dumps(config['bias'])}, but {what}", file=sys.stderr)
+        has = "the checkpoint has an fc.bias" if spec.fc_bias else "the checkpoint has no fc.bias"
+        raise UserError(
+            f"{file} says bias: {json.dumps(config['bias'])}, but {has}; "
+            f"write {json.dumps(spec.fc_bias)} there if the draft was trained so"
+        )
+
+
+def _note_rope(config: Mapping[str, Any], target: Checkpoint, file: str) -> None:
     rope = config.get("rope_parameters") or {}
     theta = config.get("rope_theta") or rope.get("rope_theta")
     if theta is not None and float(theta) != target.config.rope_theta:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from frspec_jax import api, engine, llama, sampling, tuned
+from frspec_jax import api, engine, kv_cache, llama, sampling, tuned
 from frspec_jax.api import Generator, Request, Result
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
@@ -116,15 +116,15 @@ def draft_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeS
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
 def verify_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
-    """The target's pass over a tree: features [N, H], its own next tokens [N], and the state."""
-    features, chosen, cache = engine.verify(plan, weights, state, tree)
-    return features, chosen, replace(state, caches=replace(state.caches, target=cache))
+    """The target's pass over a tree: features [N, H], the `engine.Verdict`, and the state."""
+    features, verdict, cache = engine.verify(plan, weights, state, tree)
+    return features, verdict, replace(state, caches=replace(state.caches, target=cache))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
-def accept_step(plan: engine.Plan, state: engine.DecodeState, tree: Any, features: Any, chosen: Any) -> Any:
+def accept_step(plan: engine.Plan, state: engine.DecodeState, tree: Any, features: Any, verdict: Any) -> Any:
     """The end of a round: the state with the accepted path emitted and committed."""
-    return engine.accept(plan, state, tree, features, chosen, state.caches)
+    return engine.accept(plan, state, tree, features, verdict, state.caches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +146,9 @@ def stage_times(model: Generator, prompt: np.ndarray, request: Request, rounds: 
         start = time.perf_counter()
         tree, state = jax.block_until_ready(draft_step(plan, model.weights, state))
         drafted = time.perf_counter()
-        features, chosen, state = jax.block_until_ready(verify_step(plan, model.weights, state, tree))
+        features, verdict, state = jax.block_until_ready(verify_step(plan, model.weights, state, tree))
         verified = time.perf_counter()
-        state = jax.block_until_ready(accept_step(plan, state, tree, features, chosen))
+        state = jax.block_until_ready(accept_step(plan, state, tree, features, verdict))
         times.append((drafted - start, verified - drafted, time.perf_counter() - verified))
     model._finish(state)
     medians = [1e3 * statistics.median(column) for column in zip(*times[WARM_UP:] or times, strict=True)]
@@ -165,7 +165,7 @@ def round_bytes(model: Generator, context: int) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
     target, config = model.weights.target, model.checkpoint.config
-    row = 2 * config.num_kv_heads * config.head_dim * target.embedding.dtype.itemsize
+    row = 2 * config.num_kv_heads * config.head_dim * kv_cache.stored(target.embedding.dtype).itemsize
     total = size(target.layers) + target.head.nbytes + config.num_layers * context * row
     if model.draft_vocab is not None:
         passes = 1 if model.method.startswith("medusa") else model.tree.depth  # Medusa's heads all read one feature

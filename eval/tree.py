@@ -95,8 +95,8 @@ def grown(model: Generator, text: np.ndarray) -> Drawn:
     plan = model.plan(Sampling())
     state = model._start(plan, text, plan.tree.depth + 2, 0)
     tree, state = measure.draft_step(plan, model.weights, state)
-    _, chosen, state = measure.verify_step(plan, model.weights, state, tree)
-    path, drafts = accepted_path(tree, chosen, plan.tree.depth)
+    _, verdict, state = measure.verify_step(plan, model.weights, state, tree)
+    path, drafts = accepted_path(tree, verdict.chosen, plan.tree.depth)
     model._finish(state)
     nodes, bits = len(tree.tokens), np.asarray(tree.ancestors)
     mask = np.array([[bits[i, j // 32] >> (j % 32) & 1 for j in range(nodes)] for i in range(nodes)], bool)
@@ -110,7 +110,7 @@ def grown(model: Generator, text: np.ndarray) -> Drawn:
         depth=np.asarray(tree.depth),
         mask=mask,
         accepted=set(accepted),
-        bonus=decode([int(chosen[accepted[-1]])]),
+        bonus=decode([int(verdict.chosen[accepted[-1]])]),
     )
 
 

@@ -92,7 +92,7 @@ class Result:
     tokens: list[int]  # the stop id included, where one ended the answer
     prompt_tokens: int
     finish_reason: str  # "stop" or "length"
-    method: str  # "vanilla", or the draft's kind, with "+fr" where its vocabulary is cropped: "eagle+fr"
+    method: str  # "vanilla", or "eagle", "eagle+fr" (cropped), ...; ", lossy" after typical acceptance
     draft_vocab: int | None  # V'; None where nothing drafts
     rounds: int
     accepted_length: float | None  # tokens a round, the bonus token counted; the first token is the prefill's
@@ -319,7 +319,7 @@ class Generator:
         prefilled = time.perf_counter()
         state = jax.block_until_ready(engine.run(plan, self.weights, state, ALL_ROUNDS))
         end = time.perf_counter()
-        result = self._result(state, len(ids), prefilled - begin, end - prefilled)
+        result = self._result(state, len(ids), prefilled - begin, end - prefilled, request)
         self._finish(state)
         return result
 
@@ -343,7 +343,9 @@ class Generator:
     def _finish(self, state: engine.DecodeState) -> None:
         self._caches = state.caches
 
-    def _result(self, state: engine.DecodeState, prompt: int, prefill: float, decode: float) -> Result:
+    def _result(
+        self, state: engine.DecodeState, prompt: int, prefill: float, decode: float, request: Request
+    ) -> Result:
         tokens = np.asarray(state.output)[: int(state.emitted)].tolist()
         rounds = int(state.rounds)
         return Result(
@@ -351,7 +353,7 @@ class Generator:
             tokens=tokens,
             prompt_tokens=prompt,
             finish_reason="stop" if int(state.finished) == engine.STOPPED else "length",
-            method=self.method,
+            method=f"{self.method}, lossy" if request.sampling.typical else self.method,
             draft_vocab=self.draft_vocab,
             rounds=rounds,
             accepted_length=(len(tokens) - 1) / rounds if rounds else None,
@@ -388,7 +390,7 @@ class Stream:
             begin = time.perf_counter()
             state = jax.block_until_ready(engine.run(plan, model.weights, state, np.int32(1)))
             decode += time.perf_counter() - begin
-        self.result = model._result(state, len(ids), prefill, decode)
+        self.result = model._result(state, len(ids), prefill, decode, self._request)
         model._finish(state)
         rest = self.result.text[len(written) :]
         if rest and self.result.text.startswith(written):  # bytes that never became a whole character

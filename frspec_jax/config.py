@@ -217,14 +217,20 @@ VANILLA = TreeConfig(size=1, depth=0, top_k=1)
 class Sampling:
     """Temperature, then top-k, then top-p: the order of transformers' warpers.
 
-    temperature 0 is greedy decoding; top_k 0 and top_p 1 switch their filter off.
+    temperature 0 is greedy decoding; top_k 0 and top_p 1 switch their filter off. typical is lossy: see
+    `sampling.typical`; 0 keeps the text exactly the target's.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    typical: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.typical < 1:
+            raise UserError(f"--lossy-typical {self.typical} must be 0 (off: exact) or a share below 1, such as 0.09")
+        if self.typical and self.temperature == 0:
+            raise UserError("--lossy-typical needs --temperature above 0; greedy decoding accepts the best token alone")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature {self.temperature} must be 0 (greedy) or a positive number")
         if self.top_k < 0:

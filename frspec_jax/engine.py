@@ -204,8 +204,16 @@ def draft(plan: Plan, weights: Weights, state: DecodeState) -> tuple[DraftTree, 
         )
 
 
-def verify(plan: Plan, weights: Weights, state: DecodeState, tree: DraftTree) -> tuple[Array, Array, KVCache]:
-    """Steps 3 and 4: the target's features [N, H] and its own next token [N] after each node, and its cache."""
+@struct.dataclass
+class Verdict:
+    """What the target says of a tree."""
+
+    chosen: Array  # [N] int32, its own next token after each node
+    typical: Array | None  # [N] bool, nodes that it would also bear, where acceptance is lossy
+
+
+def verify(plan: Plan, weights: Weights, state: DecodeState, tree: DraftTree) -> tuple[Array, Verdict, KVCache]:
+    """Steps 3 and 4: the target's features [N, H] of each node, what it says of them, and its cache."""
     with jax.named_scope("verify"):
         positions = state.length + tree.depth
         features, cache = llama.forward(
@@ -215,17 +223,20 @@ def verify(plan: Plan, weights: Weights, state: DecodeState, tree: DraftTree) ->
         scores = llama.logits(weights.target, features)
     following = state.length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)
     chosen = sampling.choose(scores, plan.sampling, state.seed, state.sequence, following, tree.depth)
-    return features, chosen, cache
+    typical = sampling.typical(scores, plan.sampling, tree.tokens, tree.parent) if plan.sampling.typical else None
+    return features, Verdict(chosen, typical), cache
 
 
 def accept(
-    plan: Plan, state: DecodeState, tree: DraftTree, features: Array, chosen: Array, caches: Caches
+    plan: Plan, state: DecodeState, tree: DraftTree, features: Array, verdict: Verdict, caches: Caches
 ) -> DecodeState:
     """Steps 5 and 6: emit the right path and one token more, and commit its K/V rows."""
     depth = plan.tree.depth
-    path, drafts = accepted_path(tree, chosen, depth)
-    block = chosen[path]  # [D+1]: the accepted drafts, then the bonus token; padding past drafts + 1
+    path, drafts = accepted_path(tree, verdict.chosen, depth, verdict.typical)
     index = jnp.arange(depth + 1)
+    block = verdict.chosen[path]  # [D+1]: the accepted drafts, then the bonus token; padding past drafts + 1
+    if verdict.typical is not None:  # then the drafts need not be what the target chose
+        block = jnp.where(index < drafts, jnp.roll(tree.tokens[path], -1), block)
     stops = jnp.isin(block, jnp.array(plan.stop_ids, jnp.int32)) & (index <= drafts)
     stopped = stops.any()
     count = jnp.where(stopped, jnp.argmax(stops), drafts) + 1
@@ -250,8 +261,8 @@ def accept(
 def decode_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
     """One round: draft, verify, accept."""
     tree, draft_cache = draft(plan, weights, state)
-    features, chosen, target_cache = verify(plan, weights, state, tree)
-    return accept(plan, state, tree, features, chosen, Caches(target_cache, draft_cache))
+    features, verdict, target_cache = verify(plan, weights, state, tree)
+    return accept(plan, state, tree, features, verdict, Caches(target_cache, draft_cache))
 
 
 def decode_rounds(plan: Plan, weights: Weights, state: DecodeState, rounds: Array) -> DecodeState:

@@ -47,6 +47,10 @@ def arguments() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest share P (default: 1)"
     )
+    sampling.add_argument(
+        "--lossy-typical", type=float, default=0.0, metavar="E",
+        help="Medusa's typical acceptance: faster, but the text is no longer the target's law; Medusa's own E is 0.09",
+    )  # fmt: skip
     sampling.add_argument("--seed", type=int, default=0, help="same seed, same text, whatever drafts (default: 0)")
     draft = parser.add_argument_group(
         "drafting", "changes the speed, never the text; python -m eval tune sets the defaults for a device"
@@ -142,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     with reported():
         # Everything that can be refused without a model is refused before one is loaded.
-        sampling = Sampling(args.temperature, args.top_k, args.top_p)
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.lossy_typical)
         if args.draft_vocab not in (None, "full") and not args.draft_vocab.isdecimal():
             raise UserError(f"--draft-vocab {args.draft_vocab} must be a number of tokens, or full")
         prompts = read_prompts(args)

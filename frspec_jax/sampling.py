@@ -48,6 +48,21 @@ def warp(logits: Array, sampling: Sampling) -> Array:
     return jnp.where(logits < least, MASKED, logits)
 
 
+def typical(logits: Array, sampling: Sampling, tokens: Array, parent: Array) -> Array:
+    """Which drafted tokens Medusa's typical acceptance takes: bool [N]. LOSSY: the text is no longer the target's law.
+
+    A token passes if its probability after its parent is above min(e, sqrt(e) exp(-H)), where H is the entropy
+    there and e is `sampling.typical`: a flat distribution lets more pass (arXiv 2401.10774, section 2.3.1).
+
+    Args:
+      logits: [N, V] float32, the target's after each node. tokens, parent: [N], the nodes' own, the root's ignored.
+    """
+    logs = jax.nn.log_softmax(warp(logits, sampling), axis=-1)
+    entropy = -jnp.where(logs > MASKED, jnp.exp(logs) * logs, 0.0).sum(-1)
+    bar = jnp.minimum(sampling.typical, sampling.typical**0.5 * jnp.exp(-entropy))
+    return jnp.exp(logs[parent, tokens]) > bar[parent]
+
+
 def choose(logits: Array, sampling: Sampling, seed: Array, sequence: Array, positions: Array, row: Array) -> Array:
     """The token that the target says after each of N nodes: int32 [N].
 

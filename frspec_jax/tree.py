@@ -123,13 +123,15 @@ def rerank(tree: TreeConfig, beam: Beam, root: Array) -> DraftTree:
     return DraftTree(tokens, parent, depth, ancestors)
 
 
-def accepted_path(draft: DraftTree, chosen: Array, max_depth: int) -> tuple[Array, Array]:
+def accepted_path(draft: DraftTree, chosen: Array, max_depth: int, besides: Array | None = None) -> tuple[Array, Array]:
     """The longest path from the root whose every token is the one that the target chose above it.
 
     Siblings carry distinct tokens, so at most one child of a node is right and the path is unique.
 
     Args:
       chosen: [N] int32, the target's token after each node.
+      besides: [N] bool, nodes that count as right though nobody chose them (lossy); of several longest paths
+        the one drafted first is taken.
 
     Returns:
       path: [D+1] node indices by depth, the root first, 0 past the end; and its depth, int32.
@@ -137,6 +139,7 @@ def accepted_path(draft: DraftTree, chosen: Array, max_depth: int) -> tuple[Arra
     with jax.named_scope("accept"):
         nodes = jnp.arange(draft.tokens.shape[0])
         right = (draft.tokens == chosen[draft.parent]) | (nodes == 0)
+        right = right if besides is None else right | besides
         accepted = ((draft.ancestors & ~bit_words(right)) == 0).all(-1)
         deepest = jnp.argmax(jnp.where(accepted, draft.depth, -1))
         words = draft.ancestors[deepest]

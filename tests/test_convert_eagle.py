@@ -40,12 +40,11 @@ def test_published_draft(bias, qkv_bias, ckpt, tmp_path):
         np.testing.assert_array_equal(params.layer.qkv_bias, tensor(*(name + "bias" for name in qkv)))
 
 
-def test_the_tensors_decide_on_the_bias(ckpt, tmp_path, capsys):
+def test_another_rope_base_is_told(ckpt, tmp_path, capsys):
     folder = published_eagle(tmp_path / "draft", ckpt, bias=True)
-    edit_json(folder / "config.json", bias=False, rope_theta=500000.0)
+    edit_json(folder / "config.json", bias=True, rope_theta=500000.0)
     assert imported(folder, ckpt)[0].fc_bias
     notes = capsys.readouterr().err
-    assert "says bias: false, but the checkpoint has an fc.bias, which is used" in notes
     assert "says rope_theta 500000; the target's 10000 is used" in notes
 
 
@@ -69,6 +68,14 @@ WRONG_DRAFTS = {
     "shape": (lambda f, c: edit_pickle(f, fc__weight=torch.ones(48, 48)), "fc.weight has shape [48, 48]"),
     "layers": (lambda f, c: edit_json(f / "config.json", num_hidden_layers=2), "a draft of 2 layers"),
     "fingerprint": (lambda f, c: edit_json(f / "config.json", frspec_target="0" * 16), "made for another target"),
+    "no bias": (
+        lambda f, c: edit_json(f / "config.json", bias=True),
+        "says bias: true, but the checkpoint has no fc.bias",
+    ),
+    "bias": (
+        lambda f, c: (edit_json(f / "config.json", bias=False), edit_pickle(f, fc__bias=torch.ones(48))),
+        "says bias: false, but the checkpoint has an fc.bias",
+    ),
     "eagle3": (lambda f, c: edit_pickle(f, d2t=torch.zeros(8)), "is an EAGLE-3 draft"),
 }
 

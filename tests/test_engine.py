@@ -127,6 +127,20 @@ def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
     assert outputs[0] == outputs[1]
 
 
+def test_typical_acceptance_takes_what_is_likely_enough(kind):
+    """The lower the bar, the more of each tree is taken; and the text is another than the exact one."""
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+
+    def rounds(bar):
+        plan = engine.Plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(1.0, typical=bar), ())
+        tokens, state = toy.decode(plan, w, PROMPT, 41, seed=1)
+        return tokens, int(state.rounds)
+
+    exact, few, full = rounds(0.0), rounds(0.02), rounds(1e-12)
+    assert full[1] <= few[1] <= exact[1] and full[1] < exact[1] and full[0] != exact[0]
+
+
 # Stops and limits --------------------------------------------------------------------------------
 
 

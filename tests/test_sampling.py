@@ -17,7 +17,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
-from frspec_jax.sampling import choose, gumbel_rows, warp
+from frspec_jax.sampling import choose, gumbel_rows, typical, warp
 
 WARPS = [
     Sampling(1.0), Sampling(0.3), Sampling(1.7, top_k=1), Sampling(1.0, top_k=5), Sampling(0.8, top_k=50),
@@ -195,3 +195,26 @@ def test_draws_follow_the_law(how, law, over):
 def test_settings_out_of_range_are_refused(bad, said):
     with pytest.raises(UserError, match=said):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize("settings", [Sampling(0.7, typical=0.09), Sampling(1.0, 5, 0.9, typical=0.3)])
+def test_typical_acceptance_is_medusas_rule(settings):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(9, 40)).astype(np.float32) * 4
+    tokens, parent = rng.integers(0, 40, 9), np.array([0, 0, 0, 1, 1, 2, 3, 3, 5])
+    tokens[1:4] = logits.argmax(-1)[parent[1:4]]  # some that are likely
+    share = np.asarray(jax.nn.softmax(warp(jnp.asarray(logits), settings), axis=-1), np.float64)
+    expected = []
+    for token, above in zip(tokens, parent, strict=True):
+        entropy = -sum(p * np.log(p) for p in share[above] if p > 0)
+        expected.append(share[above, token] > min(settings.typical, np.sqrt(settings.typical) * np.exp(-entropy)))
+    found = typical(jnp.asarray(logits), settings, jnp.asarray(tokens), jnp.asarray(parent))
+    assert np.asarray(found).tolist() == expected and 0 < sum(expected) < 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"), [((0.7, 0, 1.0, 1.5), "must be 0"), ((0.0, 0, 1.0, 0.1), "needs --temperature")]
+)
+def test_typical_acceptance_is_refused_where_it_makes_no_sense(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Sampling(*settings)
