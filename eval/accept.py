@@ -15,8 +15,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from eval import measure
 from eval.figures import acceptance_by_depth
-from eval.options import add_json_argument, add_model_arguments, add_question_arguments, models, save
+from eval.options import (
+    add_json_argument,
+    add_model_arguments,
+    add_question_arguments,
+    add_ranking_argument,
+    models,
+    save,
+)
 from eval.questions import Question, of_tasks, read_questions, spread
 from frspec_jax.api import Generator, Request, Result
 from frspec_jax.errors import UserError
@@ -25,13 +33,14 @@ from frspec_jax.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/4")
     add_question_arguments(parser, questions=None, tokens=512)
+    add_ranking_argument(parser)
     add_json_argument(parser)
-    parser.add_argument("--tasks", metavar="TASK,...", help="MT, Conv, RAG, Math, QA, Summ (default: all)")
+    parser.add_argument("--tasks", metavar="TASK,...", help="MT, Conv, RAG, Math, QA, Summ, Code (default: all)")
 
 
 def run(args: argparse.Namespace) -> None:
     questions = spread(of_tasks(read_questions(args.data), args.tasks), args.questions)
-    _, found = models(args)
+    _, found = models(args, args.ranking)
     del found["vanilla"]
     request = Request(args.max_new_tokens)
     by_method: dict[str, dict[str, list[Result]]] = {name: {} for name in found}
@@ -45,7 +54,10 @@ def run(args: argparse.Namespace) -> None:
         "tree": dataclasses.asdict(next(iter(found.values())).tree),
         "max_new_tokens": args.max_new_tokens,
         "questions": len(questions),
-        "methods": [{"name": name, **summary(by_method[name])} for name in found],
+        "methods": [
+            {"name": name, **summary(by_method[name]), "coverage": coverage(model, by_method[name])}
+            for name, model in found.items()
+        ],
     }
     show(figures)
     save(args.json, figures)
@@ -84,15 +96,21 @@ def summary(by_task: dict[str, list[Result]]) -> dict[str, Any]:
     }
 
 
+def coverage(model: Generator, by_task: dict[str, list[Result]]) -> float:
+    """The share of the answers' tokens that is inside V': what the best of drafts could reach."""
+    tokens = np.concatenate([result.tokens for results in by_task.values() for result in results])
+    return round(float(np.isin(tokens, measure.draft_ids(model)).mean()), 4)
+
+
 def show(figures: dict[str, Any]) -> None:
     """Tasks as columns, as in the paper's Table 1."""
     methods = figures["methods"]
     tasks = list(methods[0]["accepted_length"])
     table = Table(title=f"accepted length (bonus token counted), greedy, {figures['questions']} questions")
-    for heading in ("method", *tasks, "average", "of the first"):
+    for heading in ("method", *tasks, "average", "of the first", "coverage"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for row in methods:
         share = row["average"] / methods[0]["average"]
         lengths = (f"{row['accepted_length'][task]:.2f}" for task in tasks)
-        table.add_row(row["name"], *lengths, f"{row['average']:.2f}", f"{share:.1%}")
+        table.add_row(row["name"], *lengths, f"{row['average']:.2f}", f"{share:.1%}", f"{row['coverage']:.1%}")
     Console().print(table)

@@ -61,6 +61,13 @@ def add_question_arguments(parser: argparse.ArgumentParser, questions: int | Non
     )
 
 
+def add_ranking_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ranking", nargs="+", type=Path, default=[], metavar="FILE",
+        help="take sub-vocabularies from each of these .npz files (default: the checkpoint's ranking)",
+    )  # fmt: skip
+
+
 def progress_bar() -> Progress:
     """A bar on standard error, with counts and times."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eval import manifest, peer, records
 from eval.contest import Contest, first_prompt
-from eval.options import add_model_arguments, add_question_arguments, models, progress_bar
+from eval.options import add_model_arguments, add_question_arguments, add_ranking_argument, models, progress_bar
 from eval.questions import Question, alternated, by_task, digest, of_tasks, read_questions, spread
 from frspec_jax.api import Generator, Request
 from frspec_jax.config import Sampling
@@ -22,10 +22,7 @@ from frspec_jax.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/2,1/4,1/8,1/16")
-    parser.add_argument(
-        "--ranking", nargs="+", type=Path, default=[], metavar="FILE",
-        help="take sub-vocabularies from each of these .npz files (default: the checkpoint's ranking)",
-    )  # fmt: skip
+    add_ranking_argument(parser)
     add_question_arguments(parser, questions=None, tokens=512)
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the records; resumes")
     parser.add_argument("--tasks", metavar="TASK,...", help="MT, Conv, RAG, Math, QA, Summ, Code (default: all)")

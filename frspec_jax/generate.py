@@ -64,12 +64,13 @@ def arguments() -> argparse.ArgumentParser:
         help="V', tokens that the draft may propose, or full (default: as tuned, or a quarter, if ranked)",
     )
     draft.add_argument(
-        "--tree-size", type=int, metavar="N", help="nodes of the draft tree, with the root (default: CPU 4, GPU 60)"
+        "--tree-size",
+        type=int,
+        metavar="N",
+        help="nodes of the draft tree, with the root (default: what suits the device)",
     )
-    draft.add_argument("--depth", type=int, metavar="D", help="levels below the root (default: CPU 2, GPU 6)")
-    draft.add_argument(
-        "--draft-top-k", type=int, metavar="K", help="beams a level and children a node (default: CPU 2, GPU 10)"
-    )
+    draft.add_argument("--depth", type=int, metavar="D", help="levels below the root")
+    draft.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
     draft.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")
     device = parser.add_argument_group("device")
     device.add_argument(

@@ -23,6 +23,7 @@ from frspec_jax.vocabulary import Ranking, control_ids, sub_vocabulary, tokenize
 from train import rank
 from train.__main__ import main
 from train.corpus import COMPRESSIONS, FORMATS
+from train.features import FeatureWriter
 from train.rank import count_files
 
 VOCAB = 400
@@ -269,3 +270,17 @@ def test_argparse_refuses_with_status_2(args, capfd):
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2 and "usage: python -m train" in capfd.readouterr().err
+
+
+def test_the_targets_own_answers_count(tmp_path, ckpt):
+    """Of a store, what was answered; and it adds to corpora and rankings as they do."""
+    checkpoint = Checkpoint.open(ckpt)
+    writer = FeatureWriter(tmp_path / "answers", checkpoint)
+    tokens, answer = np.array([5, 6, 7, 7, 9], np.int32), np.array([0, 0, 1, 1, 1], np.uint8)
+    writer.append(0, tokens, answer, np.zeros((5, checkpoint.config.hidden_size)))
+    writer.close()
+    command(tmp_path / "answers", "--ckpt", ckpt, "--out", tmp_path / "own.npz")
+    own = Ranking.load(tmp_path / "own.npz")
+    assert own.corpora == ("answers",) and {i: n for i, n in enumerate(own.counts) if n} == {7: 2, 9: 1}
+    command(tmp_path / "answers", "--ckpt", ckpt, "--merge", tmp_path / "own.npz", "--out", tmp_path / "twice.npz")
+    assert np.array_equal(Ranking.load(tmp_path / "twice.npz").counts, 2 * own.counts)

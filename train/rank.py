@@ -2,7 +2,8 @@
 
 The full ranking, with counts, is written to CKPT/ranking.npz; generation slices it at any V'.
 Files may be .txt, .jsonl, .json or .parquet, plain or .gz, .xz, .zst; folders are searched. Texts are
-counted without the tokenizer's own start tokens.
+counted without the tokenizer's own start tokens. Of a store that `train answers` has made, the target's own
+answers count.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from train.corpus import ROLES, corpus_files, read_corpus
 # Worker processes import this module, and should not pay for JAX: `run` and `show` import what needs it.
 if TYPE_CHECKING:
     from frspec_jax.vocabulary import Ranking
+    from train.features import FeatureStore
 
 BATCH = 1 << 18  # characters that a worker counts at a time; its memory is some hundred bytes a token
 SHARES = (16, 8, 4, 2)  # the table shows V' at one in so many of the vocabulary
@@ -38,7 +40,11 @@ SHARES = (16, 8, 4, 2)  # the table shows V' at one in so many of the vocabulary
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "corpus", nargs="*", type=Path, metavar="CORPUS", help="files or folders of text or conversations"
+        "corpus",
+        nargs="*",
+        type=Path,
+        metavar="CORPUS",
+        help="files or folders of text or conversations, or stores of answers",
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder, for its tokenizer")
     parser.add_argument(
@@ -61,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from frspec_jax.checkpoint import Checkpoint
     from frspec_jax.vocabulary import Ranking, control_ids, tokenizer_hash
+    from train.features import FeatureStore, stored_taps
 
     roles = _checked(args)
     checkpoint = Checkpoint.open(args.ckpt)
@@ -73,7 +80,10 @@ def run(args: argparse.Namespace) -> None:
     rankings = [Ranking.load(path) for path in args.merge or ()]
     for path, ranking in zip(args.merge or (), rankings, strict=True):
         ranking.check(tokenizer, vocab_size, path)
-    files, held_out = corpus_files(args.corpus), corpus_files(args.evaluate or ())
+    stores = {path: taps for path in args.corpus if (taps := stored_taps(path)) is not None}
+    files = corpus_files(path for path in args.corpus if path not in stores)
+    held_out = corpus_files(args.evaluate or ())
+    answers = [answer_counts(FeatureStore(path, checkpoint, taps), vocab_size) for path, taps in stores.items()]
 
     # What is held out comes first: a mistake in it shows before the long count.
     every = count_files(
@@ -83,9 +93,10 @@ def run(args: argparse.Namespace) -> None:
     for name, counts in others:
         if not counts.any():
             raise UserError(f"--evaluate {name} holds no text of the roles {args.roles}; choose others with --roles")
-    counted = Ranking(sum(every, np.zeros(vocab_size, np.int64)), tokenizer, tuple(file.name for file in files))
+    names = (*(path.resolve().name for path in stores), *(file.name for file in files))
+    counted = Ranking(sum([*answers, *every], np.zeros(vocab_size, np.int64)), tokenizer, names)
     ranking = sum(rankings[1:], rankings[0]) if rankings else counted
-    if rankings and files:
+    if rankings and names:
         ranking = ranking + counted
     if not ranking.tokens:
         raise UserError(f"the corpus holds no text of the roles {args.roles}; choose others with --roles")
@@ -93,6 +104,11 @@ def run(args: argparse.Namespace) -> None:
     show(ranking, others, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size))
     seen = np.count_nonzero(ranking.counts)
     print(f"wrote {out}: {ranking.tokens:,} tokens, {seen:,} of {vocab_size:,} ids seen")
+
+
+def answer_counts(store: FeatureStore, vocab_size: int) -> np.ndarray:
+    """Occurrences [V] int64 of each token id in a store's answers."""
+    return np.bincount(store.tokens[store.answer == 1], minlength=vocab_size)
 
 
 def _checked(args: argparse.Namespace) -> tuple[str, ...]:
