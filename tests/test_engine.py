@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import re
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +111,7 @@ def test_a_long_cache_changes_nothing(kind):
     assert short == long
 
 
+@pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
 @pytest.mark.parametrize("tree", TREES)
 def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
     """On a CPU a token's row rounds alike alone and in a tree, wherever its keys stand (README, on floating point)."""

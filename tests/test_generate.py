@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 
+import conftest
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -110,3 +111,14 @@ def test_bfloat16_runs(checkpoint):
     model = api.load(checkpoint, dtype=jnp.bfloat16)
     assert model.weights.target.embedding.dtype == jnp.bfloat16
     assert len(model.generate("hello", Request(12)).tokens) >= 1
+
+
+def test_the_dtype_suits_the_cpu(checkpoint, monkeypatch, tmp_path):
+    """bfloat16 where a CPU multiplies it in hardware, unless another is asked for; then the tree is another too."""
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f amx_bf16 amx_tile\n")
+    assert conftest.has_amx(tmp_path / "cpuinfo") and not conftest.has_amx(tmp_path / "none")
+    for amx, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(api, "has_amx", lambda amx=amx: amx)
+        model = api.load(checkpoint)
+        assert model.dtype_name == dtype and model.tree == api.defaults(dtype).tree
+        assert api.load(checkpoint, dtype=jnp.float32).tree == api.DEFAULTS["cpu"].tree

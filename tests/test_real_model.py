@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import conftest
+import jax.numpy as jnp
 import pytest
 
 from eval.peer import Peer
@@ -42,6 +44,19 @@ def test_sampling_with_a_seed_is_vanillas(real_checkpoint, vanilla, draft_vocab)
     request = Request(max_new_tokens=24, sampling=Sampling(1.0), seed=3)
     for text in QUESTIONS[:2]:
         assert model.generate(text, request).tokens == vanilla.generate(text, request).tokens
+
+
+@pytest.mark.parametrize("settings", [Sampling(), Sampling(1.0)])
+def test_bfloat16_is_vanillas_too(real_checkpoint, settings):
+    """On a CPU with AMX, where it is the default, a token rounds alike alone and in a tree (docs/kernels.md)."""
+    if not conftest.HAS_AMX:
+        pytest.skip("this CPU has no AMX")
+    vanilla = api.load(real_checkpoint, draft="none", dtype=jnp.bfloat16)
+    request = Request(max_new_tokens=96, sampling=settings, seed=1)
+    for tree in (TreeConfig(8, 3, 4), TreeConfig(24, 5, 8)):
+        model = api.load(real_checkpoint, tree=tree, target=vanilla.weights.target, dtype=jnp.bfloat16)
+        for text in QUESTIONS[:2]:
+            assert model.generate(text, request).tokens == vanilla.generate(text, request).tokens
 
 
 def test_the_draft_that_ships_is_of_use(fr_spec):
