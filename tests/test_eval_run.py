@@ -169,7 +169,7 @@ def test_cut_off_at_any_byte(ckpt, data, whole, tmp_path):
 
 def test_killed_outright(ckpt, data, whole, tmp_path):
     out = tmp_path / "run"
-    argv = [sys.executable, "-m", "eval", *map(str, command(ckpt, data, out))]
+    argv = [sys.executable, "-m", "eval", *map(str, command(ckpt, data, out)), "--dtype", "float32"]
     process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     file = out / "records.jsonl"
     until = time.monotonic() + 120
