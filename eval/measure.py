@@ -107,21 +107,21 @@ def interleaved(
 # Stages ------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
 def draft_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> Any:
     """The drafting half of a round as a program of its own: a `DraftTree`, and the state."""
     tree, cache = engine.draft(plan, weights, state)
     return tree, replace(state, caches=replace(state.caches, draft=cache))
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
 def verify_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
     """The target's pass over a tree: features [N, H], the `engine.Verdict`, and the state."""
     features, verdict, cache = engine.verify(plan, weights, state, tree)
     return features, verdict, replace(state, caches=replace(state.caches, target=cache))
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
 def accept_step(plan: engine.Plan, state: engine.DecodeState, tree: Any, features: Any, verdict: Any) -> Any:
     """The end of a round: the state with the accepted path emitted and committed."""
     return engine.accept(plan, state, tree, features, verdict, state.caches)
