@@ -69,7 +69,9 @@ def tree_attention(
     if implementation == "xla":
         return _xla(q, keys, values, committed, ancestors)
     interpret = implementation == "interpret"
-    return tree_attention_pallas.tree_attention(q, keys, values, committed, ancestors, chosen, interpret)
+    wide = q.astype(keys.dtype)  # a CPU's cache is float32 whatever q is
+    out = tree_attention_pallas.tree_attention(wide, keys, values, committed, ancestors, chosen, interpret)
+    return out.astype(q.dtype)
 
 
 def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Array) -> Array:
