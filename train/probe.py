@@ -54,10 +54,11 @@ class Probe:
         drafter, weights = self._spec.assemble(
             self._checkpoint.config, draft, self._target.head, ids, kernels=AUTO, int8=False
         )
-        tree, dtype = self._spec.fit(defaults().tree), self._target.embedding.dtype
+        dtype = self._target.embedding.dtype
+        tree = self._spec.fit(defaults(dtype).tree)
         model = Generator(
             self._checkpoint, engine.Weights(self._target, weights), drafter, tree, len(ids), self._spec.kind, dtype,
-            rounded_capacity(LONGEST + TOKENS + 64), defaults().chunk,
+            rounded_capacity(LONGEST + TOKENS + 64), defaults(dtype).chunk,
         )  # fmt: skip
         results = [model.generate_ids(prompt, Request(TOKENS)) for prompt in self._prompts]
         rounds = sum(result.rounds for result in results)
