@@ -108,9 +108,20 @@ def rotate(x: Array, by: Rotation) -> Array:
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """x [T, in] times weight [out, in], plus bias [out], in x's dtype; sums are float32."""
-    y = rows_f32(x, weight)
-    return (y if bias is None else y + bias).astype(x.dtype)
+    """x [T, in] times weight [out, in], plus bias [out], in x's dtype."""
+    if x.dtype == jnp.float32:
+        y = rows_f32(x, weight)
+    else:  # a GPU rounds a float32 sum as it stores it; XLA's CPU backend is slow at that
+        y = lax.platform_dependent(x, weight, cpu=_through_float32, default=_product)
+    return y if bias is None else y + bias
+
+
+def _product(x: Array, weight: Array) -> Array:
+    return jnp.einsum("ti,oi->to", x, weight)
+
+
+def _through_float32(x: Array, weight: Array) -> Array:
+    return rows_f32(x, weight).astype(x.dtype)
 
 
 def project_qkv(layer: LayerParams, config: ModelConfig, x: Array, by: Rotation) -> tuple[Array, Array, Array]:

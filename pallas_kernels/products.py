@@ -16,8 +16,8 @@ def precision_of(x: Array) -> lax.Precision | None:
 def einsum_f32(spec: str, a: Array, b: Array) -> Array:
     """`jnp.einsum` of two arrays with a float32 result.
 
-    In bfloat16 this is what a CPU with matrix units (AMX) is fast at: a bfloat16 result, which is rounded
-    after every step of the sum, takes XLA's plain loops there, at a tenth of the speed.
+    In bfloat16 this is what a CPU with matrix units (AMX) is fast at: asked for a bfloat16 result, XLA takes
+    ten times as long there.
     """
     return jnp.einsum(spec, a, b, precision=precision_of(a), preferred_element_type=jnp.float32)
 

@@ -114,7 +114,7 @@ def _mix(weights: Array, values: Array) -> tuple[Array, Array]:
 def _steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
     """The same, rounded the same for one token and for a tree of many, wherever in the cache its keys stand.
 
-    On the right hand, XLA's CPU backend adds up such a product key by key, so that masked keys between two visible
+    XLA's CPU backend adds up a float32 product of this form key by key, so that masked keys between two visible
     ones change no bit, and a column of ones has it add up the weights alike. Then vanilla and speculative decoding
     write the same text in bfloat16 too, where rounding would otherwise decide a tie every few hundred tokens.
     """

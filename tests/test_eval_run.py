@@ -323,7 +323,6 @@ def test_warm_up_is_not_recorded(ckpt, data, tmp_path, monkeypatch):
 
 def test_every_kind_of_draft_has_its_names(data, tmp_path):
     """EAGLE-2 and Medusa heads in one run, each whole and cropped, and each with what it may propose."""
-    pytest.importorskip("torch")
     from drafts import imported, published_medusa
 
     checkpoint = checkpoint_folder(tmp_path / "toy")

@@ -34,7 +34,7 @@ from train.__main__ import main
 from train.batches import Batch, Packing
 from train.corpus import Record
 from train.features import FeatureStore, FeatureWriter, encode
-from train.optimiser import new_state
+from train.optimiser import frozen_logits, new_state
 from train.recipe import Recipe, agreement, loss_terms, train_step, unrolled_passes
 
 ROOT = Path(__file__).parent.parent
@@ -519,3 +519,20 @@ def test_a_draft_can_start_from_another(ckpt, uninterrupted, tmp_path):
 def test_too_few_sequences_are_refused(ckpt, tmp_path, capsys):
     (tmp_path / "few.txt").write_text("the end of the tale")
     assert "too few sequences" in refusal(capsys, command(tmp_path / "few.txt", ckpt, tmp_path / "work", "few"))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_the_logits_of_a_frozen_head_have_their_gradient(dtype, tolerance):
+    """With respect to the rows that it reads, as JAX's own rule has it; a head that is not trained has none."""
+    rng = np.random.default_rng(0)
+    rows, head = jnp.asarray(rng.normal(size=(2, 5, 16)), dtype), jnp.asarray(rng.normal(size=(30, 16)), dtype)
+    weights = jnp.asarray(rng.normal(size=(2, 5, 30)), jnp.float32)
+
+    def plain(rows, head):
+        return jnp.einsum("rth,mh->rtm", rows.astype(jnp.float32), head.astype(jnp.float32), precision="highest")
+
+    expected = np.asarray(jax.grad(lambda x: (plain(x, head) * weights).sum())(rows).astype(jnp.float32))
+    mine = jax.grad(lambda x, h: (frozen_logits(x, h) * weights).sum(), argnums=(0, 1))(rows, head)
+    assert mine[0].dtype == dtype and not np.asarray(mine[1]).any()
+    np.testing.assert_allclose(frozen_logits(rows, head), plain(rows, head), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(mine[0].astype(jnp.float32)), expected, atol=tolerance * abs(expected).max())

@@ -22,10 +22,9 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.medusa import HeadParams, MedusaConfig, MedusaParams, published_choices, residual
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
-from pallas_kernels.products import einsum_f32
 from train import session
 from train.batches import Batch
-from train.optimiser import TargetHeadLoss, gradients
+from train.optimiser import TargetHeadLoss, frozen_logits, gradients
 from train.session import Task
 
 
@@ -131,11 +130,11 @@ def loss_terms(
       counts: [heads] what the sums over pairs are divided by; None: the pairs of this batch that count.
     """
     counts = pairs_counted(batch, len(params.heads)) if counts is None else counts
-    log_want = jax.nn.log_softmax(einsum_f32("rth,mh->rtm", jnp.asarray(batch.targets), head), axis=-1)
+    log_want = jax.nn.log_softmax(frozen_logits(jnp.asarray(batch.targets), head), axis=-1)
 
     @recipe.rematted
     def sums(output: Array, want: Array, mask: Array) -> tuple[Array, Array]:
-        said = jax.nn.log_softmax(einsum_f32("rth,mh->rtm", output, head), axis=-1)
+        said = jax.nn.log_softmax(frozen_logits(output, head), axis=-1)
         kl = ((jnp.exp(want) * (want - said)).sum(-1) * mask).sum()
         return kl, ((said.argmax(-1) == want.argmax(-1)) * mask).sum()
 

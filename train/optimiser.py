@@ -12,6 +12,7 @@ import optax
 from flax.training.train_state import TrainState
 from jax import Array, lax
 
+from pallas_kernels.products import einsum_f32
 from train.batches import Batch
 
 Tree = TypeVar("Tree")
@@ -87,6 +88,28 @@ class TargetHeadLoss(Optimisation):
         vocab, hidden = head.shape
         rows = min(vocab, self.loss_vocab + self.loss_random) if self.loss_vocab else vocab
         return passes * product_flops(params) + (2 + 4 * outputs) * rows * hidden
+
+
+@jax.custom_vjp
+def frozen_logits(rows: Array, head: Array) -> Array:
+    """Logits [R, T, M], float32, of rows [R, T, H] by a head [M, H] that is not trained.
+
+    The gradient's product has the head's dtype too; JAX's own would widen the head to float32, since logits are.
+    """
+    return einsum_f32("rth,mh->rtm", rows.astype(head.dtype), head)
+
+
+def _logits_forward(rows: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
+    return frozen_logits(rows, head), (jnp.zeros((), rows.dtype), head)
+
+
+def _logits_backward(kept: tuple[Array, Array], by_logits: Array) -> tuple[Array, Array]:
+    like, head = kept
+    by_rows = einsum_f32("rtm,mh->rth", by_logits.astype(head.dtype), head)
+    return by_rows.astype(like.dtype), jnp.zeros_like(head)
+
+
+frozen_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def product_flops(params: Any) -> float:

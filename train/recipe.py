@@ -24,7 +24,7 @@ from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.layers import LayerParams, gated_mlp, linear, project_qkv, rms_norm, rotation
 from pallas_kernels.products import einsum_f32
 from train.batches import Batch
-from train.optimiser import TargetHeadLoss, gradients
+from train.optimiser import TargetHeadLoss, frozen_logits, gradients
 
 MASKED = -1e30
 
@@ -164,28 +164,6 @@ def _passes(params: EagleParams, config: ModelConfig, embedding: Array, batch: B
 def pairs_counted(batch: Batch, unroll: int) -> Array:
     """[unroll] how many pairs of a batch count in each pass."""
     return jnp.stack([valid(batch, s).sum() for s in range(unroll)])
-
-
-@jax.custom_vjp
-def frozen_logits(rows: Array, head: Array) -> Array:
-    """Logits [R, T, M], float32, of rows [R, T, H] by a head [M, H] that is not trained.
-
-    The gradient's product has the head's dtype too; JAX's own would widen the head to float32, since logits are.
-    """
-    return einsum_f32("rth,mh->rtm", rows.astype(head.dtype), head)
-
-
-def _logits_forward(rows: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
-    return frozen_logits(rows, head), (jnp.zeros((), rows.dtype), head)
-
-
-def _logits_backward(kept: tuple[Array, Array], by_logits: Array) -> tuple[Array, Array]:
-    like, head = kept
-    by_rows = einsum_f32("rtm,mh->rth", by_logits.astype(head.dtype), head)
-    return by_rows.astype(like.dtype), jnp.zeros_like(head)
-
-
-frozen_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def loss_terms(
