@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -116,9 +118,26 @@ def store(ckpt, tmp_path_factory):
 
 def start(ckpt, store, work, name, devices, *flags) -> subprocess.Popen:
     argv = ("eagle", store, "--ckpt", ckpt.path, "--work", work, "--name", name, *FLAGS, "--accept-every", 3, *flags)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONFAULTHANDLER": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
     command = [sys.executable, "-m", "train", *map(str, argv)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(*runs: subprocess.Popen) -> list[str]:
+    """What each run said. One that hangs is aborted, so that faulthandler tells where each of them stood."""
+    with ThreadPoolExecutor() as readers:
+        said = [readers.submit(run.communicate) for run in runs]
+        if wait(said, timeout=400).not_done:
+            for run in runs:
+                run.send_signal(signal.SIGABRT)
+        outputs = [future.result()[0] for future in said]
+    assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(outputs)
+    return outputs
 
 
 def compare(ckpt, store, work, name) -> None:
@@ -131,13 +150,13 @@ def compare(ckpt, store, work, name) -> None:
     lengths = [[row["accepted_length"] for row in rows if "accepted_length" in row] for rows in (mine, one)]
     assert lengths[0] == lengths[1] and len(lengths[0]) == 2
     drafts = [ckpt.draft(ckpt.draft_folder(draft))[1] for draft in (name, "one")]
-    assert distance(*drafts) < 2e-2  # Muon's orthogonalisation magnifies rounding
+    assert distance(*drafts) < 1e-4  # measured: 2e-7; Muon's orthogonalisation magnifies rounding
 
 
 def test_four_devices_give_the_run_of_one(ckpt, store, tmp_path):
     run = start(ckpt, store, tmp_path / "work", "four", 4)
-    said, _ = run.communicate(timeout=300)
-    assert run.returncode == 0 and "4 devices" in said, said
+    (said,) = finished(run)
+    assert "4 devices" in said
     compare(ckpt, store, tmp_path / "work", "four")
 
 
@@ -147,8 +166,7 @@ def test_two_hosts_give_the_run_of_one(ckpt, store, tmp_path):
         port = free.getsockname()[1]
     hosts = ("--coordinator", f"localhost:{port}", "--processes", 2, "--process")
     runs = [start(ckpt, store, tmp_path / "work", "hosts", 1, *hosts, process) for process in range(2)]
-    said = [run.communicate(timeout=300)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
+    said = finished(*runs)
     assert "2 devices" in said[0] and "wrote" in said[0] and "wrote" not in said[1]
     compare(ckpt, store, tmp_path / "work", "hosts")
 

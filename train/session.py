@@ -174,6 +174,9 @@ class Run:
     def save_best(self, state: TrainState) -> None:
         """Keep these weights as the best so far, likewise; a resumed run comes by the same ones again."""
         if int(state.step) not in self._best.all_steps():
+            # One write at a time: Orbax numbers the signals between hosts by a counter that all managers share, so
+            # that a write begun beside another can leave a host waiting for a number that never comes.
+            self._last.wait_until_finished()
             self._best.save(int(state.step), args=ocp.args.StandardSave({"params": state.params}), force=True)
 
     def best(self, state: TrainState) -> tuple[Any, int]:
