@@ -11,7 +11,7 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.layers import LayerParams, decoder_layer, rms_norm, rotation
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.products import rows_f32
+from pallas_kernels.products import rows_f32, take_rows
 
 
 @struct.dataclass
@@ -54,7 +54,7 @@ def forward(
       Features [T, (1 + taps) H]: the hidden state after the final norm, which is the LM head's input, and
       beside it the residual stream at each tap. And the cache.
     """
-    x = params.embedding[tokens]
+    x = take_rows(params.embedding, tokens)
     by = rotation(config, positions)
     updated = []
     streams = [x]  # what each layer reads

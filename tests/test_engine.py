@@ -288,3 +288,17 @@ def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity):
         copies = [line for line in text.splitlines() if re.search(rf"= {shape}\S* copy(-start)?\(", line)]
         assert copies == []
         assert program.memory_analysis().alias_size_in_bytes >= size
+
+
+@pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs compute in float32, whatever the weights are")
+def test_no_weight_is_widened_in_the_compiled_round(kind):
+    """Handed rows or ids amiss, XLA's CPU backend makes float32 copies of bfloat16 weights at each call."""
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+    w = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
+    plan = engine.Plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(), ())
+    state = engine.start(plan, w, engine.new_caches(plan, 512, jnp.bfloat16), PROMPT, chunk=32, limit=8)
+    text = engine.run.lower(plan, w, state, np.int32(5)).compile().as_text()
+    matrices = {leaf.shape for leaf in jax.tree.leaves(w) if leaf.ndim == 2 and leaf.dtype == jnp.bfloat16}
+    assert all(f"bf16[{rows},{columns}]" in text for rows, columns in matrices)
+    assert [shape for shape in matrices if f"f32[{shape[0]},{shape[1]}]" in text] == []

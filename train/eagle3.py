@@ -26,7 +26,7 @@ from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params, default_taps
 from frspec_jax.errors import UserError
 from frspec_jax.layers import linear, rms_norm
 from frspec_jax.llama import LlamaParams
-from pallas_kernels.products import einsum_f32
+from pallas_kernels.products import einsum_f32, take_rows
 from train import session
 from train.batches import Batch
 from train.optimiser import Optimisation, gradients, product_flops
@@ -133,7 +133,7 @@ def unrolled_passes(
 def _passes(params: Eagle3Params, config: ModelConfig, embedding: Array, batch: Batch, unroll: int) -> list[Array]:
     """`unrolled_passes` of every row: arrays [R, T, H]."""
     each = functools.partial(unrolled_passes, params, config, unroll=unroll)
-    return jax.vmap(lambda e, b: each(e, b))(embedding[batch.next_tokens], batch)
+    return jax.vmap(lambda e, b: each(e, b))(take_rows(embedding, batch.next_tokens), batch)
 
 
 def wanted(head: Array, ids: Array, batch: Batch) -> tuple[Array, Array]:

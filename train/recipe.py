@@ -22,7 +22,7 @@ from jax import Array
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.layers import LayerParams, gated_mlp, linear, project_qkv, rms_norm, rotation
-from pallas_kernels.products import einsum_f32
+from pallas_kernels.products import einsum_f32, take_rows
 from train.batches import Batch
 from train.optimiser import TargetHeadLoss, frozen_logits, gradients
 
@@ -158,7 +158,7 @@ def valid(batch: Batch, s: int) -> Array:
 def _passes(params: EagleParams, config: ModelConfig, embedding: Array, batch: Batch, unroll: int) -> list[Array]:
     """`unrolled_passes` of every row: arrays [R, T, H]."""
     each = functools.partial(unrolled_passes, params, config, unroll=unroll)
-    return jax.vmap(lambda e, b: each(e, b))(embedding[batch.next_tokens], batch)
+    return jax.vmap(lambda e, b: each(e, b))(take_rows(embedding, batch.next_tokens), batch)
 
 
 def pairs_counted(batch: Batch, unroll: int) -> Array:

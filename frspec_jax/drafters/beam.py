@@ -19,6 +19,7 @@ from frspec_jax.kv_cache import LayerKV
 from frspec_jax.tree import Beam, DraftTree, causal, rerank
 from frspec_jax.vocabulary import DraftHead
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.products import take_rows
 from pallas_kernels.subvocab_head import subvocab_top_k
 from pallas_kernels.tree_attention import bit_words
 
@@ -114,7 +115,7 @@ class BeamDrafter(abc.ABC):
                 positions = jnp.broadcast_to(committed + level - 1, (k,))
                 write_at, visible = committed + (level - 1) * k, bit_words(beam.visible)
                 outputs, cache = self.extend(
-                    weights, embedding[beam.tokens], inputs, positions, cache, write_at, committed, visible
+                    weights, take_rows(embedding, beam.tokens), inputs, positions, cache, write_at, committed, visible
                 )
                 scores, tokens = best_tokens(outputs)
                 beam, parents = beam.grow(scores, tokens)
@@ -129,4 +130,6 @@ class BeamDrafter(abc.ABC):
         pairs = features.shape[0]
         positions = start + jnp.arange(pairs, dtype=jnp.int32)
         inputs = self.fused(weights, features)
-        return self.extend(weights, embedding[next_tokens], inputs, positions, cache, start, start, causal(pairs))
+        return self.extend(
+            weights, take_rows(embedding, next_tokens), inputs, positions, cache, start, start, causal(pairs)
+        )
