@@ -101,8 +101,8 @@ def _prefill_chunk(
     positions = start + jnp.arange(chunk, dtype=jnp.int32)
     with jax.named_scope("prefill"):
         features, target = llama.forward(
-            weights.target, plan.config, tokens[:-1], positions, caches.target, start, causal(chunk), plan.kernels,
-            plan.drafter.taps,
+            weights.target, plan.config, tokens[:-1], positions, caches.target, start, causal(chunk),
+            plan.kernels.for_prompts(), plan.drafter.taps,
         )  # fmt: skip
         draft = plan.drafter.prefill(weights.draft, weights.target.embedding, features, tokens[1:], start, caches.draft)
     return Caches(target, draft), features[count - 1]

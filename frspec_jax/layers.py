@@ -165,7 +165,9 @@ def decoder_layer(
             attend_from = x if layer.attention_norm is None else rms_norm(x, layer.attention_norm, config.rms_norm_eps)
         q, k, v = project_qkv(layer, config, attend_from, by)
         cache = kv_cache.write(cache, k, v, write_at)
-        mixed = tree_attention(q, cache.keys, cache.values, committed, ancestors, implementation=kernels.attention)
+        mixed = tree_attention(
+            q, cache.keys, cache.values, committed, ancestors, implementation=kernels.attention, steady=kernels.steady
+        )
         x = x + linear(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias)
     with jax.named_scope("mlp"):
         return x + gated_mlp(layer, rms_norm(x, layer.mlp_norm, config.rms_norm_eps)), cache

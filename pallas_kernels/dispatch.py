@@ -28,11 +28,16 @@ class Kernels:
 
     attention: Implementation = "auto"
     head: Implementation = "auto"
+    steady: bool = True  # a token's attention rounds alike alone and in a tree (bfloat16 on a CPU; costs time)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) not in IMPLEMENTATIONS:
-                raise ValueError(f"{field.name} {getattr(self, field.name)!r} is none of {', '.join(IMPLEMENTATIONS)}")
+        for name in ("attention", "head"):
+            if getattr(self, name) not in IMPLEMENTATIONS:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(IMPLEMENTATIONS)}")
+
+    def for_prompts(self) -> Kernels:
+        """The same for prompts, whose tokens never run as a tree."""
+        return dataclasses.replace(self, steady=False)
 
 
 AUTO = Kernels()

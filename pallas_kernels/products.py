@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import ArrayLike
 
 
 def precision_of(x: Array) -> lax.Precision | None:
@@ -69,7 +70,7 @@ def _one_row_each(size: int, batched: list[bool], x: Array, weight: Array) -> tu
     return jax.vmap(_plain, in_axes=axes)(x, weight), True
 
 
-def take_rows(table: Array, ids: Array) -> Array:
+def take_rows(table: Array, ids: ArrayLike) -> Array:
     """table[ids]. A bfloat16 table gives its rows as bits: XLA's CPU backend would first widen the whole of it.
 
     The barrier ties the table to the ids, so that a loop cannot take out the reading of all its bits as a copy.

@@ -7,6 +7,7 @@ of ancestors gives ordinary causal attention, so prefill, one token and a tree a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -47,6 +48,7 @@ def tree_attention(
     *,
     implementation: Implementation = "auto",
     config: Config | None = None,
+    steady: bool = True,
 ) -> Array:
     """Softmax attention with float32 scores, scaled by 1/sqrt(head_dim).
 
@@ -56,6 +58,7 @@ def tree_attention(
       committed: int32 scalar, cache rows that every query sees.
       ancestors: [T, W] int32 bit words over the rows from `committed` on, each query's own included.
       implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
+      steady: see `_steady_mix`; matters for bfloat16 on a CPU alone.
 
     Returns:
       [T, heads, head_dim] in q's dtype.
@@ -67,21 +70,21 @@ def tree_attention(
     default = config or Config.suited_to(rows, kv_heads)
     implementation, chosen = choose(implementation, f"tree_attention {keys.dtype}", shape, default)
     if implementation == "xla":
-        return _xla(q, keys, values, committed, ancestors)
+        return _xla(q, keys, values, committed, ancestors, steady)
     interpret = implementation == "interpret"
     wide = q.astype(keys.dtype)  # a CPU's cache is float32 whatever q is
     out = tree_attention_pallas.tree_attention(wide, keys, values, committed, ancestors, chosen, interpret)
     return out.astype(q.dtype)
 
 
-def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Array) -> Array:
+def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Array, steady: bool) -> Array:
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads
     # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
     # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
     columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
-    steady = q.dtype != keys.dtype  # bfloat16 on a CPU: see `_steady_mix`
+    steady = steady and q.dtype != keys.dtype  # the cache of a CPU that computes in bfloat16 is float32
     spare = max(0, _least_columns(kv_heads) - tokens * group) if steady else 0
     columns = jnp.pad(columns, ((0, 0), (0, 0), (0, spare)))
 
@@ -95,7 +98,7 @@ def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Arra
             masked = jnp.pad(masked, ((0, spare), (0, 0)), constant_values=True)[None]
             return jnp.where(masked, products * head_dim**-0.5, MASKED)
 
-    mix = _steady_mix if steady else _mix
+    mix = _steady_mix if steady else functools.partial(_mix, q.dtype)
     if capacity <= DENSE_LIMIT:
         s = scores(0, keys)
         total, out = mix(jnp.exp(s - s.max(-1, keepdims=True)), values)
@@ -106,9 +109,9 @@ def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Arra
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
-def _mix(weights: Array, values: Array) -> tuple[Array, Array]:
+def _mix(dtype: jnp.dtype, weights: Array, values: Array) -> tuple[Array, Array]:
     """Sums [kv_heads, q] of weights [kv_heads, q, k], and the weights' product with values [kv_heads, k, head_dim]."""
-    return weights.sum(-1), einsum_f32("hqk,hkd->hqd", weights.astype(values.dtype), values)
+    return weights.sum(-1), einsum_f32("hqk,hkd->hqd", weights.astype(dtype), values.astype(dtype))
 
 
 def _steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
