@@ -58,6 +58,7 @@ def _one_row(x: Array, weight: Array) -> Array:
 
     A row's result does not depend on how many stand beside it, so one token and a tree of many give the same bits.
     """
+    x = lax.optimization_barrier(x)  # or XLA computes each of the two anew, number by number
     return _weight_on_the_left(jnp.concatenate([x, x]), weight)[:1]
 
 
