@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     checkpoint = Checkpoint.open(args.ckpt)
     folder = None if args.draft == "none" else checkpoint.draft_folder(args.draft)
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     with new_folder(args.out) as out:
         if folder is not None:
             tensors, config = published(checkpoint, folder, args.format, DTYPES[args.dtype])
-            save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+            # Not save_file, whose files only their owner may read: another account may serve them.
+            (out / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
             config |= {"torch_dtype": args.dtype}
             (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if args.draft_vocab is not None:
@@ -78,7 +79,7 @@ def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int) -> None:
     Raises:
       UserError: there is no ranking, the size is out of range, or torch is missing.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     from frspec_jax.api import draft_ids
 
@@ -89,4 +90,4 @@ def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int) -> None:
     ids = draft_ids(checkpoint, size)
     torch.save([int(number) for number in ids], out / f"freq_{size}.pt")
     d2t, t2d = maps_of(np.sort(ids), checkpoint.config.vocab_size)
-    save_file({"d2t": d2t, "t2d": t2d}, out / "vocabulary_map.safetensors")
+    (out / "vocabulary_map.safetensors").write_bytes(save({"d2t": d2t, "t2d": t2d}))
