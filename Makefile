@@ -16,7 +16,7 @@ test: .venv/.test $(CKPT)/.complete
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --durations 12
 
 # On a machine with a GPU, and with JAX and the rest installed: no network, no .venv, ten minutes at most.
 # `make gpu-check DRY=--dry` runs the same steps, tiny, on a CPU.
