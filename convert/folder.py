@@ -90,7 +90,7 @@ class TensorFolder:
         try:
             import torch
         except ImportError:
-            raise UserError(f"reading {file} needs torch; run: pip install 'frspec-jax[torch]'") from None
+            raise UserError(f"reading {file} needs torch; run: pip install torch") from None
         try:
             # weights_only: a pickle may otherwise run any code. Only torch's zip format can be mapped.
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

@@ -25,8 +25,7 @@ from frspec_jax.api import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, "full,1/4,1/12")
-    parser.set_defaults(dtype="float32")
+    add_model_arguments(parser, "full,1/4,1/12", dtype="float32")
     add_question_arguments(parser, questions=42, tokens=128)
     add_json_argument(parser)
     parser.add_argument("--peer", type=Path, required=True, metavar="PATH", help="the same model: HF folder or .gguf")

@@ -23,7 +23,10 @@ from frspec_jax.errors import UserError
 from frspec_jax.generate import tree_of
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str, required: bool = True) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, vocabularies: str, required: bool = True, dtype: str | None = None
+) -> None:
+    """The flags of a checkpoint, its drafts and their trees. dtype: the default; None is what suits the device."""
     parser.add_argument("--ckpt", type=Path, required=required, help="checkpoint folder")
     parser.add_argument(
         "--draft", metavar="NAME,...", help="names or folders of drafts to measure (default: the only one there is)"
@@ -37,14 +40,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str, requ
     )
     parser.add_argument("--depth", type=int, metavar="D", help="levels below the root")
     parser.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
-    add_dtype_argument(parser)
+    add_dtype_argument(parser, dtype)
 
 
-def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+def add_dtype_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="default: bfloat16 on a GPU and on a CPU with AMX, else float32",
+        default=default,
+        help=f"default: {default or 'bfloat16 on a GPU and on a CPU with AMX, else float32'}",
     )
 
 

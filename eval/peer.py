@@ -35,7 +35,7 @@ def check(path: Path) -> None:
     """
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--peer needs {name}: pip install 'frspec-jax[torch]'")
+            raise UserError(f"--peer needs {name}; run: pip install {name}")
     if not path.exists():
         raise UserError(f"--peer {path} is no file or folder; give the model in Hugging Face's or GGUF format")
 

@@ -20,7 +20,7 @@ def step_us(config: ModelConfig, contexts: list[int]) -> dict[int, float]:
         import torch
         import transformers
     except ImportError as missing:
-        raise UserError(f"--peer-step needs {missing.name}: pip install 'frspec-jax[torch]'") from None
+        raise UserError(f"--peer-step needs {missing.name}; run: pip install {missing.name}") from None
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     kind = transformers.Qwen2Config if config.architecture == "qwen2" else transformers.LlamaConfig
     sizes = kind(

@@ -212,7 +212,7 @@ def test_sources_of_another_kind_are_refused(source, target, tmp_path, capsys):
 def test_pickles_without_torch(source, tmp_path, capsys, monkeypatch):
     folder = to_pickles(source, tmp_path / "bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert "pip install 'frspec-jax[torch]'" in refusal(capsys, "hf", folder, "--out", tmp_path / "ckpt")
+    assert "pip install torch" in refusal(capsys, "hf", folder, "--out", tmp_path / "ckpt")
 
 
 def test_unsafe_pickles_are_not_run(copy, tmp_path, capsys):

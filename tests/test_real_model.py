@@ -22,7 +22,7 @@ def vanilla(real_checkpoint):
 
 @pytest.fixture(scope="module")
 def fr_spec(real_checkpoint, vanilla):
-    return api.load(real_checkpoint, target=vanilla.weights.target)
+    return api.load(real_checkpoint, draft="eagle", target=vanilla.weights.target)
 
 
 def test_greedy_output_is_that_of_transformers(vanilla, fr_spec, gguf_path):
@@ -40,7 +40,7 @@ def test_greedy_output_is_that_of_transformers(vanilla, fr_spec, gguf_path):
 @pytest.mark.parametrize("draft_vocab", ["full", 12288, 4096])
 def test_sampling_with_a_seed_is_vanillas(real_checkpoint, vanilla, draft_vocab):
     tree = TreeConfig(8, 3, 4)
-    model = api.load(real_checkpoint, draft_vocab=draft_vocab, tree=tree, target=vanilla.weights.target)
+    model = api.load(real_checkpoint, draft="eagle", draft_vocab=draft_vocab, tree=tree, target=vanilla.weights.target)
     request = Request(max_new_tokens=24, sampling=Sampling(1.0), seed=3)
     for text in QUESTIONS[:2]:
         assert model.generate(text, request).tokens == vanilla.generate(text, request).tokens
@@ -54,7 +54,7 @@ def test_bfloat16_is_vanillas_too(real_checkpoint, settings):
     vanilla = api.load(real_checkpoint, draft="none", dtype=jnp.bfloat16)
     request = Request(max_new_tokens=96, sampling=settings, seed=1)
     for tree in (TreeConfig(8, 3, 4), TreeConfig(24, 5, 8)):
-        model = api.load(real_checkpoint, tree=tree, target=vanilla.weights.target, dtype=jnp.bfloat16)
+        model = api.load(real_checkpoint, draft="eagle", tree=tree, target=vanilla.weights.target, dtype=jnp.bfloat16)
         for text in QUESTIONS[:2]:
             assert model.generate(text, request).tokens == vanilla.generate(text, request).tokens
 
