@@ -1,4 +1,4 @@
-"""Products with float32 sums: right for any number of rows, in either dtype, alone and under vmap."""
+"""Products with float32 sums and rows of a table: right for any number of them, in either dtype, also under vmap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.products import FEW_ROWS, rows_f32
+from pallas_kernels.products import FEW_ROWS, rows_f32, take_rows
 
 ROWS = [1, 2, 3, FEW_ROWS, FEW_ROWS + 1, 60]
 
@@ -41,3 +41,11 @@ def test_under_vmap(rows, dtype, shared):
     found = jax.jit(jax.vmap(rows_f32, in_axes=(0, None if shared else 0)))(x, weights)
     for i in range(5):
         np.testing.assert_allclose(found[i], exact(x[i], weights if shared else weights[i]), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_of_a_table_are_its_own_bits(dtype):
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(30, 8)), dtype).at[3].set(jnp.nan).at[4].set(-0.0)
+    ids = jnp.array([[3, 29, 0], [4, 4, 17]])
+    for found in (jax.jit(take_rows)(table, ids), jax.vmap(take_rows, in_axes=(None, 0))(table, ids)):
+        assert found.dtype == dtype and found.tobytes() == table[ids].tobytes()
