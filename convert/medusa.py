@@ -43,7 +43,7 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> MedusaConfig:
     names, file = set(source.names()), f"{source.label}/config.json"
     blocks = {(int(m[1]), int(m[2])) for name in names if (m := re.fullmatch(r"(\d+)\.(\d+)\.linear\.weight", name))}
     if not blocks:
-        raise UserError(f"{source.label} holds no 0.0.linear.weight, so it holds no Medusa heads; name a folder that does")
+        raise UserError(f"{source.label} holds no 0.0.linear.weight, so it holds no Medusa heads; name one that does")
     heads, layers = 1 + max(i for i, _ in blocks), 1 + max(j for _, j in blocks)
     for key, found in (("medusa_num_heads", heads), ("medusa_num_layers", layers)):
         if source.config.get(key, found) != found:
