@@ -24,11 +24,21 @@ def einsum_f32(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, precision=precision_of(a), preferred_element_type=jnp.float32)
 
 
+def turned(x: Array) -> Array:
+    """x.T, on a CPU laid anew in order of its rows: the library that XLA's CPU backend calls takes nothing else.
+
+    Measured for the sum over 2,048 rows of bfloat16 that makes a weight's gradient, 4,864 by 896, on two cores
+    with AMX: 14 ms instead of 58.
+    """
+    return lax.platform_dependent(x, cpu=lambda x: with_layout_constraint(x.T, Layout((0, 1))), default=jnp.transpose)
+
+
 FEW_ROWS = 16  # up to so many rows a CPU multiplies sooner with the weight on the left
 
 
+@jax.custom_vjp
 def rows_f32(x: Array, weight: Array) -> Array:
-    """x [T, in] times the rows of weight [out, in]: float32 [T, out]."""
+    """x [T, in] times the rows of weight [out, in]: float32 [T, out]. Its gradients are products in x's dtype too."""
     rows, narrow = x.shape[0], x.dtype == jnp.bfloat16
     if rows > FEW_ROWS or (rows == 1 and not narrow):
         return _plain(x, weight)
@@ -38,6 +48,22 @@ def rows_f32(x: Array, weight: Array) -> Array:
 
 def _plain(x: Array, weight: Array) -> Array:
     return einsum_f32("ti,oi->to", x, weight)
+
+
+def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rows_f32(x, weight), (x, weight)
+
+
+def _backward(kept: tuple[Array, Array], by_rows: Array) -> tuple[Array, Array]:
+    """JAX's own gradient would widen x and the weight to the float32 of `by_rows`: a quarter of the speed with AMX."""
+    x, weight = kept
+    by_rows = by_rows.astype(x.dtype)
+    by_x = einsum_f32("to,oi->ti", by_rows, weight.astype(x.dtype))
+    by_weight = einsum_f32("ot,ti->oi", turned(by_rows), x)
+    return by_x.astype(x.dtype), by_weight.astype(weight.dtype)
+
+
+rows_f32.defvjp(_forward, _backward)
 
 
 def _weight_on_the_left(x: Array, weight: Array) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.products import FEW_ROWS, rows_f32, take_rows
+from pallas_kernels.products import FEW_ROWS, rows_f32, take_rows, turned
 
 ROWS = [1, 2, 3, FEW_ROWS, FEW_ROWS + 1, 60]
 
@@ -49,3 +49,25 @@ def test_rows_of_a_table_are_its_own_bits(dtype):
     ids = jnp.array([[3, 29, 0], [4, 4, 17]])
     for found in (jax.jit(take_rows)(table, ids), jax.vmap(take_rows, in_axes=(None, 0))(table, ids)):
         assert found.dtype == dtype and found.tobytes() == table[ids].tobytes()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", ROWS)
+def test_gradients_are_products_in_the_same_dtype(rows, dtype):
+    """With respect to the rows and the weight, of what is rounded to the dtype as it comes in."""
+    x, weight = operands(dtype, rows, 96)
+    by = np.random.default_rng(1).normal(size=(rows, 48)).astype(np.float32)
+    found = jax.jit(jax.grad(lambda x, w: (rows_f32(x, w) * by).sum(), argnums=(0, 1)))(x, weight)
+    by = np.asarray(jnp.asarray(by, dtype), np.float64)
+    expected = by @ np.asarray(weight, np.float64), by.T @ np.asarray(x, np.float64)
+    for mine, right in zip(found, expected, strict=True):
+        assert mine.dtype == dtype
+        np.testing.assert_allclose(
+            np.asarray(mine, np.float64), right, rtol=2**-8 if dtype == jnp.bfloat16 else 1e-5, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_turned_is_the_transposed(dtype):
+    x, _ = operands(dtype, 7, 9)
+    assert np.array_equal(jax.jit(turned)(x), np.asarray(x).T)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 from folders import checkpoint_folder
@@ -34,7 +35,7 @@ from train.__main__ import main
 from train.batches import Batch, Packing
 from train.corpus import Record
 from train.features import FeatureStore, FeatureWriter, encode
-from train.optimiser import frozen_logits, new_state
+from train.optimiser import head_logits, new_state, orthogonalised
 from train.recipe import Recipe, agreement, loss_terms, train_step, unrolled_passes
 
 ROOT = Path(__file__).parent.parent
@@ -234,7 +235,8 @@ class Drafting:
         )
 
     def outputs(self, row: Batch, unroll: int = 4) -> list[np.ndarray]:
-        return [np.asarray(x) for x in passes(self.params, self.layer, self.embedding[row.next_tokens], row, unroll)]
+        batch = jax.tree.map(lambda x: x[None], row)
+        return [np.asarray(x[0]) for x in passes(self.params, self.layer, self.embedding, batch, unroll)]
 
     def committed(self, pairs: slice) -> tuple[np.ndarray, kv_cache.LayerKV]:
         """The drafter's own way to take in pairs whose features are the target's."""
@@ -522,8 +524,8 @@ def test_too_few_sequences_are_refused(ckpt, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_the_logits_of_a_frozen_head_have_their_gradient(dtype, tolerance):
-    """With respect to the rows that it reads, as JAX's own rule has it; a head that is not trained has none."""
+def test_the_logits_of_a_head_have_their_gradients(dtype, tolerance):
+    """With respect to the rows that it reads and to itself, as in float32, in the dtype of the products."""
     rng = np.random.default_rng(0)
     rows, head = jnp.asarray(rng.normal(size=(2, 5, 16)), dtype), jnp.asarray(rng.normal(size=(30, 16)), dtype)
     weights = jnp.asarray(rng.normal(size=(2, 5, 30)), jnp.float32)
@@ -531,8 +533,37 @@ def test_the_logits_of_a_frozen_head_have_their_gradient(dtype, tolerance):
     def plain(rows, head):
         return jnp.einsum("rth,mh->rtm", rows.astype(jnp.float32), head.astype(jnp.float32), precision="highest")
 
-    expected = np.asarray(jax.grad(lambda x: (plain(x, head) * weights).sum())(rows).astype(jnp.float32))
-    mine = jax.grad(lambda x, h: (frozen_logits(x, h) * weights).sum(), argnums=(0, 1))(rows, head)
-    assert mine[0].dtype == dtype and not np.asarray(mine[1]).any()
-    np.testing.assert_allclose(frozen_logits(rows, head), plain(rows, head), atol=1e-5)
-    np.testing.assert_allclose(np.asarray(mine[0].astype(jnp.float32)), expected, atol=tolerance * abs(expected).max())
+    np.testing.assert_allclose(head_logits(rows, head), plain(rows, head), atol=1e-5)
+    expected = jax.grad(lambda x, h: (plain(x, h) * weights).sum(), argnums=(0, 1))(rows, head)
+    mine = jax.jit(jax.grad(lambda x, h: (head_logits(x, h) * weights).sum(), argnums=(0, 1)))(rows, head)
+    for found, right in zip(mine, expected, strict=True):
+        assert found.dtype == dtype
+        right = np.asarray(right.astype(jnp.float32))
+        np.testing.assert_allclose(found.astype(jnp.float32), right, atol=tolerance * abs(right).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_muon_makes_an_update_orthogonal(shape, dtype):
+    """The singular vectors stay, the singular values come near one, and the update has the size of AdamW's."""
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    found = np.asarray(orthogonalised(jnp.asarray(x), jnp.dtype(dtype)), np.float64) / (0.2 * max(shape) ** 0.5)
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    values = u.T @ found @ vt.T
+    assert np.abs(values - np.diag(np.diag(values))).max() < (1e-4 if dtype == jnp.float32 else 0.05)
+    assert np.diag(values).min() > 0.5 and np.diag(values).max() < 1.3
+
+
+def test_muon_is_optaxs():
+    """For a matrix, in float32, of one gradient: the momentum's debiasing only scales what is made orthogonal."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(12, 20)), jnp.float32), "n": jnp.ones(5)}
+    grads = jax.tree.map(lambda x: 0.1 * x - 0.05, params)
+    mine = Recipe(lr=1e-2, warmup=0, steps=10, decay="linear").transformation()
+    theirs = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            optax.linear_schedule(1e-2, 0.0, 10), weight_decay=0.0, adam_b1=0.9, adam_b2=0.95, consistent_rms=0.2
+        ),
+    )
+    updates = [tx.update(grads, tx.init(params), params)[0]["w"] for tx in (mine, theirs)]
+    np.testing.assert_allclose(*updates, rtol=1e-3, atol=1e-7)

@@ -56,12 +56,17 @@ def close(mine, theirs) -> bool:
     return float(np.abs(np.asarray(mine) - np.asarray(theirs)).max()) < 1e-4
 
 
+def of_one_row(params, layer, embedding, row, passes):
+    batch = jax.tree.map(lambda x: x[None], row)
+    return [output[0] for output in unrolled_passes(params, layer, embedding, batch, passes)]
+
+
 def test_passes_are_self_fed_steps_through_the_cache(row, draft):
     """Pass 0 is the drafter's own way with true pairs; pass s is its s-th step on outputs of its own behind them."""
     spec, params, drafter, weights, embedding, _ = draft
     extend = jax.jit(drafter.extend)
     inputs = embedding[row.next_tokens]
-    passes = unrolled_passes(params, spec.layer_of(CFG), inputs, row, 4)
+    passes = of_one_row(params, spec.layer_of(CFG), embedding, row, 4)
     for pairs in (slice(0, COUNT), slice(COUNT, 15)):
         count = pairs.stop - pairs.start
         own, cache = extend(
@@ -102,7 +107,7 @@ def test_the_loss_is_over_pairs_whose_token_is_in_the_vocabulary(row, draft):
         bare, layer, embedding, head, jnp.asarray(IDS), batch, Eagle3Recipe(unroll=3, unroll_decay=0.5)
     )
     logits = np.asarray(head) @ row.targets.T
-    outputs = unrolled_passes(params, layer, embedding[row.next_tokens], row, 3)
+    outputs = of_one_row(params, layer, embedding, row, 3)
     expected, dropped = 0.0, 0
     for s, output in enumerate(outputs):
         said = np.asarray(output @ params.lm_head.T)
@@ -120,7 +125,7 @@ def test_agreement_is_with_the_targets_whole_vocabulary(row, draft):
     spec, params, _, _, embedding, head = draft
     layer, batch = spec.layer_of(CFG), jax.tree.map(lambda x: x[None], row)
     found = np.asarray(agreement(params, layer, embedding, head, jnp.asarray(IDS), batch, 2))
-    for s, output in enumerate(unrolled_passes(params, layer, embedding[row.next_tokens], row, 2)):
+    for s, output in enumerate(of_one_row(params, layer, embedding, row, 2)):
         said = np.asarray(output @ params.lm_head.T)
         best = {t: int((np.asarray(head) @ row.targets[t]).argmax()) for t in counted(row, s)}
         top = {t: IDS[np.argsort(-said[t])[:3]].tolist() for t in best}

@@ -26,10 +26,10 @@ from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params, default_taps
 from frspec_jax.errors import UserError
 from frspec_jax.layers import linear, rms_norm
 from frspec_jax.llama import LlamaParams
-from pallas_kernels.products import einsum_f32, take_rows
+from pallas_kernels.products import take_rows
 from train import session
 from train.batches import Batch
-from train.optimiser import Optimisation, gradients, product_flops
+from train.optimiser import Optimisation, gradients, head_logits, product_flops
 from train.recipe import hits, random_params, self_fed_passes, valid
 from train.session import Task
 
@@ -113,32 +113,25 @@ def initial_params(key: Array, spec: Eagle3Config, config: ModelConfig, head: Ar
 
 
 def unrolled_passes(
-    params: Eagle3Params, config: ModelConfig, embeddings: Array, batch: Batch, unroll: int
+    params: Eagle3Params, config: ModelConfig, embedding: Array, batch: Batch, unroll: int
 ) -> list[Array]:
-    """What the draft's head reads, [T, H], in each pass over one row (no leading R).
-
-    embeddings: [T, H] of the row's `next_tokens`.
-    """
+    """What the draft's head reads, [R, T, H], in each pass; embedding: [V, H]."""
     eps, hidden = config.rms_norm_eps, config.hidden_size
-    normed = rms_norm(embeddings, params.embedding_norm, eps)
+    normed = rms_norm(take_rows(embedding, batch.next_tokens).reshape(-1, hidden), params.embedding_norm, eps)
 
     def enter(features: Array) -> tuple[Array, Array]:
         return jnp.concatenate([normed, rms_norm(features, params.feature_norm, eps)], axis=-1), features
 
-    fused = linear(jnp.asarray(batch.features)[:, hidden:], params.fc, params.fc_bias)
+    rows, tokens, width = batch.features.shape
+    taps = jnp.asarray(batch.features)[..., hidden:].reshape(rows * tokens, width - hidden)
+    fused = linear(taps, params.fc, params.fc_bias).reshape(rows, tokens, hidden)
     outputs = self_fed_passes(params.layer, config, enter, fused, batch, unroll)
     return [rms_norm(output, params.norm, eps) for output in outputs]
 
 
-def _passes(params: Eagle3Params, config: ModelConfig, embedding: Array, batch: Batch, unroll: int) -> list[Array]:
-    """`unrolled_passes` of every row: arrays [R, T, H]."""
-    each = functools.partial(unrolled_passes, params, config, unroll=unroll)
-    return jax.vmap(lambda e, b: each(e, b))(take_rows(embedding, batch.next_tokens), batch)
-
-
 def wanted(head: Array, ids: Array, batch: Batch) -> tuple[Array, Array]:
     """The target's log-probabilities over the draft's vocabulary [R, T, V_d]; where its best token is in it [R, T]."""
-    every = einsum_f32("rth,vh->rtv", jnp.asarray(batch.targets), head)
+    every = head_logits(jnp.asarray(batch.targets), head)
     return jax.nn.log_softmax(every[..., ids], axis=-1), jnp.isin(every.argmax(-1), ids)
 
 
@@ -173,13 +166,13 @@ def loss_terms(
 
     @recipe.rematted
     def sums(output: Array, mask: Array) -> tuple[Array, Array]:
-        said = jax.nn.log_softmax(einsum_f32("rth,vh->rtv", output, lm_head), axis=-1)
+        said = jax.nn.log_softmax(head_logits(output, lm_head), axis=-1)
         kl = ((jnp.exp(log_want) * (log_want - said)).sum(-1) * mask).sum()
         return kl, ((said.argmax(-1) == log_want.argmax(-1)) * mask).sum()
 
     total = jnp.zeros(())
     metrics: dict[str, Array] = {}
-    for s, output in enumerate(_passes(params, config, embedding, batch, recipe.unroll)):
+    for s, output in enumerate(unrolled_passes(params, config, embedding, batch, recipe.unroll)):
         kl, right = (x / (counts[s] + 1e-5) for x in sums(output, valid(batch, s) * inside))
         total += recipe.unroll_decay**s * kl
         metrics |= {f"kl_{s}": kl, f"top1_{s}": right}
@@ -212,5 +205,5 @@ def agreement(
     """
     assert params.lm_head is not None
     best = jnp.einsum("rth,vh->rtv", batch.targets, head).argmax(-1)
-    outputs = _passes(params, config, embedding, batch, passes)
+    outputs = unrolled_passes(params, config, embedding, batch, passes)
     return jnp.stack([hits(output, params.lm_head, ids, best, valid(batch, s)) for s, output in enumerate(outputs)])

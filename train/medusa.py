@@ -24,7 +24,7 @@ from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
 from train import session
 from train.batches import Batch
-from train.optimiser import TargetHeadLoss, frozen_logits, gradients
+from train.optimiser import TargetHeadLoss, gradients, head_logits
 from train.session import Task
 
 
@@ -130,11 +130,11 @@ def loss_terms(
       counts: [heads] what the sums over pairs are divided by; None: the pairs of this batch that count.
     """
     counts = pairs_counted(batch, len(params.heads)) if counts is None else counts
-    log_want = jax.nn.log_softmax(frozen_logits(jnp.asarray(batch.targets), head), axis=-1)
+    log_want = jax.nn.log_softmax(head_logits(jnp.asarray(batch.targets), head), axis=-1)
 
     @recipe.rematted
     def sums(output: Array, want: Array, mask: Array) -> tuple[Array, Array]:
-        said = jax.nn.log_softmax(frozen_logits(output, head), axis=-1)
+        said = jax.nn.log_softmax(head_logits(output, head), axis=-1)
         kl = ((jnp.exp(want) * (want - said)).sum(-1) * mask).sum()
         return kl, ((said.argmax(-1) == want.argmax(-1)) * mask).sum()
 

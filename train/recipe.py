@@ -24,7 +24,7 @@ from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.layers import LayerParams, gated_mlp, linear, project_qkv, rms_norm, rotation
 from pallas_kernels.products import einsum_f32, take_rows
 from train.batches import Batch
-from train.optimiser import TargetHeadLoss, frozen_logits, gradients
+from train.optimiser import TargetHeadLoss, gradients, head_logits
 
 MASKED = -1e30
 
@@ -90,22 +90,24 @@ def _attend(q: Array, keys: list[Array], values: list[Array], visible: Array) ->
     scores = [jnp.where(visible, main, MASKED)]
     scores += [einsum_f32("thgd,thd->hgt", q, k)[..., None] for k in keys[1:]]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    mixed = jnp.einsum("hgts,shd->thgd", weights[..., :tokens], values[0])
+    mixed = einsum_f32("hgts,shd->thgd", weights[..., :tokens], values[0])
     for extra, v in enumerate(values[1:]):
-        mixed += jnp.einsum("hgt,thd->thgd", weights[..., tokens + extra], v)
-    return mixed.reshape(tokens, heads * head_dim)
+        mixed += einsum_f32("hgt,thd->thgd", weights[..., tokens + extra], v)
+    return mixed.astype(q.dtype).reshape(tokens, heads * head_dim)
 
 
 def unrolled_passes(
-    params: EagleParams, config: ModelConfig, embeddings: Array, batch: Batch, unroll: int
+    params: EagleParams, config: ModelConfig, embedding: Array, batch: Batch, unroll: int
 ) -> list[Array]:
-    """`self_fed_passes` of EAGLE-2's layer over one row (no leading R); embeddings: [T, H] of its `next_tokens`."""
+    """`self_fed_passes` of EAGLE-2's layer; embedding: [V, H]."""
+    features = jnp.asarray(batch.features)
+    embedded = take_rows(embedding, batch.next_tokens).reshape(-1, features.shape[-1])
 
     def enter(features: Array) -> tuple[Array, Array]:
-        x = linear(jnp.concatenate([embeddings, features], axis=-1), params.fc, params.fc_bias)
+        x = linear(jnp.concatenate([embedded, features], axis=-1), params.fc, params.fc_bias)
         return x, x
 
-    return self_fed_passes(params.layer, config, enter, jnp.asarray(batch.features), batch, unroll)
+    return self_fed_passes(params.layer, config, enter, features, batch, unroll)
 
 
 def self_fed_passes(
@@ -116,49 +118,53 @@ def self_fed_passes(
     batch: Batch,
     unroll: int,
 ) -> list[Array]:
-    """A draft's outputs [T, H] in each pass over one row: on true features, on its own, on its own of these, ...
+    """A draft's outputs [R, T, H] in each pass: on true features, on its own, on its own of these, ...
 
     Pass s reads at pair t what pass s - 1 said at t - 1, and sees what drafting would: true pairs up to
-    t - s, then one pair of each pass before it.
+    t - s, then one pair of each pass before it. Only attention and this shift know where a row ends; products
+    run over all R * T pairs at once, so that a weight has one gradient, not one a row to be added up.
 
     Args:
-      enter: given the features [T, H] that a pass reads, what Q, K and V read and the residual stream, both of T rows.
-      features: [T, H], those of pass 0. batch: one row (no leading R), of which segments and positions are read.
+      enter: given the features [R * T, H] that a pass reads, what Q, K and V read and the residual stream.
+      features: [R, T, H], those of pass 0. batch: segments and positions are read.
     """
-    here = jnp.arange(features.shape[0])
-    same = batch.segment[:, None] == batch.segment[None]
+    rows, tokens = batch.segment.shape
+    here = jnp.arange(tokens)
+    segment = jnp.asarray(batch.segment)
+    same = segment[:, :, None] == segment[:, None]
+    by = rotation(config, jnp.asarray(batch.position).reshape(-1))
+
+    def by_row(x: Array) -> Array:
+        return x.reshape(rows, tokens, *x.shape[1:])
+
+    def flat(x: Array) -> Array:
+        return x.reshape(rows * tokens, *x.shape[2:])
+
     keys: list[Array] = []
     values: list[Array] = []
     outputs: list[Array] = []
-    by = rotation(config, jnp.asarray(batch.position))
     for s in range(unroll):
-        attend_from, x = enter(features)
-        q, k, v = project_qkv(layer, config, attend_from, by)
+        attend_from, x = enter(flat(features))
+        q, k, v = (by_row(a) for a in project_qkv(layer, config, attend_from, by))
         keys = [keys[0] if i == 0 else _shifted(old) for i, old in enumerate(keys)] + [k]
         values = [values[0] if i == 0 else _shifted(old) for i, old in enumerate(values)] + [v]
         visible = same & (here[None] <= here[:, None] - s)
-        x = x + linear(_attend(q, keys, values, visible), layer.output, layer.output_bias)
+        x = x + linear(flat(jax.vmap(_attend)(q, keys, values, visible)), layer.output, layer.output_bias)
         x = x + gated_mlp(layer, rms_norm(x, layer.mlp_norm, config.rms_norm_eps))
-        outputs.append(x)
-        features = _shifted(x)
+        outputs.append(by_row(x))
+        features = _shifted(outputs[-1])
     return outputs
 
 
-def _shifted(rows: Array) -> Array:
-    """Row t becomes row t - 1's content; row 0, which no loss reads, keeps its own."""
-    return jnp.concatenate([rows[:1], rows[:-1]])
+def _shifted(x: Array) -> Array:
+    """Of x [R, T, ...], pair t becomes what pair t - 1 is; pair 0, which no loss reads, keeps its own."""
+    return jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
 
 
 def valid(batch: Batch, s: int) -> Array:
     """Mask of pass s: the pair counts, and the s pairs before it stand in its own sequence."""
     before = jnp.pad(batch.segment, ((0, 0), (s, 0)))[:, : batch.segment.shape[1]]
     return jnp.asarray(batch.mask * (before == batch.segment))
-
-
-def _passes(params: EagleParams, config: ModelConfig, embedding: Array, batch: Batch, unroll: int) -> list[Array]:
-    """`unrolled_passes` of every row: arrays [R, T, H]."""
-    each = functools.partial(unrolled_passes, params, config, unroll=unroll)
-    return jax.vmap(lambda e, b: each(e, b))(take_rows(embedding, batch.next_tokens), batch)
 
 
 def pairs_counted(batch: Batch, unroll: int) -> Array:
@@ -183,20 +189,22 @@ def loss_terms(
     """
     counts = pairs_counted(batch, recipe.unroll) if counts is None else counts
     targets = jnp.asarray(batch.targets)
-    log_want = jax.nn.log_softmax(frozen_logits(targets, head), axis=-1)
+    log_want = jax.nn.log_softmax(head_logits(targets, head), axis=-1)
+    best = log_want.argmax(-1)[..., None]
 
     @recipe.rematted
     def sums(output: Array, mask: Array) -> tuple[Array, Array, Array]:
-        said = frozen_logits(output, head)
+        said = head_logits(output, head)
         # Cross-entropy less the target's entropy: the KL divergence, whose floor is zero.
         ce = ((jnp.exp(log_want) * (log_want - jax.nn.log_softmax(said, axis=-1))).sum(-1) * mask).sum()
         distance = optax.huber_loss(output.astype(jnp.float32), targets.astype(jnp.float32))
-        right = said.argmax(-1) == log_want.argmax(-1)
+        # Not by an argmax, which takes a CPU three times as long as the maximum that softmax asks for anyway.
+        right = jnp.take_along_axis(said, best, axis=-1)[..., 0] == said.max(-1)
         return ce, (distance.mean(-1) * mask).sum(), (right * mask).sum()
 
     total = jnp.zeros(())
     metrics: dict[str, Array] = {}
-    for s, output in enumerate(_passes(params, config, embedding, batch, recipe.unroll)):
+    for s, output in enumerate(unrolled_passes(params, config, embedding, batch, recipe.unroll)):
         ce, feature, right = (x / (counts[s] + 1e-5) for x in sums(output, valid(batch, s)))
         total += recipe.unroll_decay**s * (recipe.ce_weight * ce + recipe.feature_weight * feature)
         metrics |= {f"kl_{s}": ce, f"feature_{s}": feature, f"top1_{s}": right}
@@ -238,7 +246,7 @@ def agreement(
     Returns [passes, 3]: top-1 hits, top-3 hits and pairs counted, by pass (1: on true features).
     """
     best = jnp.einsum("rth,vh->rtv", batch.targets, head).argmax(-1)
-    outputs = _passes(params, config, embedding, batch, passes)
+    outputs = unrolled_passes(params, config, embedding, batch, passes)
     return jnp.stack([hits(output, head, None, best, valid(batch, s)) for s, output in enumerate(outputs)])
 
 

@@ -235,7 +235,7 @@ def train(
         raise UserError(f"--name {args.name}: {out} exists already; remove it or choose another name")
     work = args.work or args.ckpt / "training" / args.name
     target = checkpoint.params()
-    stores = open_corpora(args.corpus, checkpoint, target, work / "features", taps)
+    stores = open_corpora(args.corpus, checkpoint, recipe.cast(target), work / "features", taps)
     sequences = [len(store) for store in stores]
     settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from")}
     settings |= {"recipe": dataclasses.asdict(recipe), "target": checkpoint.fingerprint, "sequences": sequences}
