@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from pallas_kernels import tree_attention_pallas
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.products import einsum_f32
+from pallas_kernels.products import FEW_ROWS, einsum_f32
 from pallas_kernels.tree_attention_pallas import MASKED, Config
 
 BLOCK = 256  # cache rows a step; capacities are multiples of it
@@ -80,7 +80,9 @@ def tree_attention(
 def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Array, steady: bool) -> Array:
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = keys.shape
-    group = heads // kv_heads
+    group, dtype = heads // kv_heads, q.dtype
+    if not steady and tokens * group <= FEW_ROWS:
+        q = q.astype(keys.dtype)  # too few queries to be worth narrowing a CPU's float32 cache for
     # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
     # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
     columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
@@ -106,7 +108,7 @@ def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Arra
     else:
         out = _over_live_blocks(scores, mix, columns.shape[2], keys, values, committed + 32 * ancestors.shape[1])
     out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
-    return out.reshape(tokens, heads, head_dim).astype(q.dtype)
+    return out.reshape(tokens, heads, head_dim).astype(dtype)
 
 
 def _mix(dtype: jnp.dtype, weights: Array, values: Array) -> tuple[Array, Array]:

@@ -166,7 +166,7 @@ def _decode(
 
     def one(cache: KVCache, token: Array, length: Array) -> tuple[Array, KVCache]:
         features, cache = llama.forward(
-            params, config, token[None], length[None], cache, length, causal(1), Kernels("xla", "xla")
+            params, config, token[None], length[None], cache, length, causal(1), Kernels("xla", "xla", steady=False)
         )  # under vmap, which would give the kernel a grid of four axes
         return features[0], cache
 
