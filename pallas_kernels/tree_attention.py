@@ -20,6 +20,7 @@ from pallas_kernels.products import FEW_ROWS, einsum_f32
 from pallas_kernels.tree_attention_pallas import MASKED, Config
 
 BLOCK = 256  # cache rows a step; capacities are multiples of it
+UNIT = 2.0**22  # of the integers that weights in [0, 1] are added up as: 512 of them fit 32 bits
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
 
 
@@ -120,12 +121,12 @@ def _steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
     """The same, rounded the same for one token and for a tree of many, wherever in the cache its keys stand.
 
     XLA's CPU backend adds up a float32 product of this form key by key, so that masked keys between two visible
-    ones change no bit, and a column of ones has it add up the weights alike. Then vanilla and speculative decoding
-    write the same text in bfloat16 too, where rounding would otherwise decide a tie every few hundred tokens.
+    ones change no bit; the weights are added up as integers, which have one sum in any order. Then vanilla and
+    speculative decoding write the same text in bfloat16 too, where rounding would otherwise decide a tie every few
+    hundred tokens.
     """
-    columns = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
-    out = lax.optimization_barrier(einsum_f32("hkd,hqk->hdq", columns, weights)).swapaxes(1, 2)
-    return out[..., -1], out[..., :-1]
+    sums = jnp.rint(weights * UNIT).astype(jnp.uint32).sum(-1).astype(jnp.float32) / UNIT
+    return sums, lax.optimization_barrier(einsum_f32("hqk,hkd->hqd", weights, values))
 
 
 def _least_columns(kv_heads: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,3 +154,27 @@ def test_words_keep_leading_axes():
     words = bit_words(jnp.asarray(visible))
     assert words.shape == (2, 3, 2) and np.array_equal(words[1], bit_words(jnp.asarray(visible[1])))
     assert has_bit(words[0], jnp.arange(6).reshape(2, 3)).shape == (3, 2, 3)
+
+
+@pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
+@pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8)])
+@pytest.mark.parametrize("capacity", [BLOCK, 4 * BLOCK])
+def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
+    """On a CPU in bfloat16, over a float32 cache: `_steady_mix`. Its path's keys stand with gaps in the tree."""
+    kv_heads, group, head_dim = shape
+    rng = np.random.default_rng(0)
+    for tokens in (4, 8, 60):
+        committed, depth = int(rng.integers(1, 150)), int(rng.integers(1, 4))
+        path = np.sort(rng.choice(tokens, depth, replace=False))
+        q = jnp.asarray(rng.normal(size=(tokens, kv_heads * group, head_dim)), jnp.bfloat16)
+        cache = rng.normal(size=(2, kv_heads, capacity, head_dim)).astype(np.float32)
+        line = np.eye(tokens, dtype=bool) | (rng.random((tokens, tokens)) < 0.5)
+        line[path[-1]] = False
+        line[path[-1], path] = True
+        in_tree = ours("xla", q, *cache, committed, line)[path[-1]]
+        alone = rng.normal(size=cache.shape).astype(np.float32)
+        alone[:, :, :committed] = cache[:, :, :committed]
+        alone[:, :, committed : committed + depth] = cache[:, :, committed + path]
+        # The tokens above it are committed by then.
+        by_itself = ours("xla", q[path[-1]][None], *alone, committed + depth - 1, np.ones((1, 1), bool))[0]
+        np.testing.assert_array_equal(in_tree, by_itself)
