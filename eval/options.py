@@ -115,7 +115,9 @@ def _size(text: str, vocab_size: int) -> int | str:
 
 def _command() -> str:
     """The command line, for a reader elsewhere: of a path that is absolute only the name."""
-    return " ".join(["python -m eval", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
+    program = Path(sys.argv[0])
+    start = "python -m eval" if program.name == "__main__.py" else f"python {program.parent.name}/{program.name}"
+    return " ".join([start, *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
 
 
 def save(path: Path | None, figures: dict[str, Any]) -> None:
