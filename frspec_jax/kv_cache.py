@@ -20,7 +20,7 @@ BLOCK = 256  # capacities are multiples of it, so that attention may walk the ca
 class LayerKV:
     """One layer's cache. Row s holds the token at position s (or, past the committed rows, a tree node)."""
 
-    keys: Array  # [kv_heads, S, head_dim], rotated
+    keys: Array  # [kv_heads, S, head_dim], rotated; floats, or the bits of bfloat16 as uint16
     values: Array  # [kv_heads, S, head_dim]
 
     @property
@@ -37,11 +37,12 @@ def rounded_capacity(tokens: int) -> int:
 
 
 def stored(dtype: jnp.dtype) -> jnp.dtype:
-    """What a cache keeps for weights of `dtype`: the same, but always float32 on a CPU.
+    """What a cache keeps for weights of `dtype`: the same, but on a CPU bfloat16's bits, as integers.
 
     To update a bfloat16 array in place, XLA's CPU backend widens and narrows all of it, which took half of a pass.
     """
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else dtype
+    bits = jax.default_backend() == "cpu" and dtype == jnp.bfloat16
+    return jnp.dtype(jnp.uint16) if bits else dtype
 
 
 def empty(config: ModelConfig, capacity: int, dtype: jnp.dtype) -> KVCache:
@@ -60,9 +61,14 @@ def write(cache: LayerKV, keys: Array, values: Array, start: Array) -> LayerKV:
     """
     at = (0, start, 0)
     return LayerKV(
-        lax.dynamic_update_slice(cache.keys, keys.swapaxes(0, 1).astype(cache.keys.dtype), at),
-        lax.dynamic_update_slice(cache.values, values.swapaxes(0, 1).astype(cache.values.dtype), at),
+        lax.dynamic_update_slice(cache.keys, _kept(keys.swapaxes(0, 1), cache.keys.dtype), at),
+        lax.dynamic_update_slice(cache.values, _kept(values.swapaxes(0, 1), cache.values.dtype), at),
     )
+
+
+def _kept(rows: Array, dtype: jnp.dtype) -> Array:
+    """Rows as a cache of `dtype` keeps them."""
+    return rows.astype(dtype) if dtype != jnp.uint16 else lax.bitcast_convert_type(rows.astype(jnp.bfloat16), dtype)
 
 
 def compact(cache: KVCache, start: Array, path: Array) -> KVCache:

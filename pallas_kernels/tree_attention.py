@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from pallas_kernels import tree_attention_pallas
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.products import FEW_ROWS, einsum_f32
+from pallas_kernels.products import einsum_f32
 from pallas_kernels.tree_attention_pallas import MASKED, Config
 
 BLOCK = 256  # cache rows a step; capacities are multiples of it
@@ -55,7 +55,8 @@ def tree_attention(
 
     Args:
       q: [T, heads, head_dim], rotated.
-      keys, values: [kv_heads, S, head_dim], the tree's own rows included; S a multiple of BLOCK.
+      keys, values: [kv_heads, S, head_dim], the tree's own rows included; S a multiple of BLOCK. Floats, or the bits of
+        bfloat16 as uint16.
       committed: int32 scalar, cache rows that every query sees.
       ancestors: [T, W] int32 bit words over the rows from `committed` on, each query's own included.
       implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
@@ -73,7 +74,8 @@ def tree_attention(
     if implementation == "xla":
         return _xla(q, keys, values, committed, ancestors, steady)
     interpret = implementation == "interpret"
-    wide = q.astype(keys.dtype)  # a CPU's cache is float32 whatever q is
+    keys, values = _floats(keys), _floats(values)
+    wide = q.astype(keys.dtype)
     out = tree_attention_pallas.tree_attention(wide, keys, values, committed, ancestors, chosen, interpret)
     return out.astype(q.dtype)
 
@@ -81,20 +83,20 @@ def tree_attention(
 def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Array, steady: bool) -> Array:
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = keys.shape
-    group, dtype = heads // kv_heads, q.dtype
-    if not steady and tokens * group <= FEW_ROWS:
-        q = q.astype(keys.dtype)  # too few queries to be worth narrowing a CPU's float32 cache for
+    group = heads // kv_heads
     # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
     # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
     columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
-    steady = steady and q.dtype != keys.dtype  # the cache of a CPU that computes in bfloat16 is float32
+    steady = steady and keys.dtype == jnp.uint16  # bfloat16 on a CPU
     spare = max(0, _least_columns(kv_heads) - tokens * group) if steady else 0
     columns = jnp.pad(columns, ((0, 0), (0, 0), (0, spare)))
 
     def scores(first: Array | int, k: Array) -> Array:
         with jax.named_scope("scores"):
             # Without the barrier XLA swaps the operands back to save the transposition, at 1.7 times the cost.
-            products = lax.optimization_barrier(einsum_f32("hkd,hdq->hkq", k.astype(q.dtype), columns)).swapaxes(1, 2)
+            products = lax.optimization_barrier(
+                einsum_f32("hkd,hdq->hkq", _floats(k).astype(q.dtype), columns)
+            ).swapaxes(1, 2)
             row = first + jnp.arange(k.shape[1])
             visible = (row < committed)[None] | has_bit(ancestors, row - committed)  # [T, k]
             masked = jnp.repeat(visible, group, axis=0)
@@ -109,12 +111,17 @@ def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Arra
     else:
         out = _over_live_blocks(scores, mix, columns.shape[2], keys, values, committed + 32 * ancestors.shape[1])
     out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
-    return out.reshape(tokens, heads, head_dim).astype(dtype)
+    return out.reshape(tokens, heads, head_dim).astype(q.dtype)
+
+
+def _floats(rows: Array) -> Array:
+    """Rows of a cache as floats: those of bfloat16 may be kept as their bits."""
+    return lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
 
 
 def _mix(dtype: jnp.dtype, weights: Array, values: Array) -> tuple[Array, Array]:
     """Sums [kv_heads, q] of weights [kv_heads, q, k], and the weights' product with values [kv_heads, k, head_dim]."""
-    return weights.sum(-1), einsum_f32("hqk,hkd->hqd", weights.astype(dtype), values.astype(dtype))
+    return weights.sum(-1), einsum_f32("hqk,hkd->hqd", weights.astype(dtype), _floats(values).astype(dtype))
 
 
 def _steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
@@ -126,7 +133,7 @@ def _steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
     hundred tokens.
     """
     sums = jnp.rint(weights * UNIT).astype(jnp.uint32).sum(-1).astype(jnp.float32) / UNIT
-    return sums, lax.optimization_barrier(einsum_f32("hqk,hkd->hqd", weights, values))
+    return sums, lax.optimization_barrier(einsum_f32("hqk,hkd->hqd", weights, _floats(values).astype(jnp.float32)))
 
 
 def _least_columns(kv_heads: int) -> int:

@@ -150,15 +150,17 @@ def test_a_round_on_a_gpu_emits_the_same_tokens(settings):
 def test_kernels_on_the_real_model(real_checkpoint):
     """SmolLM2, a short prompt: interpreted kernels and XLA give the same text in the same rounds."""
     prompt, request = "Name three colours.", api.Request(max_new_tokens=8)
-    plain = api.load(real_checkpoint, context=256, kernels=Kernels("xla", "xla")).generate(prompt, request)
-    kernels = api.load(real_checkpoint, context=256, kernels=INTERPRET).generate(prompt, request)
+    plain = api.load(real_checkpoint, draft="eagle", context=256, kernels=Kernels("xla", "xla")).generate(
+        prompt, request
+    )
+    kernels = api.load(real_checkpoint, draft="eagle", context=256, kernels=INTERPRET).generate(prompt, request)
     assert (kernels.tokens, kernels.accepted_histogram) == (plain.tokens, plain.accepted_histogram)
 
 
 def test_kernels_need_a_gpu_unless_they_are_interpreted(real_checkpoint, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.raises(UserError, match="--kernels pallas needs a CUDA GPU"):
-        api.load(real_checkpoint, kernels=PALLAS)
+        api.load(real_checkpoint, draft="eagle", kernels=PALLAS)
 
 
 # Lowering to Triton at production shapes, without a GPU ------------------------------------------

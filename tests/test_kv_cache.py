@@ -25,7 +25,7 @@ def filled(seed: int = 0) -> LayerKV:
     return LayerKV(keys, values)
 
 
-@pytest.mark.parametrize(("backend", "kept"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16)])
+@pytest.mark.parametrize(("backend", "kept"), [("cpu", jnp.uint16), ("gpu", jnp.bfloat16)])
 def test_an_empty_cache_has_a_pair_of_arrays_a_layer(backend, kept, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     cache = kv_cache.empty(CFG, 2 * BLOCK, jnp.bfloat16)
@@ -71,6 +71,15 @@ def test_write_rounds_to_the_caches_dtype():
     after = write(cache, *rows, jnp.int32(7))
     assert after.keys.dtype == after.values.dtype == jnp.bfloat16
     assert np.array_equal(after.keys[:, 8], jnp.asarray(rows[0, 1], jnp.bfloat16))
+
+
+def test_write_keeps_the_bits_of_bfloat16():
+    """As on a CPU; what is read of them is the same to the bit."""
+    cache = jax.tree.map(lambda rows: jnp.zeros(rows.shape, jnp.uint16), filled())
+    rows = np.random.default_rng(0).normal(size=(2, 3, CFG.num_kv_heads, CFG.head_dim)).astype(np.float32)
+    after = write(cache, *rows, jnp.int32(7))
+    found = jax.lax.bitcast_convert_type(after.values[:, 7:10], jnp.bfloat16)
+    assert np.array_equal(found, jnp.asarray(rows[1], jnp.bfloat16).swapaxes(0, 1))
 
 
 @settings(max_examples=60, deadline=None)

@@ -160,21 +160,25 @@ def test_words_keep_leading_axes():
 @pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8)])
 @pytest.mark.parametrize("capacity", [BLOCK, 4 * BLOCK])
 def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
-    """On a CPU in bfloat16, over a float32 cache: `_steady_mix`. Its path's keys stand with gaps in the tree."""
+    """On a CPU in bfloat16: `_steady_mix`. The path's keys stand with gaps in the tree, and without alone."""
     kv_heads, group, head_dim = shape
     rng = np.random.default_rng(0)
-    for tokens in (4, 8, 60):
+
+    def bits(rows):
+        return jax.lax.bitcast_convert_type(jnp.asarray(rows, jnp.bfloat16), jnp.uint16)
+
+    for tokens in 8 * (4, 8, 60):
         committed, depth = int(rng.integers(1, 150)), int(rng.integers(1, 4))
         path = np.sort(rng.choice(tokens, depth, replace=False))
         q = jnp.asarray(rng.normal(size=(tokens, kv_heads * group, head_dim)), jnp.bfloat16)
-        cache = rng.normal(size=(2, kv_heads, capacity, head_dim)).astype(np.float32)
+        cache = rng.normal(size=(2, kv_heads, capacity, head_dim))
         line = np.eye(tokens, dtype=bool) | (rng.random((tokens, tokens)) < 0.5)
         line[path[-1]] = False
         line[path[-1], path] = True
-        in_tree = ours("xla", q, *cache, committed, line)[path[-1]]
-        alone = rng.normal(size=cache.shape).astype(np.float32)
+        in_tree = ours("xla", q, *bits(cache), committed, line)[path[-1]]
+        alone = rng.normal(size=cache.shape)
         alone[:, :, :committed] = cache[:, :, :committed]
         alone[:, :, committed : committed + depth] = cache[:, :, committed + path]
         # The tokens above it are committed by then.
-        by_itself = ours("xla", q[path[-1]][None], *alone, committed + depth - 1, np.ones((1, 1), bool))[0]
+        by_itself = ours("xla", q[path[-1]][None], *bits(alone), committed + depth - 1, np.ones((1, 1), bool))[0]
         np.testing.assert_array_equal(in_tree, by_itself)
