@@ -130,9 +130,14 @@ def unrolled_passes(
 
 
 def wanted(head: Array, ids: Array, batch: Batch) -> tuple[Array, Array]:
-    """The target's log-probabilities over the draft's vocabulary [R, T, V_d]; where its best token is in it [R, T]."""
-    every = head_logits(jnp.asarray(batch.targets), head)
-    return jax.nn.log_softmax(every[..., ids], axis=-1), jnp.isin(every.argmax(-1), ids)
+    """The target's log-probabilities over the draft's vocabulary [R, T, V_d]; where its best token is in it [R, T].
+
+    The rows `ids` of the head are multiplied anew: to gather as many columns of all logits takes a CPU longer.
+    """
+    every = head_logits(batch.targets, head)
+    kept = jnp.zeros(head.shape[0], bool).at[ids].set(True)
+    inside = jnp.where(kept, every, -jnp.inf).max(-1) == every.max(-1)
+    return jax.nn.log_softmax(head_logits(batch.targets, take_rows(head, ids)), axis=-1), inside
 
 
 def pairs_counted(head: Array, ids: Array, batch: Batch, recipe: Eagle3Recipe) -> Array:
@@ -161,6 +166,7 @@ def loss_terms(
     """
     counts = pairs_counted(head, ids, batch, recipe) if counts is None else counts
     log_want, inside = wanted(head, ids, batch)
+    best = log_want.argmax(-1)[..., None]
     assert params.lm_head is not None
     lm_head = params.lm_head
 
@@ -168,7 +174,7 @@ def loss_terms(
     def sums(output: Array, mask: Array) -> tuple[Array, Array]:
         said = jax.nn.log_softmax(head_logits(output, lm_head), axis=-1)
         kl = ((jnp.exp(log_want) * (log_want - said)).sum(-1) * mask).sum()
-        return kl, ((said.argmax(-1) == log_want.argmax(-1)) * mask).sum()
+        return kl, ((jnp.take_along_axis(said, best, axis=-1)[..., 0] == said.max(-1)) * mask).sum()
 
     total = jnp.zeros(())
     metrics: dict[str, Array] = {}
@@ -204,6 +210,7 @@ def agreement(
     Returns [passes, 3]: top-1 hits, top-3 hits and pairs counted, by pass (1: on true features).
     """
     assert params.lm_head is not None
-    best = jnp.einsum("rth,vh->rtv", batch.targets, head).argmax(-1)
+    embedding, head = (table.astype(batch.targets.dtype) for table in (embedding, head))
+    best = head_logits(batch.targets, head).argmax(-1)
     outputs = unrolled_passes(params, config, embedding, batch, passes)
     return jnp.stack([hits(output, params.lm_head, ids, best, valid(batch, s)) for s, output in enumerate(outputs)])

@@ -130,7 +130,7 @@ def loss_terms(
       counts: [heads] what the sums over pairs are divided by; None: the pairs of this batch that count.
     """
     counts = pairs_counted(batch, len(params.heads)) if counts is None else counts
-    log_want = jax.nn.log_softmax(head_logits(jnp.asarray(batch.targets), head), axis=-1)
+    log_want = jax.nn.log_softmax(head_logits(batch.targets, head), axis=-1)
 
     @recipe.rematted
     def sums(output: Array, want: Array, mask: Array) -> tuple[Array, Array]:
@@ -173,6 +173,7 @@ def agreement(params: MedusaParams, head: Array, batch: Batch) -> Array:
 
     Returns [heads, 3]: top-1 hits, top-3 hits and pairs counted.
     """
+    head = head.astype(batch.targets.dtype)
     hits = [rank_hits(one, head, jnp.arange(head.shape[0]), head, batch, i, 3) for i, one in enumerate(params.heads)]
     return jnp.stack([jnp.stack([found[0], found[:3].sum(), count]) for found, count in hits])
 
@@ -184,7 +185,7 @@ def rank_hits(
 
     lm_head: [V', H], what reads the head's outputs, and `ids` [V'] what its rows stand for. target_head: [V, H].
     """
-    best = ahead(jnp.einsum("rth,vh->rtv", batch.targets, target_head).argmax(-1), i)
-    top = ids[jax.lax.top_k(jnp.einsum("rth,vh->rtv", outputs_of(one, batch), lm_head), ranks)[1]]
+    best = ahead(head_logits(batch.targets, target_head).argmax(-1), i)
+    top = ids[jax.lax.top_k(head_logits(outputs_of(one, batch), lm_head), ranks)[1]]
     mask = valid(batch, i)
     return ((top == best[..., None]) * mask[..., None]).sum((0, 1)), mask.sum()

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from jax import Array, lax
 
 from pallas_kernels.products import einsum_f32, rows_f32, turned
-from train.batches import Batch
+from train.batches import Batch, Rows
 
 Tree = TypeVar("Tree")
 Metrics = dict[str, Array]
@@ -40,6 +40,11 @@ class Optimisation:
         """Floats in the precision of products."""
         dtype = jnp.dtype(self.compute)
         return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def cast_batch(self, batch: Batch) -> Batch:
+        """The same for what products read of a batch; its masks, which are counted, stay float32."""
+        features, targets = self.cast((batch.features, batch.targets))
+        return dataclasses.replace(batch, features=features, targets=targets)
 
     def rematted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function; with `remat`, one whose intermediate results are not kept for the gradient."""
@@ -119,10 +124,11 @@ class TargetHeadLoss(Optimisation):
         return passes * product_flops(params) + (2 + 4 * outputs) * rows * hidden
 
 
-def head_logits(rows: Array, head: Array) -> Array:
+def head_logits(rows: Rows, head: Array) -> Array:
     """Logits [R, T, M], float32, of rows [R, T, H] by a head [M, H], multiplied in the head's dtype."""
     count, tokens, hidden = rows.shape
-    return rows_f32(rows.reshape(count * tokens, hidden).astype(head.dtype), head).reshape(count, tokens, -1)
+    flat = jnp.asarray(rows, head.dtype).reshape(count * tokens, hidden)
+    return rows_f32(flat, head).reshape(count, tokens, -1)
 
 
 def product_flops(params: Any) -> float:
@@ -143,9 +149,7 @@ def gradients(loss: Loss, params: Any, batch: Batch, counts: Array, recipe: Opti
     """
 
     def of_part(params: Any, part: Batch) -> tuple[Array, Metrics]:
-        held = recipe.cast((part.features, part.targets))
-        part = dataclasses.replace(part, features=held[0], targets=held[1])
-        return loss(recipe.cast(params), part, counts)
+        return loss(recipe.cast(params), recipe.cast_batch(part), counts)
 
     gradient = jax.grad(of_part, has_aux=True)
     if recipe.accumulate == 1:

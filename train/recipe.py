@@ -245,7 +245,8 @@ def agreement(
 
     Returns [passes, 3]: top-1 hits, top-3 hits and pairs counted, by pass (1: on true features).
     """
-    best = jnp.einsum("rth,vh->rtv", batch.targets, head).argmax(-1)
+    embedding, head = (table.astype(batch.targets.dtype) for table in (embedding, head))
+    best = head_logits(batch.targets, head).argmax(-1)
     outputs = unrolled_passes(params, config, embedding, batch, passes)
     return jnp.stack([hits(output, head, None, best, valid(batch, s)) for s, output in enumerate(outputs)])
 
@@ -257,6 +258,6 @@ def hits(outputs: Array, head: Array, ids: Array | None, best: Array, mask: Arra
       outputs: [R, T, H], what the head [M, H] reads. ids: [M], what its rows stand for; None: themselves.
       best: [R, T], the right ids. mask: [R, T], 1 where a pair counts.
     """
-    top = jax.lax.top_k(jnp.einsum("rth,mh->rtm", outputs, head), 3)[1]
+    top = jax.lax.top_k(head_logits(outputs, head), 3)[1]
     found = ((top if ids is None else ids[top]) == best[..., None]) * mask[..., None]
     return jnp.stack([found[..., 0].sum(), found.sum(), mask.sum()])

@@ -54,7 +54,8 @@ class Task:
 
     def held_out(self, state: TrainState, batches: list[Batch]) -> dict[str, list[float]]:
         """Top-1 and top-3 agreement with the target on held-out pairs, over the full vocabulary, by part."""
-        sums = np.sum([self.agreement(state.params["draft"], batch) for batch in batches], axis=0)
+        params = self.recipe.cast(state.params["draft"])
+        sums = np.sum([self.agreement(params, self.recipe.cast_batch(batch)) for batch in batches], axis=0)
         return {
             "top1": (sums[:, 0] / sums[:, 2]).round(4).tolist(),
             "top3": (sums[:, 1] / sums[:, 2]).round(4).tolist(),
