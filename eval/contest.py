@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from eval import measure
 from eval.peer import Peer
 from eval.questions import Question
-from frspec_jax.api import Generator, Request
+from frspec_jax.api import Generator, Reading, Request, Result
 from frspec_jax.errors import UserError
 
 PEERS = {"transformers": False, "transformers, prompt lookup": True}  # by whether prompt lookup assists
@@ -44,8 +45,7 @@ class Contest:
     def warm_up(self, question: Question) -> None:
         """Compile every method and run it once; nothing of this is recorded."""
         prompt = first_prompt(self.models["vanilla"], question)
-        for name in self.names:
-            self._answer(name, prompt, WARM_UP_TOKENS)
+        self._answers(self.names, prompt, WARM_UP_TOKENS)
 
     def ask(self, question: Question, turn: int) -> list[dict[str, Any]]:
         """Every method's figures for each turn of a question.
@@ -69,18 +69,31 @@ class Contest:
                 if not figures:
                     raise
                 break
-            found = {name: self._answer(name, prompt, limit) for name in measure.in_turn(self.names, turn)}
+            found = self._answers(measure.in_turn(self.names, turn), prompt, limit)
             figures.append({"prompt_tokens": len(prompt), "methods": self._compared(prompt, found)})
             answer = vanilla.checkpoint.tokenizer.decode(found["vanilla"]["tokens"], skip_special_tokens=True)
             messages.append({"role": "assistant", "content": answer})
         return figures
 
-    def _answer(self, name: str, prompt: np.ndarray, limit: int) -> dict[str, Any]:
-        if name in PEERS:
-            assert self.peer is not None
-            return dataclasses.asdict(self.peer.answer(prompt, limit, lookup=PEERS[name]))
-        model = self.models[name]
-        result = model.generate_ids(prompt, dataclasses.replace(self.request, max_new_tokens=limit))
+    def _answers(self, names: list[str], prompt: np.ndarray, limit: int) -> dict[str, dict[str, Any]]:
+        """Each method's answer. Methods that differ in V' alone share one reading of the prompt."""
+        request = dataclasses.replace(self.request, max_new_tokens=limit)
+        readings: dict[Hashable, Reading] = {}
+        found = {}
+        for name in names:
+            if name in PEERS:
+                assert self.peer is not None
+                found[name] = dataclasses.asdict(self.peer.answer(prompt, limit, lookup=PEERS[name]))
+                continue
+            model = self.models[name]
+            kind = model.reads_as(request)
+            if kind not in readings:
+                readings[kind] = model.read(prompt, request)
+            found[name] = self._figures(name, model.answer(readings[kind].copy()))
+        return found
+
+    def _figures(self, name: str, result: Result) -> dict[str, Any]:
+        """What a record keeps of one of our answers."""
         figures = {
             "tokens": result.tokens,
             "first": 1,
@@ -88,7 +101,7 @@ class Contest:
             "prefill_seconds": round(result.prefill_seconds, 6),
             "decode_seconds": round(result.decode_seconds, 6),
         }
-        if model.draft_vocab is None:
+        if result.draft_vocab is None:
             return figures
         inside = np.isin(result.tokens, self._vocabularies[name])
         return figures | {"histogram": result.accepted_histogram, "covered": int(inside.sum())}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def load(
             drafter, weights = spec.assemble(config, params, target.head, ids, kernels=kernels, int8=draft_int8)
     return Generator(
         checkpoint, engine.Weights(target, weights), drafter, tree, size, method, dtype,
-        rounded_capacity(context or min(config.max_context, 4096)), chunk or best.chunk, kernels,
+        rounded_capacity(context or min(config.max_context, 4096)), chunk or best.chunk, kernels, folder,
     )  # fmt: skip
 
 
@@ -238,6 +238,20 @@ def draft_ids(
     return sub_vocabulary(ranking, size, vocab_size, always, known)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A prompt that has been run through target and draft, and the first token chosen."""
+
+    state: engine.DecodeState
+    prompt_tokens: int
+    seconds: float  # that it took
+    request: Request
+
+    def copy(self) -> Reading:
+        """One more to answer from."""
+        return dataclasses.replace(self, state=jax.block_until_ready(jax.tree.map(jnp.copy, self.state)))
+
+
 class Generator:
     """A loaded model; `load` makes one. Not for use from several threads at once: it owns one set of caches."""
 
@@ -253,10 +267,12 @@ class Generator:
         capacity: int,
         chunk: int,
         kernels: Kernels = AUTO,
+        draft_folder: Path | None = None,
     ) -> None:
         self.checkpoint, self.weights, self.drafter, self.tree = checkpoint, weights, drafter, tree
         self.draft_vocab, self.method = draft_vocab, method
         self.capacity, self.chunk, self.kernels = capacity, chunk, kernels
+        self.draft_folder = draft_folder
         self._dtype = dtype
         self._caches: engine.Caches | None = None
         self._warm: set[engine.Plan] = set()
@@ -313,15 +329,29 @@ class Generator:
 
     def generate_ids(self, ids: np.ndarray, request: Request = Request()) -> Result:
         """Answer one prompt that is token ids [T] already."""
+        return self.answer(self.read(ids, request))
+
+    def read(self, ids: np.ndarray, request: Request = Request()) -> Reading:
+        """Run a prompt of token ids [T]; `answer` goes on from there."""
         plan, limit = self._admit(ids, request)
         begin = time.perf_counter()
         state = jax.block_until_ready(self._start(plan, ids, limit, request.seed))
-        prefilled = time.perf_counter()
-        state = jax.block_until_ready(engine.run(plan, self.weights, state, ALL_ROUNDS))
-        end = time.perf_counter()
-        result = self._result(state, len(ids), prefilled - begin, end - prefilled, request)
+        return Reading(state, len(ids), time.perf_counter() - begin, request)
+
+    def answer(self, reading: Reading) -> Result:
+        """Decode after a prompt that this model read, or one with the same `reads_as`; uses the reading up."""
+        plan = self.plan(reading.request.sampling)
+        self.warm_up(reading.request.sampling)
+        begin = time.perf_counter()
+        state = jax.block_until_ready(engine.run(plan, self.weights, reading.state, ALL_ROUNDS))
+        seconds = time.perf_counter() - begin
+        result = self._result(state, reading.prompt_tokens, reading.seconds, seconds, reading.request)
         self._finish(state)
         return result
+
+    def reads_as(self, request: Request = Request()) -> Hashable:
+        """Models that agree in this read a prompt alike: what V' keeps matters only once a draft proposes."""
+        return id(self.weights.target), self.draft_folder, self.plan(request.sampling), self.capacity, self.chunk
 
     def stream(self, prompt: Prompt, request: Request = Request()) -> Stream:
         """Answer one prompt, text as it comes: iterate over the pieces, then read `.result`."""

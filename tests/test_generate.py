@@ -107,6 +107,21 @@ def test_an_answer_that_fills_the_context_is_cut(checkpoint):
     assert model.generate_ids(prompt, request).tokens == roomy[:5]
 
 
+def test_models_of_one_draft_share_a_reading(checkpoint):
+    """What V' keeps matters only once a draft proposes, so a prompt is read once; each answers as it would alone."""
+    prompt, request = np.arange(1, 40, dtype=np.int32), Request(12)
+    whole = api.load(checkpoint, draft_vocab="full")
+    cropped = api.load(checkpoint, draft_vocab=68, target=whole.weights.target)
+    vanilla = api.load(checkpoint, draft="none", target=whole.weights.target)
+    assert whole.reads_as(request) == cropped.reads_as(request) != vanilla.reads_as(request)
+    assert whole.reads_as(request) != api.load(checkpoint, draft_vocab="full").reads_as(request)  # weights of its own
+    reading = whole.read(prompt, request)
+    for model in (cropped, whole):
+        alone, after = model.generate_ids(prompt, request), model.answer(reading.copy())
+        assert (after.tokens, after.rounds, after.draft_vocab) == (alone.tokens, alone.rounds, alone.draft_vocab)
+        assert after.prefill_seconds == reading.seconds and after.prompt_tokens == len(prompt)
+
+
 def test_bfloat16_runs(checkpoint):
     model = api.load(checkpoint, dtype=jnp.bfloat16)
     assert model.weights.target.embedding.dtype == jnp.bfloat16
