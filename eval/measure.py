@@ -44,11 +44,17 @@ def methods(
     vanilla = api.load(checkpoint, draft="none", **options)
     found = {"vanilla": vanilla}
     options = {**options, "tree": tree, "target": vanilla.weights.target}
+    known = set()  # a draft with a vocabulary of its own is whole at "full" and at that vocabulary's size: one method
     for draft, size in itertools.product(drafts, vocabularies):
         whole = size in ("full", checkpoint.config.vocab_size)
         for ranking in [None] if whole or not rankings else rankings:
             model = api.load(checkpoint, draft=draft, draft_vocab=size, ranking=ranking, **options)
-            name = label(model) + (f" ({ranking.stem})" if ranking else "")
+            cropped = "+" in model.method
+            method = (draft, model.draft_vocab, ranking if cropped else None)
+            if method in known:
+                continue
+            known.add(method)
+            name = label(model) + (f" ({ranking.stem})" if ranking and cropped else "")
             if name in found and len(drafts) > 1:  # two drafts of one kind
                 name += f" [{draft}]"
             found[name] = model

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.questions import CODE_PROMPT, PUBLISHED, read_text
+from frspec_jax import json_lines
 from frspec_jax.errors import UserError
 
 BENCHMARKS = ("HumanEval", "GSM8K")
@@ -74,7 +75,7 @@ def read_problems(folder: Path) -> list[Problem]:
 
 def _parse(file: Path, parse: Callable[[int, Any], Problem]) -> list[Problem]:
     found = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in json_lines.numbered(read_text(file)):
         try:
             found.append(parse(number, json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from frspec_jax import json_lines
 from frspec_jax.errors import UserError
 
 TASKS = ("MT", "Conv", "RAG", "Math", "QA", "Summ", "Code")  # the paper's columns, in its order
@@ -82,7 +83,7 @@ def read_text(file: Path) -> str:
 
 def _parse(text: str, file: Path) -> list[Question]:
     questions = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in json_lines.numbered(text):
         try:
             questions.append(_question(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:

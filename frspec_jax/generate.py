@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frspec_jax import json_lines
 from frspec_jax.config import VANILLA, Sampling, TreeConfig
 from frspec_jax.errors import UserError, reported
 
@@ -103,7 +104,7 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
         raise UserError(f"--prompt-file {args.prompt_file} cannot be read: {reason}") from None
     if args.prompt_file.suffix != ".jsonl":
         return [text]
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = list(json_lines.numbered(text))
     if not lines:
         raise UserError(f"--prompt-file {args.prompt_file} holds no prompt")
     return [_prompt_of(args.prompt_file, number, line) for number, line in lines]

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from tiny_hf import edit_json, refusal, same
 
 from convert.__main__ import main
+from eval import measure
 from frspec_jax import api
 from frspec_jax.api import Request
 from frspec_jax.checkpoint import Checkpoint
@@ -167,3 +168,11 @@ def test_config_json_names_the_kind(ckpt, tmp_path):
     imported(published_eagle3(tmp_path / "draft", ckpt, IDS), ckpt, "eagle3", command="eagle3")
     data = json.loads((ckpt.path / "drafts" / "eagle3" / "config.json").read_text())
     assert data["kind"] == "eagle3" and data["taps"] == [2, 3, 3] and data["draft_vocab_size"] == 60
+
+
+def test_an_evaluation_has_each_vocabulary_once(ckpt, tmp_path):
+    """A head of 60 tokens is whole at "full" and at 60: the same method."""
+    rank(ckpt)
+    imported(published_eagle3(tmp_path / "draft", ckpt, IDS), ckpt, "eagle3", command="eagle3")
+    found = measure.methods(ckpt, ["eagle3"], ["full", 60, 20], None, [ckpt.path / "ranking.npz"])
+    assert list(found) == ["vanilla", "EAGLE-3", "EAGLE-3 + FR 20 (ranking)"]

@@ -347,3 +347,10 @@ def test_questions(data):
     assert digest(questions) != digest(questions[:-1])
     with pytest.raises(UserError, match="--tasks Maths"):
         of_tasks(questions, "QA,Maths")
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    """Text taken from web pages holds other separators, which JSON leaves as they are."""
+    file = tmp_path / "question.jsonl"
+    file.write_text('{"question_id": 1, "category": "qa", "turns": ["one\u2028two\x85three"]}\r\n\n', "utf-8")
+    assert [q.turns for q in read_questions(file)] == [("one\u2028two\x85three",)]

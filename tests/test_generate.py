@@ -62,6 +62,8 @@ def test_prompt_files_and_standard_input(checkpoint, capsys, tmp_path, monkeypat
     file.write_text(json.dumps({"prompt": "hello"}) + "\n\n" + json.dumps({"messages": messages}) + "\n")
     first, second = answers(capsys, checkpoint, "--prompt-file", file)
     assert first["tokens"] == second["tokens"]
+    file.write_text('{"prompt": "hello\u2028there\x85"}\n', "utf-8")  # no line ends inside a string
+    assert len(answers(capsys, checkpoint, "--prompt-file", file)) == 1
     text = tmp_path / "prompt.txt"
     text.write_text("hello")
     assert answers(capsys, checkpoint, "--prompt-file", text)[0]["tokens"] == first["tokens"]
