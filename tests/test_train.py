@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from frspec_jax.config import TreeConfig
 from frspec_jax.drafters import eagle as drafter
 from frspec_jax.errors import UserError
 from frspec_jax.tree import causal
-from frspec_jax.vocabulary import DraftHead
+from frspec_jax.vocabulary import DraftHead, Ranking
 from train import eagle
 from train.__main__ import main
 from train.batches import Batch, Packing
@@ -491,6 +492,33 @@ def test_ctrl_c_saves_and_the_run_resumes_bit_for_bit(ckpt, corpus, uninterrupte
     assert "resumed at step 4" in capsys.readouterr().err
     assert not (tmp_path / "work" / "features").exists()
     assert same(drafted(ckpt, "stopped")[0], uninterrupted[0][0])
+
+
+def test_own_answers_are_the_two_commands_in_one(tmp_path, capsys):
+    ckpt = checkpoint_folder(tmp_path / "toy", draft=False, ranking=False)
+    prompts, store = tmp_path / "prompts.jsonl", tmp_path / "store"
+    words = ("the", "end", "of", "a", "tale", "was", "in", "it")
+    turns = ([{"from": "human", "value": " ".join(pair)}] for pair in itertools.product(words, words))
+    prompts.write_text("".join(json.dumps({"id": "x", "conversations": turn}) + "\n" for turn in turns))
+    main(["answers", str(prompts), "--ckpt", str(ckpt.path), "--out", str(store), "--limit-tokens", "100000"])
+    main(command(store, ckpt, tmp_path / "apart", "apart"))
+    flags = ("--own-answers", "100000")
+    main(command(prompts, ckpt, tmp_path / "work", "together", *flags))
+    assert same(drafted(ckpt, "together")[0], drafted(ckpt, "apart")[0])
+    answers = FeatureStore(tmp_path / "work" / "answers", ckpt)
+    ranking = Ranking.load(ckpt.path / "ranking.npz")
+    assert (ranking.counts == np.bincount(answers.tokens[answers.answer == 1], minlength=len(ranking.counts))).all()
+    assert ranking.corpora == ("answers to prompts.jsonl",)
+
+    Ranking(ranking.counts + 1, ranking.tokenizer, ("mine",)).save(ckpt.path / "ranking.npz")
+    shutil.rmtree(ckpt.path / "drafts" / "together")
+    main(command(prompts, ckpt, tmp_path / "work", "together", *flags))  # whole already: nothing is answered again
+    assert same(drafted(ckpt, "together")[0], drafted(ckpt, "apart")[0])
+    assert Ranking.load(ckpt.path / "ranking.npz").corpora == ("mine",)
+    message = refusal(capsys, command(store, ckpt, tmp_path / "other", "other", *flags))
+    assert "--own-answers takes conversations" in message
+    message = refusal(capsys, command(prompts, ckpt, tmp_path / "other", "other", "--own-answers", "0"))
+    assert "--own-answers 0 must be at least 1" in message and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,13 @@ from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
-from train import curves, devices
+from frspec_jax.vocabulary import Ranking, tokenizer_hash
+from train import answers, curves, devices
 from train.batches import HELD_OUT, Batch, Packing
-from train.features import FeatureStore, Taps, open_corpora
+from train.features import FeatureStore, Taps, open_corpora, stored_taps
 from train.optimiser import Optimisation, new_state
 from train.probe import Probe, held_out_prompts
+from train.rank import answer_counts
 from train.speed import Speed
 
 Metrics = dict[str, jax.Array]
@@ -71,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str, presets: Mapping[s
         "corpus", nargs="+", type=Path, help="feature stores, or text or conversation files and folders"
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
+    parser.add_argument(
+        "--own-answers", type=int, metavar="N",
+        help="let the target answer the prompts of these conversations first, N tokens or so, into WORK/answers, and "
+        "train on that; counts the checkpoint's ranking too, where it has none",
+    )  # fmt: skip
     parser.add_argument("--name", default=kind, help=f"the draft's name under CKPT/drafts (default: {kind})")
     parser.add_argument("--work", type=Path, help="folder of the run (default: CKPT/training/NAME)")
     parser.add_argument("--start-from", metavar="NAME", help="a draft (name or folder) whose weights to start from")
@@ -235,8 +242,9 @@ def train(
     if out.exists():
         raise UserError(f"--name {args.name}: {out} exists already; remove it or choose another name")
     work = args.work or args.ckpt / "training" / args.name
+    corpora = args.corpus if args.own_answers is None else [own_answers(args, work / "answers")]
     target = checkpoint.params()
-    stores = open_corpora(args.corpus, checkpoint, recipe.cast(target), work / "features", taps)
+    stores = open_corpora(corpora, checkpoint, recipe.cast(target), work / "features", taps)
     sequences = [len(store) for store in stores]
     settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from")}
     settings |= {"recipe": dataclasses.asdict(recipe), "target": checkpoint.fingerprint, "sequences": sequences}
@@ -277,7 +285,37 @@ def train(
         about["accepted_length"] = lengths[-1]
     with new_folder(out, "--name") as folder:
         write_draft(folder, task.spec, task.finished(params["draft"]), checkpoint.fingerprint, about)
+    if args.own_answers is not None:
+        rank_answers(args, stores, checkpoint)
     print(f"wrote {out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
+
+
+def own_answers(args: argparse.Namespace, store: Path) -> Path:
+    """The store of the target's answers to the corpora's prompts, made, gone on with, or whole already."""
+    if args.own_answers < 1:
+        raise UserError(f"--own-answers {args.own_answers} must be at least 1")
+    if jax.process_count() > 1:
+        raise UserError("--own-answers works on one host; make the store with python -m train answers, and name that")
+    if stored := next((path for path in args.corpus if stored_taps(path) is not None), None):
+        raise UserError(f"--own-answers takes conversations, and {stored} is a store of answers; leave the flag out")
+    parser = argparse.ArgumentParser()
+    answers.add_arguments(parser)
+    flags = ["--ckpt", str(args.ckpt), "--out", str(store), "--limit-tokens", str(args.own_answers)]
+    store.parent.mkdir(parents=True, exist_ok=True)
+    answers.run(parser.parse_args([*map(str, args.corpus), *flags]))
+    return store
+
+
+def rank_answers(args: argparse.Namespace, stores: list[FeatureStore], checkpoint: Checkpoint) -> None:
+    """Count the checkpoint's ranking from the answers, where it has none."""
+    file, vocab_size = args.ckpt / "ranking.npz", checkpoint.config.vocab_size
+    if file.exists():
+        return
+    counts = sum((answer_counts(store, vocab_size) for store in stores), np.zeros(vocab_size, np.int64))
+    names = tuple(path.name for path in args.corpus)
+    ranking = Ranking(counts, tokenizer_hash(checkpoint.tokenizer), tuple(f"answers to {name}" for name in names))
+    ranking.save(file)
+    print(f"wrote {file}: {ranking.tokens:,} tokens of the answers; python -m train rank counts larger corpora")
 
 
 def by_frequency(stores: list[FeatureStore], vocab_size: int) -> np.ndarray:
