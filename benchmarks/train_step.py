@@ -12,7 +12,6 @@ import argparse
 import itertools
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="of a batch (default: 4)")
     parser.add_argument("--row", type=int, default=512, help="tokens of a row (default: 512)")
     parser.add_argument("--unroll", type=int, default=3, help="passes of a step (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    options.add_json_argument(parser)
     args = parser.parse_args()
     config = model_config(args.shapes)
     batch, found = random_batch(config, args.rows, args.row), []

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval import plots
-from eval.options import add_json_argument, save
+from eval.options import add_json_argument, add_out_argument, save
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import Ranking
 
@@ -25,7 +25,7 @@ SHARES = (0.75, 0.90, 0.95, 0.99)  # of the occurrences
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rankings", nargs="+", type=Path, metavar="RANKING", help=".npz files, or checkpoint folders")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the plot goes")
+    add_out_argument(parser, "where the plot goes", required=True)
     add_json_argument(parser)
 
 

@@ -13,7 +13,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,14 @@ from rich.progress import track
 from rich.table import Table
 
 from eval import measure, plots
-from eval.options import add_json_argument, add_model_arguments, add_question_arguments, models, save
+from eval.options import (
+    add_json_argument,
+    add_model_arguments,
+    add_out_argument,
+    add_question_arguments,
+    models,
+    save,
+)
 from eval.questions import read_questions, spread
 from frspec_jax import engine
 from frspec_jax.api import ALL_ROUNDS, Generator, Request
@@ -64,12 +70,11 @@ DRIVES: dict[str, Drive] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/4")
     add_question_arguments(parser, questions=4, tokens=64)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the plot goes")
+    add_out_argument(parser, "where the plot goes", required=True)
     add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    plots.check_folder(args.out)
     _, found = models(args)
     texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]
     prompts = [found["vanilla"].encode(text) for text in texts]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from eval import measure
+from eval import measure, output
 from frspec_jax import api, compile_cache
 from frspec_jax.api import Generator
 from frspec_jax.checkpoint import Checkpoint
@@ -79,7 +79,12 @@ def progress_bar() -> Progress:
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--json", type=output.file_of("--json"), metavar="FILE", help="write the figures here too")
+
+
+def add_out_argument(parser: argparse._ActionsContainer, text: str, required: bool = False) -> None:
+    """The folder of what is drawn."""
+    parser.add_argument("--out", type=output.folder_of("--out"), required=required, metavar="FOLDER", help=text)
 
 
 def models(

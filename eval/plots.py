@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,6 @@ def figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[F
         axis.set_axisbelow(True)
         axis.grid(alpha=0.25)
     return drawn, axes
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that could not be written, before anything is measured; nothing is made yet.
-
-    Raises:
-      UserError: it, or the nearest folder above it that is there, is no folder or may not be written.
-    """
-    nearest = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--out {folder} cannot be written; name another folder")
 
 
 def save(drawn: Figure, folder: Path, name: str) -> str:

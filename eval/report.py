@@ -12,12 +12,13 @@ from pathlib import Path
 
 from eval import plots, tables
 from eval.figures import Run
+from eval.options import add_out_argument
 from frspec_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that python -m eval run has written")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: report/ in the first RUN)")
+    add_out_argument(parser, "where to write (default: report/ in the first RUN)")
     parser.add_argument(
         "--tie", type=float, metavar="GAP",
         help="choices closer than this are a near-tie (default: 1e-3 in float32, 0.25 in bfloat16)",

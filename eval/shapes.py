@@ -27,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from eval import measure, plots
-from eval.options import save, sizes_of
+from eval.options import add_out_argument, save, sizes_of
 from eval.shape_peer import step_us
 from frspec_jax import api, compile_cache, engine, kv_cache, llama
 from frspec_jax.config import VANILLA, ModelConfig, Sampling, TreeConfig
@@ -186,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kernels", choices=("auto", "pallas", "xla", "interpret"), default="auto")
     group.add_argument("--draft-int8", action="store_true", help="the draft's head in int8")
     group.add_argument("--peer-step", action="store_true", help="time a step of transformers (PyTorch) too")
-    group.add_argument("--out", type=Path, metavar="FOLDER", help="a stacked-bar plot of the stages goes there")
+    add_out_argument(group, "a stacked-bar plot of the stages goes there")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -195,8 +195,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--shapes MODEL and --random-weights go together, and in place of --ckpt")
     if args.rounds < 1 or min(args.context) < 1:
         raise UserError(f"--rounds {args.rounds} and --context {min(args.context)}: give at least 1 of each")
-    if args.out:
-        plots.check_folder(args.out)
     compile_cache.enable()
     figures = figures_of(args, tree_of(args, api.defaults().tree))
     show(figures)

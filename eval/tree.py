@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from eval import measure, plots
+from eval.options import add_out_argument
 from frspec_jax import api, compile_cache
 from frspec_jax.api import Generator, Request
 from frspec_jax.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree-size", type=int, default=9, metavar="N", help="nodes with the root (default: 9)")
     parser.add_argument("--depth", type=int, default=3, metavar="D", help="levels below the root (default: 3)")
     parser.add_argument("--draft-top-k", type=int, default=2, metavar="K", help="beams and children (default: 2)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the plot goes")
+    add_out_argument(parser, "where the plot goes", required=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,7 +65,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--after {args.after} must be 0 or more")
     if args.draft_vocab not in (None, "full") and not args.draft_vocab.isdecimal():
         raise UserError(f"--draft-vocab {args.draft_vocab} must be a number of tokens")
-    plots.check_folder(args.out)
     compile_cache.enable()
     checkpoint = Checkpoint.open(args.ckpt)
     if checkpoint.draft_folder(args.draft) is None:

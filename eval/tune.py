@@ -21,8 +21,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from eval import measure, plots, tune_plots
-from eval.options import add_dtype_argument, add_json_argument, add_question_arguments, save, sizes_of
+from eval import measure, output, plots, tune_plots
+from eval.options import (
+    add_dtype_argument,
+    add_json_argument,
+    add_out_argument,
+    add_question_arguments,
+    save,
+    sizes_of,
+)
 from eval.questions import read_questions, spread
 from eval.search import Choice, Point, climb
 from frspec_jax import api, compile_cache, tuned
@@ -56,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     add_question_arguments(parser, questions=7, tokens=64)
     add_dtype_argument(parser)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the plots go (default: the draft's folder)")
+    add_out_argument(parser, "where the plots go (default: the draft's folder)")
     add_json_argument(parser)
 
 
@@ -67,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if folder is None:
         raise UserError(f"{args.ckpt} holds no draft to tune; add one with python -m train eagle or convert eagle")
     out: Path = args.out or folder
-    plots.check_folder(out)
+    output.check_folder(out)
     dtype = api.defaults().dtype if args.dtype is None else jnp.dtype(args.dtype)
     space = space_of(args, checkpoint)
     texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]

@@ -28,7 +28,7 @@ def dispatch(package: str, description: str, commands: Mapping[str, str], argv: 
             module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
             sub.description = module.__doc__
             module.add_arguments(sub)
-    args = parser.parse_args(argv)
-    assert module is not None, "argparse has refused every other command"
     with reported():
+        args = parser.parse_args(argv)
+        assert module is not None, "argparse has refused every other command"
         module.run(args)

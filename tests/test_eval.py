@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from eval.__main__ import COMMANDS
 from eval.accept import summary
 from eval.options import _size
 from eval.questions import TASKS, Question, read_questions, spread
 from frspec_jax.api import Result
+from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError
 
 
@@ -38,6 +40,27 @@ def test_questions_are_spread_evenly_over_tasks():
     assert [q.task for q in chosen] == ["MT"] * 3 + ["QA"] * 3 + ["RAG"] * 2
     assert [q.number for q in chosen[:3]] == [0, 3, 6]
     assert len(spread(questions, 100)) == 22
+
+
+FIGURES = ("accept", "demo", "frequency", "identical", "loops", "speed", "tune")
+PLOTTED = ("frequency", "loops", "report", "speed", "tree", "tune")
+
+
+@pytest.mark.parametrize("command, flag", [*((c, "--json") for c in FIGURES), *((c, "--out") for c in PLOTTED)])
+def test_what_cannot_be_written_is_refused_first(command, flag, tmp_path, capsys):
+    """Before the checkpoint is looked at, and long before the measurement whose figures would be lost."""
+    (tmp_path / "file").write_text("")
+    rest = {"frequency": ["x.npz"], "report": ["RUN"], "tree": ["--prompt", "x"]}.get(command, [])
+    for place in (tmp_path / "file" / "below", "/proc/no/x"):
+        with pytest.raises(SystemExit) as stop:
+            dispatch("eval", "", COMMANDS, [command, *rest, flag, str(place)])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith(f"error: {flag} {place} cannot be written: ")
+    if flag == "--json":
+        with pytest.raises(SystemExit):
+            dispatch("eval", "", COMMANDS, [command, *rest, flag, str(tmp_path)])
+        assert f"--json {tmp_path} is a folder; name a file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_sizes():
