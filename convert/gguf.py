@@ -109,7 +109,9 @@ class GgufFile:
             array = dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
         except NotImplementedError:
             kind = tensor.tensor_type.name
-            raise UserError(f"{self.label}: quantisation {kind} of {name} is not supported") from None
+            raise UserError(
+                f"{self.label}: quantisation {kind} of {name} is not supported; give a file of Q8_0 or F16"
+            ) from None
         if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
             heads = "head_count" if "q_proj" in name else "head_count_kv"
             array = unpermute(array, int(self.get(f"{{arch}}.attention.{heads}")))

@@ -515,10 +515,16 @@ def test_own_answers_are_the_two_commands_in_one(tmp_path, capsys):
     main(command(prompts, ckpt, tmp_path / "work", "together", *flags))  # whole already: nothing is answered again
     assert same(drafted(ckpt, "together")[0], drafted(ckpt, "apart")[0])
     assert Ranking.load(ckpt.path / "ranking.npz").corpora == ("mine",)
+    message = refusal(capsys, command(prompts, ckpt, tmp_path / "work", "more", "--own-answers", "200000"))
+    assert "holds a run with another own_answers" in message
+    assert len(FeatureStore(tmp_path / "work" / "answers", ckpt)) == len(answers)  # or it could not be resumed
     message = refusal(capsys, command(store, ckpt, tmp_path / "other", "other", *flags))
     assert "--own-answers takes conversations" in message
     message = refusal(capsys, command(prompts, ckpt, tmp_path / "other", "other", "--own-answers", "0"))
     assert "--own-answers 0 must be at least 1" in message and not (tmp_path / "other").exists()
+    (tmp_path / "tale.txt").write_text("the end of the tale")
+    message = refusal(capsys, command(tmp_path / "tale.txt", ckpt, tmp_path / "other", "other", *flags))
+    assert "hold no prompt of a user" in message and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

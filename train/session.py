@@ -30,6 +30,7 @@ from frspec_jax.llama import LlamaParams
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
 from train import answers, curves, devices
 from train.batches import HELD_OUT, Batch, Packing
+from train.corpus import corpus_files
 from train.features import FeatureStore, Taps, open_corpora, stored_taps
 from train.optimiser import Optimisation, new_state
 from train.probe import Probe, held_out_prompts
@@ -246,7 +247,7 @@ def train(
     target = checkpoint.params()
     stores = open_corpora(corpora, checkpoint, recipe.cast(target), work / "features", taps)
     sequences = [len(store) for store in stores]
-    settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from")}
+    settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from", "own_answers")}
     settings |= {"recipe": dataclasses.asdict(recipe), "target": checkpoint.fingerprint, "sequences": sequences}
     mesh = devices.mesh_for(args.rows, recipe.accumulate)
     run = Run(work, settings | more_settings)
@@ -283,10 +284,10 @@ def train(
              "tokens": tokens, "held_out": {"step": step, **found}}  # fmt: skip
     if lengths:
         about["accepted_length"] = lengths[-1]
+    if args.own_answers is not None:  # before the draft: where that stands, the command has no more to do
+        rank_answers(args, stores, checkpoint)
     with new_folder(out, "--name") as folder:
         write_draft(folder, task.spec, task.finished(params["draft"]), checkpoint.fingerprint, about)
-    if args.own_answers is not None:
-        rank_answers(args, stores, checkpoint)
     print(f"wrote {out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
 
 
@@ -298,6 +299,10 @@ def own_answers(args: argparse.Namespace, store: Path) -> Path:
         raise UserError("--own-answers works on one host; make the store with python -m train answers, and name that")
     if stored := next((path for path in args.corpus if stored_taps(path) is not None), None):
         raise UserError(f"--own-answers takes conversations, and {stored} is a store of answers; leave the flag out")
+    if next(answers.first_turns(corpus_files(args.corpus)), None) is None:
+        raise UserError(f"--own-answers {args.own_answers}: the corpora hold no prompt of a user; give conversations")
+    if (store.parent / "settings.json").exists():  # training has begun, and more answers would make it another run
+        return store
     parser = argparse.ArgumentParser()
     answers.add_arguments(parser)
     flags = ["--ckpt", str(args.ckpt), "--out", str(store), "--limit-tokens", str(args.own_answers)]
@@ -311,7 +316,7 @@ def rank_answers(args: argparse.Namespace, stores: list[FeatureStore], checkpoin
     file, vocab_size = args.ckpt / "ranking.npz", checkpoint.config.vocab_size
     if file.exists():
         return
-    counts = sum((answer_counts(store, vocab_size) for store in stores), np.zeros(vocab_size, np.int64))
+    counts = np.sum([answer_counts(store, vocab_size) for store in stores], axis=0)
     names = tuple(path.name for path in args.corpus)
     ranking = Ranking(counts, tokenizer_hash(checkpoint.tokenizer), tuple(f"answers to {name}" for name in names))
     ranking.save(file)
@@ -320,8 +325,8 @@ def rank_answers(args: argparse.Namespace, stores: list[FeatureStore], checkpoin
 
 def by_frequency(stores: list[FeatureStore], vocab_size: int) -> np.ndarray:
     """All ids by how often the answers hold them: the loss looks at the first of them."""
-    counts = sum(np.bincount(s.tokens[np.asarray(s.answer) == 1], minlength=vocab_size) for s in stores)
-    return np.argsort(-np.asarray(counts), kind="stable").astype(np.int32)
+    counts = np.sum([answer_counts(store, vocab_size) for store in stores], axis=0)
+    return np.argsort(-counts, kind="stable").astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
