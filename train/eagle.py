@@ -12,13 +12,16 @@ import argparse
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.llama import LlamaParams
 from train import session
+from train.batches import Packing
 from train.recipe import PRESETS, Recipe, agreement, initial_params, train_step
 from train.session import Task
+from train.start import Units, fitted, folded, unfolded
 
 PASSES = 5  # self-fed steps that an evaluation looks at
 
@@ -32,19 +35,29 @@ def run(args: argparse.Namespace) -> None:
     recipe: Recipe = session.recipe_of(args, PRESETS)
     found = session.starting_draft(args, checkpoint, EagleConfig.kind)
 
-    def task_of(target: LlamaParams) -> Task:
-        draft = EagleConfig.like(checkpoint.config) if found is None else found[0]
-        params = initial_params(jax.random.key(args.seed), draft, checkpoint.config) if found is None else found[1]
+    def task_of(target: LlamaParams, packing: Packing) -> Task:
+        table = np.asarray(target.embedding, np.float32)
+        units = Units.measured(packing, table) if recipe.units == "measured" else Units()
+        if found is None:
+            draft = EagleConfig.like(checkpoint.config)
+            params = initial_params(jax.random.key(args.seed), draft, checkpoint.config)
+            if recipe.start == "fitted":
+                params = fitted(params, packing, table, units)
+        else:
+            draft, params = found[0], unfolded(found[1], units)
         layer, seed = draft.layer_of(checkpoint.config), jnp.int32(args.seed)
         embedding, head = target.embedding, target.head
         return Task(
             spec=draft,
             params=params,
             recipe=recipe,
-            step=lambda state, ranked, batch: train_step(state, layer, recipe, embedding, head, ranked, seed, batch),
+            step=lambda state, ranked, batch: train_step(
+                state, layer, recipe, embedding, head, ranked, seed, batch, units
+            ),
             agreement=lambda params, batch: agreement(params, layer, embedding, head, batch, PASSES),
             parts="self-fed step",
             flops=recipe.flops(params, head, passes=recipe.unroll, outputs=recipe.unroll),
+            finished=lambda params: folded(params, units),
         )
 
     session.train(args, checkpoint, recipe, task_of)

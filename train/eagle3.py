@@ -28,7 +28,7 @@ from frspec_jax.layers import linear, rms_norm
 from frspec_jax.llama import LlamaParams
 from pallas_kernels.products import take_rows
 from train import session
-from train.batches import Batch
+from train.batches import Batch, Packing
 from train.optimiser import Optimisation, gradients, head_logits, product_flops
 from train.recipe import hits, random_params, self_fed_passes, valid
 from train.session import Task
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         spec, ids = found[0], found[0].vocabulary(found[1])
 
-    def task_of(target: LlamaParams) -> Task:
+    def task_of(target: LlamaParams, _: Packing) -> Task:
         embedding, head = target.embedding, target.head
         key = jax.random.key(args.seed)
         params = initial_params(key, spec, config, head, ids) if found is None else found[1]

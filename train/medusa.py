@@ -23,7 +23,7 @@ from frspec_jax.drafters.medusa import HeadParams, MedusaConfig, MedusaParams, p
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
 from train import session
-from train.batches import Batch
+from train.batches import Batch, Packing
 from train.optimiser import TargetHeadLoss, gradients, head_logits
 from train.session import Task
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     recipe: MedusaRecipe = session.recipe_of(args, PRESETS)
     spec, params = _start(args, checkpoint, recipe)
 
-    def task_of(target: LlamaParams) -> Task:
+    def task_of(target: LlamaParams, _: Packing) -> Task:
         seed, head = jnp.int32(args.seed), target.head
         return Task(
             spec=spec,

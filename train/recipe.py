@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from frspec_jax.layers import LayerParams, gated_mlp, linear, project_qkv, rms_n
 from pallas_kernels.products import einsum_f32, take_rows
 from train.batches import Batch
 from train.optimiser import TargetHeadLoss, gradients, head_logits
+from train.start import Units, folded
 
 MASKED = -1e30
 
@@ -38,12 +39,15 @@ class Recipe(TargetHeadLoss):
     unroll: int = 2  # passes: the first on the target's features, the rest on the draft's own
     unroll_decay: float = 0.8  # weight of each further pass, as a factor
     noise: float = 0.0  # uniform noise on the features of the first pass, +- this much
+    start: Literal["fitted", "random"] = "fitted"  # a new draft's fc: by least squares, or random
+    units: Literal["measured", "one"] = "measured"  # that weights are trained in (train/start.py)
 
 
 # EAGLE's published recipe: feature loss first, noise of 0.2 * 512 / T in all, one pass.
 EAGLE2 = Recipe(
     steps=800_000, lr=3e-5, warmup=2000, decay="linear", optimizer="adamw", weight_decay=0.01, clip=0.5,
     feature_weight=1.0, ce_weight=0.1, unroll=1, noise=0.1, loss_vocab=0, loss_random=0,
+    start="random", units="one",
 )  # fmt: skip
 PRESETS = {"default": Recipe(), "eagle2": EAGLE2}
 
@@ -211,12 +215,12 @@ def loss_terms(
     return total, {"loss": total, **metrics}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "recipe", "units"), donate_argnames=("state",))
 def train_step(
     state: TrainState, config: ModelConfig, recipe: Recipe, embedding: Array, head: Array, ranked: Array, seed: Array,
-    batch: Batch,
+    batch: Batch, units: Units = Units(),
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
-    """One step of the optimiser.
+    """One step of the optimiser, on weights in `units`.
 
     Args:
       embedding, head: [V, H], the target's. ranked: [V] int32, all ids by frequency. seed: int32 scalar;
@@ -230,7 +234,7 @@ def train_step(
         batch = dataclasses.replace(batch, features=batch.features + noise)
 
     def loss(params: EagleParams, part: Batch, counts: Array) -> tuple[Array, dict[str, Array]]:
-        return loss_terms(params, config, embedding, head, part, recipe, counts)
+        return loss_terms(folded(params, units), config, embedding, head, part, recipe, counts)
 
     counts = pairs_counted(batch, recipe.unroll)
     grads, metrics = gradients(loss, state.params["draft"], batch, counts, recipe)

@@ -49,7 +49,8 @@ class Task:
     recipe: Optimisation
     # One step of the optimiser, given all ids by frequency [V] int32 and a batch. Its metrics have a loss and a top1_0.
     step: Callable[[TrainState, jax.Array, Batch], tuple[TrainState, Metrics]]
-    # Hits among the best and the best three, and pairs counted, [parts, 3]: of the target's best token, on a batch.
+    # Hits among the best and the best three, and pairs counted, [parts, 3]: of the target's best token, on a batch;
+    # of weights as `finished` makes them.
     agreement: Callable[[Any, Batch], jax.Array]
     parts: str  # what the rows of `agreement` are: "self-fed step", or "head"
     flops: float  # floating-point operations a token of a step's products
@@ -57,7 +58,7 @@ class Task:
 
     def held_out(self, state: TrainState, batches: list[Batch]) -> dict[str, list[float]]:
         """Top-1 and top-3 agreement with the target on held-out pairs, over the full vocabulary, by part."""
-        params = self.recipe.cast(state.params["draft"])
+        params = self.recipe.cast(self.finished(state.params["draft"]))
         sums = np.sum([self.agreement(params, self.recipe.cast_batch(batch)) for batch in batches], axis=0)
         return {
             "top1": (sums[:, 0] / sums[:, 2]).round(4).tolist(),
@@ -229,14 +230,15 @@ def train(
     args: argparse.Namespace,
     checkpoint: Checkpoint,
     recipe: Optimisation,
-    task_of: Callable[[LlamaParams], Task],
+    task_of: Callable[[LlamaParams, Packing], Task],
     taps: Taps = (),
     **more_settings: Any,
 ) -> None:
     """Train a draft and write it, or go on with a run that was interrupted.
 
     Args:
-      task_of: makes the task, given the target's weights. taps: what a batch's features hold besides the final one.
+      task_of: makes the task, given the target's weights and what it will train on.
+      taps: what a batch's features hold besides the final one.
       more_settings: what else a resumed run must not change.
     """
     out = args.ckpt / "drafts" / args.name
@@ -252,11 +254,11 @@ def train(
     mesh = devices.mesh_for(args.rows, recipe.accumulate)
     run = Run(work, settings | more_settings)
     target = devices.everywhere(target, mesh)
-    task = task_of(target)
     packing = Packing(tuple(stores), args.rows, args.row, args.seed)
     held_out = [devices.spread(batch, mesh) for batch in packing.held_out(args.eval_batches, devices.share(args.rows))]
     if not held_out:
         raise UserError(f"{len(stores)} corpora hold too few sequences; one in {HELD_OUT} is held out for evaluation")
+    task = task_of(target, packing)
     # On the devices for good, as the target's weights are: otherwise the second step would compile anew.
     state = run.restore(devices.everywhere(new_state(task.params, recipe), mesh))
     tokens = sum(int(store.lengths.sum()) for store in stores)
@@ -276,6 +278,7 @@ def train(
     more = packing.held_out(4 * args.eval_batches, devices.share(args.rows))
     found = task.held_out(state.replace(params=params), [devices.spread(batch, mesh) for batch in more])
     lengths = [row["accepted_length"] for row in run.rows(step) if "accepted_length" in row]
+    weights = task.finished(params["draft"])  # on all hosts, whose arrays these are
     run.draw()
     run.close()
     if not devices.first_process():
@@ -287,7 +290,7 @@ def train(
     if args.own_answers is not None:  # before the draft: where that stands, the command has no more to do
         rank_answers(args, stores, checkpoint)
     with new_folder(out, "--name") as folder:
-        write_draft(folder, task.spec, task.finished(params["draft"]), checkpoint.fingerprint, about)
+        write_draft(folder, task.spec, weights, checkpoint.fingerprint, about)
     print(f"wrote {out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
 
 
