@@ -16,7 +16,7 @@ from train.batches import Batch, Packing
 from train.features import FeatureStore, FeatureWriter
 from train.optimiser import new_state
 from train.recipe import Recipe, agreement, initial_params, train_step, unrolled_passes
-from train.start import Units, fitted, folded, unfolded
+from train.start import ONE, Units, fitted, folded, unfolded
 
 CFG = toy.config(vocab_size=40)
 WIDTH = CFG.hidden_size
@@ -36,7 +36,7 @@ def test_folding_and_back_changes_no_bit():
         narrow = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
         assert not same(folded(narrow, UNITS), narrow)
         assert same(unfolded(folded(narrow, UNITS), UNITS), narrow)
-    assert same(folded(params, Units()), params)
+    assert same(folded(params, ONE), params)
 
 
 def test_a_folded_draft_says_in_features_what_its_weights_say_in_units():
@@ -106,7 +106,7 @@ def test_in_units_a_draft_soon_hears_which_token_came(linear):
     head = jnp.asarray(0.2 * np.random.default_rng(1).normal(size=(40, WIDTH)), jnp.float32)
     measured, held_out = Units.measured(packing, embedding), packing.held_out(1)[0]
     right = {}
-    for units in (Units(), measured):
+    for units in (ONE, measured):
         state = new_state(initial_params(jax.random.key(0), DRAFT, CFG), recipe)
         batches = packing.training(0)
         for _ in range(recipe.steps):
@@ -116,4 +116,4 @@ def test_in_units_a_draft_soon_hears_which_token_came(linear):
         drafted = folded(state.params["draft"], units)
         hits, _, pairs = np.asarray(agreement(drafted, LAYER, jnp.asarray(embedding), head, held_out, 1))[0]
         right[units] = hits / pairs
-    assert right[measured] > 2 * right[Units()], right
+    assert right[measured] > 2 * right[ONE], right

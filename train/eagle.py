@@ -21,7 +21,7 @@ from train import session
 from train.batches import Packing
 from train.recipe import PRESETS, Recipe, agreement, initial_params, train_step
 from train.session import Task
-from train.start import Units, fitted, folded, unfolded
+from train.start import ONE, Units, fitted, folded, unfolded
 
 PASSES = 5  # self-fed steps that an evaluation looks at
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     def task_of(target: LlamaParams, packing: Packing) -> Task:
         table = np.asarray(target.embedding, np.float32)
-        units = Units.measured(packing, table) if recipe.units == "measured" else Units()
+        units = Units.measured(packing, table) if recipe.units == "measured" else ONE
         if found is None:
             draft = EagleConfig.like(checkpoint.config)
             params = initial_params(jax.random.key(args.seed), draft, checkpoint.config)

@@ -25,7 +25,7 @@ from frspec_jax.layers import LayerParams, gated_mlp, linear, project_qkv, rms_n
 from pallas_kernels.products import einsum_f32, take_rows
 from train.batches import Batch
 from train.optimiser import TargetHeadLoss, gradients, head_logits
-from train.start import Units, folded
+from train.start import ONE, Units, folded
 
 MASKED = -1e30
 
@@ -218,7 +218,7 @@ def loss_terms(
 @functools.partial(jax.jit, static_argnames=("config", "recipe", "units"), donate_argnames=("state",))
 def train_step(
     state: TrainState, config: ModelConfig, recipe: Recipe, embedding: Array, head: Array, ranked: Array, seed: Array,
-    batch: Batch, units: Units = Units(),
+    batch: Batch, units: Units = ONE,
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
     """One step of the optimiser, on weights in `units`.
 

@@ -40,25 +40,28 @@ class Units:
         return cls(*(2.0 ** round(math.log2(math.sqrt(np.square(x, dtype=np.float64).mean()) + 1e-30)) for x in sizes))
 
 
+ONE = Units()
+
+
 def folded(params: EagleParams, units: Units) -> EagleParams:
     """The draft of weights in `units`: what reads a feature is divided by its unit, what writes one multiplied.
 
     The norm before the MLP takes the unit out by itself.
     """
-    hidden = params.fc.shape[0]
-    column = jnp.where(jnp.arange(2 * hidden) < hidden, units.feature / units.embedding, 1.0).astype(params.fc.dtype)
+    hidden, unit = params.fc.shape[0], units.feature
+    column = jnp.where(jnp.arange(2 * hidden) < hidden, unit / units.embedding, 1.0).astype(params.fc.dtype)
     layer = params.layer
 
-    def written(x: Array | None) -> Array | None:
-        return None if x is None else x * units.feature
+    def written(bias: Array | None) -> Array | None:
+        return None if bias is None else bias * unit
 
     return dataclasses.replace(
         params,
         fc=params.fc * column,
         fc_bias=written(params.fc_bias),
         layer=dataclasses.replace(
-            layer, qkv=layer.qkv / units.feature, output=written(layer.output), output_bias=written(layer.output_bias),
-            down=written(layer.down), down_bias=written(layer.down_bias),
+            layer, qkv=layer.qkv / unit, output=layer.output * unit, output_bias=written(layer.output_bias),
+            down=layer.down * unit, down_bias=written(layer.down_bias),
         ),
     )  # fmt: skip
 
