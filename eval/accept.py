@@ -1,18 +1,18 @@
 """`python -m eval accept --ckpt CKPT --data FILE`: accepted length over a question set, by task and V'.
 
 Greedy; accepted drafts and the bonus token, pooled over all rounds of a task. The second turn of a
-conversation sees the first answer.
+conversation sees the first method's answer, which is every method's but for near-ties.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from eval import measure
@@ -23,10 +23,11 @@ from eval.options import (
     add_question_arguments,
     add_ranking_argument,
     models,
+    progress_bar,
     save,
 )
 from eval.questions import Question, of_tasks, read_questions, spread
-from frspec_jax.api import Generator, Request, Result
+from frspec_jax.api import Generator, Reading, Request, Result
 from frspec_jax.errors import UserError
 
 
@@ -44,12 +45,10 @@ def run(args: argparse.Namespace) -> None:
     del found["vanilla"]
     request = Request(args.max_new_tokens)
     by_method: dict[str, dict[str, list[Result]]] = {name: {} for name in found}
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("questions", total=len(questions) * len(found))
-        for question in questions:
-            for name, model in found.items():
-                by_method[name].setdefault(question.task, []).extend(answer(model, question, request))
-                progress.advance(task)
+    with progress_bar() as progress:
+        for question in progress.track(questions, description="questions"):
+            for name, results in answers(found, question, request).items():
+                by_method[name].setdefault(question.task, []).extend(results)
     figures = {
         "tree": dataclasses.asdict(next(iter(found.values())).tree),
         "max_new_tokens": args.max_new_tokens,
@@ -63,21 +62,26 @@ def run(args: argparse.Namespace) -> None:
     save(args.json, figures)
 
 
-def answer(model: Generator, question: Question, request: Request) -> list[Result]:
-    """Answer a question's turns, each one seeing those before it; a turn that no longer fits is left out."""
+def answers(models: dict[str, Generator], question: Question, request: Request) -> dict[str, list[Result]]:
+    """Each method's answers to a question's turns; a turn that no longer fits is left out."""
+    first = next(iter(models.values()))
     messages: list[dict[str, str]] = []
-    results: list[Result] = []
+    found: dict[str, list[Result]] = {name: [] for name in models}
     for turn in question.turns:
         messages.append({"role": "user", "content": turn})
+        prompt = first.encode(messages)
         try:
-            result = model.generate(messages, request)
+            for model in models.values():
+                model.check(prompt, request)
         except UserError:
-            if not results:
+            if len(messages) == 1:
                 raise
             break
-        messages.append({"role": "assistant", "content": result.text})
-        results.append(result)
-    return results
+        readings: dict[Hashable, Reading] = {}
+        for name, model in models.items():
+            found[name].append(measure.answer(model, prompt, request, readings))
+        messages.append({"role": "assistant", "content": next(iter(found.values()))[-1].text})
+    return found
 
 
 def summary(by_task: dict[str, list[Result]]) -> dict[str, Any]:

@@ -85,11 +85,7 @@ class Contest:
                 assert self.peer is not None
                 found[name] = dataclasses.asdict(self.peer.answer(prompt, limit, lookup=PEERS[name]))
                 continue
-            model = self.models[name]
-            kind = model.reads_as(request)
-            if kind not in readings:
-                readings[kind] = model.read(prompt, request)
-            found[name] = self._figures(name, model.answer(readings[kind].copy()))
+            found[name] = self._figures(name, measure.answer(self.models[name], prompt, request, readings))
         return found
 
     def _figures(self, name: str, result: Result) -> dict[str, Any]:

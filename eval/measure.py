@@ -9,7 +9,7 @@ import itertools
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from frspec_jax import api, engine, kv_cache, llama, sampling, tuned
-from frspec_jax.api import Generator, Request, Result
+from frspec_jax.api import Generator, Reading, Request, Result
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
 from frspec_jax.vocabulary import DraftHead
@@ -80,6 +80,17 @@ def in_turn(names: Sequence[str], turn: int) -> list[str]:
     """The names, begun with another one each turn, so that a machine's drift meets all methods alike."""
     first = turn % len(names)
     return [*names[first:], *names[:first]]
+
+
+def answer(model: Generator, prompt: np.ndarray, request: Request, readings: dict[Hashable, Reading]) -> Result:
+    """A model's answer to a prompt of ids [T]; `readings`, empty at first, is what it shares with other models.
+
+    Models that differ in V' alone read a prompt once.
+    """
+    kind = model.reads_as(request)
+    if kind not in readings:
+        readings[kind] = model.read(prompt, request)
+    return model.answer(readings[kind].copy())
 
 
 def choice_gap(model: Generator, ids: np.ndarray, request: Request) -> float:
