@@ -88,7 +88,8 @@ def import_draft(
     given = given or {}
     if source.config.get(TARGET_KEY, target.fingerprint) != target.fingerprint:
         raise UserError(
-            f"{source.label}/config.json: the draft was made for another target than --target {target.path}"
+            f"{source.label}/config.json: the draft was made for another target than --target {target.path}; "
+            f"convert the weights that it was trained on, or take {TARGET_KEY} out of that file to try it on these"
         )
     shapes = spec.shapes(target.config).replace(**dict.fromkeys(given))
     dtype = source.lossless_dtype if args.dtype == "auto" else DTYPES[args.dtype]
