@@ -31,7 +31,7 @@ from frspec_jax.drafters import eagle as drafter
 from frspec_jax.errors import UserError
 from frspec_jax.tree import causal
 from frspec_jax.vocabulary import DraftHead, Ranking
-from train import eagle
+from train import eagle, start
 from train.__main__ import main
 from train.batches import Batch, Packing
 from train.corpus import Record
@@ -450,15 +450,13 @@ def drafted(ckpt, name):
 
 
 def test_a_run_makes_a_draft_and_keeps_its_figures(ckpt, corpus, uninterrupted):
-    (params, held_out), features = uninterrupted
+    (_, held_out), features = uninterrupted
     assert held_out["step"] == 6 and len(held_out["top1"]) == len(held_out["top3"]) == eagle.PASSES
     assert len(FeatureStore(features, ckpt)) == 42
     rows = [json.loads(line) for line in (features.parent / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 6, 6] and rows[1]["loss"] > 0 and rows[1]["utilisation"] > 0
     assert "held_out" in rows[0] and "held_out" in rows[2]
     assert (features.parent / "curves.png").stat().st_size > 5000
-    start = eagle.initial_params(jax.random.key(0), toy.draft(ckpt.config)[0], ckpt.config)
-    assert not same(params, start)
 
 
 def test_a_killed_run_resumes_bit_for_bit(ckpt, corpus, uninterrupted, tmp_path, capsys):
@@ -550,6 +548,21 @@ def test_a_draft_can_start_from_another(ckpt, uninterrupted, tmp_path):
     """With a learning rate of zero nothing moves: the new draft is the old one."""
     main(command(uninterrupted[1], ckpt, tmp_path / "work", "second", "--start-from", "whole", "--lr", "0"))
     assert same(drafted(ckpt, "second")[0], uninterrupted[0][0])
+
+
+@pytest.mark.parametrize("flags", [("--start", "random", "--units", "one"), ("--start", "random"), ()])
+def test_a_new_draft_starts_as_the_flags_say(ckpt, uninterrupted, tmp_path, flags):
+    """Again nothing moves, so the draft is what the run began with."""
+    name = "start" + "".join(flags)
+    main(command(uninterrupted[1], ckpt, tmp_path / "work", name, "--lr", "0", *flags))
+    table = np.asarray(ckpt.params(jnp.float32).embedding)
+    packing = Packing((FeatureStore(uninterrupted[1], ckpt),), rows=2, row=16, seed=0)
+    units = start.ONE if "--units" in flags else start.Units.measured(packing, table)
+    expected = eagle.initial_params(jax.random.key(0), toy.draft(ckpt.config)[0], ckpt.config)
+    if "--start" not in flags:
+        expected = start.fitted(expected, packing, table, units)
+    begun = drafted(ckpt, name)[0]
+    assert same(begun, start.folded(expected, units)) and not same(begun, uninterrupted[0][0])
 
 
 def test_too_few_sequences_are_refused(ckpt, tmp_path, capsys):

@@ -34,6 +34,7 @@ MASKED = -1e30
 class Recipe(TargetHeadLoss):
     """What the loss and the optimiser are made of."""
 
+    lr: float = 6e-4  # from a fitted start; with Muon, 2e-3 first undoes what the fit has found
     feature_weight: float = 0.1  # of SmoothL1 on the features
     ce_weight: float = 1.0  # of the soft cross-entropy
     unroll: int = 2  # passes: the first on the target's features, the rest on the draft's own
