@@ -204,20 +204,23 @@ class Checkpoint:
             ids.add(int(self.tokenizer.eos_token_id))
         return tuple(sorted(ids))
 
-    def draft_folder(self, name: str | None) -> Path | None:
-        """The folder of a draft: by path, by name under drafts/, or (None) the only one there, if any."""
+    def draft_folder(self, name: str | None, flag: str = "--draft") -> Path | None:
+        """The folder of a draft: by path, by name under drafts/, or (None) the only one there, if any.
+
+        flag: that the name was given with, for refusals.
+        """
         drafts = self.path / "drafts"
         names = sorted(p.name for p in drafts.iterdir() if (p / "config.json").is_file()) if drafts.is_dir() else []
         if name is None:
             if len(names) > 1:
-                raise UserError(f"{self.path} holds the drafts {', '.join(names)}; choose one with --draft")
+                raise UserError(f"{self.path} holds the drafts {', '.join(names)}; choose one with {flag}")
             return drafts / names[0] if names else None
         if name in names:
             return drafts / name
         if Path(name).is_dir():
             return Path(name)
         known = f"{self.path} holds {', '.join(names)}" if names else f"{self.path} holds none"
-        raise UserError(f"--draft {name} is neither a draft of this checkpoint ({known}) nor a folder")
+        raise UserError(f"{flag} {name} is neither a draft of this checkpoint ({known}) nor a folder")
 
     def draft_spec(self, folder: Path) -> DraftSpec:
         """What a draft's config.json says, as the class of its kind.

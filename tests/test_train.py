@@ -550,6 +550,11 @@ def test_a_draft_can_start_from_another(ckpt, uninterrupted, tmp_path):
     assert same(drafted(ckpt, "second")[0], uninterrupted[0][0])
 
 
+def test_a_draft_to_start_from_that_is_not_there_is_refused(ckpt, uninterrupted, tmp_path, capsys):
+    said = refusal(capsys, command(uninterrupted[1], ckpt, tmp_path / "work", "third", "--start-from", "nosuch"))
+    assert "--start-from nosuch is neither a draft" in said and not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize("flags", [("--start", "random", "--units", "one"), ("--start", "random"), ()])
 def test_a_new_draft_starts_as_the_flags_say(ckpt, uninterrupted, tmp_path, flags):
     """Again nothing moves, so the draft is what the run began with."""

@@ -84,6 +84,15 @@ def test_units_are_the_sizes_of_what_is_read(linear):
     assert Units.measured(packing, embedding * 16) == Units(feature=8.0, embedding=1 / 4)
 
 
+def test_a_batch_of_prompts_alone_has_units_too(tmp_path):
+    writer = FeatureWriter(tmp_path / "store", like(WIDTH))
+    for source in range(4):
+        writer.append(source, np.arange(9, dtype=np.int32), np.zeros(9, np.uint8), np.full((9, WIDTH), 2.0))
+    writer.close()
+    packing = Packing((FeatureStore(tmp_path / "store", like(WIDTH)),), rows=2, row=16, seed=0)
+    assert Units.measured(packing, np.full((40, WIDTH), 0.25, np.float32)) == Units(2.0, 0.25)
+
+
 def test_the_fit_finds_a_linear_target(linear):
     packing, embedding = linear
     units = Units.measured(packing, embedding)

@@ -133,7 +133,7 @@ def starting_draft(args: argparse.Namespace, checkpoint: Checkpoint, kind: str) 
     """The draft that --start-from names, or None."""
     if args.start_from is None:
         return None
-    folder = checkpoint.draft_folder(args.start_from)
+    folder = checkpoint.draft_folder(args.start_from, "--start-from")
     assert folder is not None, "only no name at all finds no folder"
     spec = checkpoint.draft_spec(folder)
     if spec.kind != kind:

@@ -33,10 +33,10 @@ class Units:
 
     @classmethod
     def measured(cls, packing: Packing, embedding: np.ndarray) -> Units:
-        """The root mean squares over the pairs of one batch that count, to the nearest power of two."""
+        """The root mean squares over all pairs of one batch, counted or not, to the nearest power of two."""
         batch = next(packing.training(0))
-        counted = np.asarray(batch.mask) > 0
-        sizes = (np.asarray(batch.features)[counted], embedding[np.asarray(batch.next_tokens)[counted]])
+        real = np.asarray(batch.segment) > 0
+        sizes = (np.asarray(batch.features)[real], embedding[np.asarray(batch.next_tokens)[real]])
         return cls(*(2.0 ** round(math.log2(math.sqrt(np.square(x, dtype=np.float64).mean()) + 1e-30)) for x in sizes))
 
 
