@@ -35,7 +35,7 @@ from train import eagle, start
 from train.__main__ import main
 from train.batches import Batch, Packing
 from train.corpus import Record
-from train.features import FeatureStore, FeatureWriter, encode
+from train.features import FeatureStore, FeatureWriter, encode, open_corpora
 from train.optimiser import head_logits, new_state, orthogonalised
 from train.recipe import Recipe, agreement, loss_terms, train_step, unrolled_passes
 
@@ -77,6 +77,23 @@ def test_a_killed_writer_leaves_whole_sequences(tmp_path):
     for index in range(4):
         for mine, theirs in zip(mended.sequence(index), whole.sequence(index), strict=True):
             assert np.array_equal(mine, theirs)
+
+
+def test_texts_are_run_as_far_as_a_row_reaches_and_kept_for_these_texts_alone(ckpt, tmp_path):
+    target, cache = ckpt.params(), tmp_path / "cache"
+    long, other = tmp_path / "long.txt", tmp_path / "other.txt"
+    long.write_text("the cat sat on the mat and " * 200)
+    other.write_text("the end of the tale")
+
+    def lengths(file: Path, row: int, cache: Path) -> list[int]:
+        return open_corpora([file], ckpt, target, cache, row)[0].lengths.tolist()
+
+    assert lengths(long, 16, cache) == [512] == lengths(long, 512, cache)
+    assert lengths(long, 640, tmp_path / "longer") == [640]
+    for file, row in ((other, 512), (long, 640)):
+        with pytest.raises(UserError, match="features of other texts"):
+            open_corpora([file], ckpt, target, cache, row)
+    assert lengths(long, 512, cache) == [512]
 
 
 def test_stores_of_another_target_and_other_folders_are_refused(tmp_path):

@@ -33,6 +33,7 @@ from frspec_jax.tree import causal
 from train.corpus import Record, corpus_files, read_corpus
 
 FORMAT = "frspec-jax features 1"
+LENGTH = 512  # tokens of a text that are run through the target, or as many as a training row takes if that is more
 Taps = tuple[int, ...]  # layers of the target whose inputs stand beside each feature
 _COLUMNS = (("features.f16", np.float16), ("answer.u8", np.uint8), ("tokens.i32", np.int32))
 
@@ -143,24 +144,44 @@ def stored_taps(folder: Path) -> Taps | None:
 
 
 def open_corpora(
-    paths: list[Path], checkpoint: Checkpoint, target: LlamaParams, cache: Path, taps: Taps = ()
+    paths: list[Path], checkpoint: Checkpoint, target: LlamaParams, cache: Path, row: int, taps: Taps = ()
 ) -> list[FeatureStore]:
     """The stores among `paths` with these taps, and `cache`: a store of all the rest, made where it is not whole.
 
-    The rest are corpora, and stores without taps, whose tokens are then run through the target again.
+    The rest are corpora, whose records are cut to `LENGTH` tokens or to the `row` of training, whichever is more, and
+    stores without taps, whose tokens are then run through the target again.
+
+    Raises:
+      UserError: a path is no store and no corpus, or the cache was made of other ones, or cut otherwise.
     """
     found = {path: stored_taps(path) for path in paths}
     stores = [FeatureStore(path, checkpoint, taps) for path, has in found.items() if has or has == taps]
     plain = [FeatureStore(path, checkpoint) for path, has in found.items() if taps and has == ()]
     files = corpus_files(path for path, has in found.items() if has is None)
     if files or plain:
+        length = max(LENGTH, row)
+        _made_of(cache, [*files, *(path for path, has in found.items() if taps and has == ())], length)
         writer = FeatureWriter(cache, checkpoint, taps)
         try:
-            compute_features(texts(files, plain, checkpoint), checkpoint, target, writer, taps=taps)
+            compute_features(texts(files, plain, checkpoint), checkpoint, target, writer, length=length, taps=taps)
         finally:
             writer.close()
         stores.append(FeatureStore(cache, checkpoint, taps))
     return stores
+
+
+def _made_of(cache: Path, sources: list[Path], length: int) -> None:
+    """Note in a new cache what it is made of, and refuse an old one of something else: its records go by number."""
+    note = {"length": length, "sources": [path.name for path in sources]}
+    file = cache / "made_of.json"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(note, indent=2) + "\n")
+    elif json.loads(file.read_text()) != note:
+        raise UserError(
+            f"{cache} holds the features of other texts, or of texts cut for another --row; "
+            "remove it, or name another folder with --work"
+        )
 
 
 Text = tuple[np.ndarray, np.ndarray]  # tokens [L] int32, and [L] uint8: 1 where the token is an answer's
@@ -182,7 +203,7 @@ def compute_features(
     target: LlamaParams,
     writer: FeatureWriter,
     *,
-    length: int = 512,
+    length: int,
     taps: Taps = (),
 ) -> None:
     """Run sequences through the target, `length` tokens of each at most, and store what comes out."""

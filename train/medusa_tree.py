@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     if not 1 <= args.ranks <= len(ids):
         raise UserError(f"--ranks {args.ranks} is out of range: 1 to {len(ids)}, the vocabulary of the draft")
     target = checkpoint.params()
-    stores = open_corpora(args.corpus, checkpoint, target, (args.work or args.ckpt / "training" / "medusa-tree"))
+    work = args.work or args.ckpt / "training" / "medusa-tree"
+    stores = open_corpora(args.corpus, checkpoint, target, work, args.row)
     held_out = Packing(tuple(stores), args.rows, args.row, seed=0).held_out(args.batches)
     accuracy = measured(params, target.head, ids, held_out, args.ranks)
     choices, value = most_valuable(accuracy, args.nodes)

@@ -247,7 +247,7 @@ def train(
     work = args.work or args.ckpt / "training" / args.name
     corpora = args.corpus if args.own_answers is None else [own_answers(args, work / "answers")]
     target = checkpoint.params()
-    stores = open_corpora(corpora, checkpoint, recipe.cast(target), work / "features", taps)
+    stores = open_corpora(corpora, checkpoint, recipe.cast(target), work / "features", args.row, taps)
     sequences = [len(store) for store in stores]
     settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from", "own_answers")}
     settings |= {"recipe": dataclasses.asdict(recipe), "target": checkpoint.fingerprint, "sequences": sequences}
