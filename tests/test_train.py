@@ -183,6 +183,14 @@ def test_the_order_is_a_function_of_seed_and_step(stores, first, rows, row, seed
         assert same(resumed, batch)
 
 
+def test_prompts_count_in_training_where_that_is_asked_for_and_never_in_what_is_held_out(stores):
+    answers, everything = (Packing(stores, 2, 48, 0, prompts) for prompts in (False, True))
+    assert all(same(a, b) for a, b in zip(answers.held_out(9), everything.held_out(9), strict=True))
+    for a, b in itertools.islice(zip(answers.training(0), everything.training(0), strict=False), 6):
+        assert same(dataclasses.replace(b, mask=a.mask), a) and not np.array_equal(a.mask, b.mask)
+        assert np.array_equal(b.mask > 0, b.segment > 0)
+
+
 def test_epochs_and_seeds_differ(stores):
     epochs = Packing(stores, 1, 64, seed=0)
     count = len({pair for batch in itertools.islice(epochs.training(0), 200) for pair in pairs_of(batch)})
@@ -544,7 +552,12 @@ def test_own_answers_are_the_two_commands_in_one(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(("--lr", "0.5"), "another recipe"), (("--seed", "1"), "another seed"), (("--rows", "3"), "rows")],
+    [
+        (("--lr", "0.5"), "another recipe"),
+        (("--seed", "1"), "another seed"),
+        (("--rows", "3"), "rows"),
+        (("--loss-on", "all"), "another loss_on"),
+    ],
 )
 def test_a_run_is_not_resumed_as_another(ckpt, uninterrupted, capsys, flags, said):
     store = uninterrupted[1]
@@ -565,6 +578,13 @@ def test_a_draft_can_start_from_another(ckpt, uninterrupted, tmp_path):
     """With a learning rate of zero nothing moves: the new draft is the old one."""
     main(command(uninterrupted[1], ckpt, tmp_path / "work", "second", "--start-from", "whole", "--lr", "0"))
     assert same(drafted(ckpt, "second")[0], uninterrupted[0][0])
+
+
+def test_the_loss_can_count_prompts_too(ckpt, uninterrupted, tmp_path):
+    main(command(uninterrupted[1], ckpt, tmp_path / "work", "all", "--loss-on", "all"))
+    assert not same(drafted(ckpt, "all")[0], uninterrupted[0][0])
+    settings = json.loads((tmp_path / "work" / "settings.json").read_text())
+    assert settings["loss_on"] == "all"
 
 
 def test_a_draft_to_start_from_that_is_not_there_is_refused(ckpt, uninterrupted, tmp_path, capsys):

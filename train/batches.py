@@ -29,7 +29,7 @@ class Batch:
     features: Rows  # [R, T, (1 + taps) H] float32, the target's feature of token t
     next_tokens: Rows  # [R, T] int32, token t + 1
     targets: Rows  # [R, T, H] float32, the target's feature of token t + 1
-    mask: Rows  # [R, T] float32, 1 where the pair counts: token t + 1 belongs to an answer
+    mask: Rows  # [R, T] float32, 1 where the pair counts, as where token t + 1 belongs to an answer
     segment: Rows  # [R, T] int32, the number of the sequence within its row, from 1; 0 is padding
     position: Rows  # [R, T] int32, t within its own sequence
 
@@ -45,6 +45,7 @@ class Packing:
     rows: int
     row: int
     seed: int
+    prompts: bool = False  # whether training counts pairs of prompts too; held-out pairs are those of answers
 
     def _pieces(self, held_out: bool) -> list[Piece]:
         found = []
@@ -80,7 +81,7 @@ class Packing:
             order = rng.permutation(len(packed))
             for at in range(0, len(order) - self.rows + 1, self.rows) or [0]:
                 if step >= first_step:
-                    yield self._batch([packed[i] for i in order[at : at + self.rows]], share)
+                    yield self._batch([packed[i] for i in order[at : at + self.rows]], share, self.prompts)
                 step += 1
             epoch += 1
 
@@ -96,7 +97,7 @@ class Packing:
             if first == 0:
                 yield store.sequence(index)[:2]
 
-    def _batch(self, rows: list[list[Piece]], share: slice) -> Batch:
+    def _batch(self, rows: list[list[Piece]], share: slice, prompts: bool = False) -> Batch:
         width, hidden = self.stores[0].features.shape[1], self.stores[0].hidden
         rows = (rows + [[]] * (self.rows - len(rows)))[share]
         shape = (len(rows), self.row)
@@ -110,7 +111,7 @@ class Packing:
                 here, source = slice(at, at + pairs), slice(first, first + pairs)
                 after = slice(first + 1, first + 1 + pairs)
                 features[r, here], targets[r, here] = rows_[source], rows_[after, :hidden]
-                next_tokens[r, here], mask[r, here] = tokens[after], answer[after]
+                next_tokens[r, here], mask[r, here] = tokens[after], 1 if prompts else answer[after]
                 segment[r, here], position[r, here] = number, np.arange(first, first + pairs)
                 at += pairs
         return Batch(features, next_tokens, targets, mask, segment, position)

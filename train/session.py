@@ -89,6 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str, presets: Mapping[s
         )
     parser.add_argument("--rows", type=int, default=8, help="packed rows a batch (default: 8)")
     parser.add_argument("--row", type=int, default=512, help="tokens a row; longer sequences are cut (default: 512)")
+    parser.add_argument(
+        "--loss-on", choices=("all", "answers"), default="answers",
+        help="pairs that the loss counts: those of answers, or of prompts too (default: answers)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of initial weights, data order and noise (default: 0)")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between evaluations (default: 100)")
     parser.add_argument("--eval-batches", type=int, default=1, help="held-out batches an evaluation reads (default: 1)")
@@ -249,12 +253,12 @@ def train(
     target = checkpoint.params()
     stores = open_corpora(corpora, checkpoint, recipe.cast(target), work / "features", args.row, taps)
     sequences = [len(store) for store in stores]
-    settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "start_from", "own_answers")}
+    settings = {key: getattr(args, key) for key in ("rows", "row", "seed", "loss_on", "start_from", "own_answers")}
     settings |= {"recipe": dataclasses.asdict(recipe), "target": checkpoint.fingerprint, "sequences": sequences}
     mesh = devices.mesh_for(args.rows, recipe.accumulate)
     run = Run(work, settings | more_settings)
     target = devices.everywhere(target, mesh)
-    packing = Packing(tuple(stores), args.rows, args.row, args.seed)
+    packing = Packing(tuple(stores), args.rows, args.row, args.seed, args.loss_on == "all")
     held_out = [devices.spread(batch, mesh) for batch in packing.held_out(args.eval_batches, devices.share(args.rows))]
     if not held_out:
         raise UserError(f"{len(stores)} corpora hold too few sequences; one in {HELD_OUT} is held out for evaluation")
