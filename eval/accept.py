@@ -12,7 +12,6 @@ from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from eval import measure
@@ -28,6 +27,7 @@ from eval.options import (
 )
 from eval.questions import Question, of_tasks, read_questions, spread
 from frspec_jax.api import Generator, Reading, Request, Result
+from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
 
 
@@ -117,4 +117,4 @@ def show(figures: dict[str, Any]) -> None:
         share = row["average"] / methods[0]["average"]
         lengths = (f"{row['accepted_length'][task]:.2f}" for task in tasks)
         table.add_row(row["name"], *lengths, f"{row['average']:.2f}", f"{share:.1%}", f"{row['coverage']:.1%}")
-    Console().print(table)
+    results_console().print(table)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from eval import plots
 from eval.options import add_json_argument, add_out_argument, save
+from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import Ranking
 
@@ -114,5 +114,5 @@ def show(rows: list[dict[str, Any]]) -> None:
             row["name"], f"{row['vocabulary']:,}", f"{row['tokens']:,}", *shares,
             f"{row['last_three_quarters']:.1%}", f"{row['never_seen']:.1%}",
         )  # fmt: skip
-    Console().print(table)
+    results_console().print(table)
     print("last 3/4 of V: what the rarest three quarters make up; the paper: under 5% (Llama 3, SlimPajama)")

@@ -22,6 +22,7 @@ from eval.options import add_json_argument, add_model_arguments, add_question_ar
 from eval.peer import Peer
 from eval.questions import read_questions, spread
 from frspec_jax.api import Request
+from frspec_jax.commands import results_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for name, row in counts.items():
         table.add_row(name, *map(str, row.values()))
-    Console().print(table)
+    results_console().print(table)
     save(args.json, {"prompts": len(prompts), "methods": counts, "parted": gaps})
     if any(row["different"] for row in counts.values()):
         print("error: some outputs differ by more than rounding", file=sys.stderr)

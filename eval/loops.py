@@ -34,6 +34,7 @@ from eval.options import (
 from eval.questions import read_questions, spread
 from frspec_jax import engine
 from frspec_jax.api import ALL_ROUNDS, Generator, Request
+from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
 
 Drive = Callable[[engine.Plan, engine.Weights, engine.DecodeState], engine.DecodeState]
@@ -149,5 +150,5 @@ def show(rows: list[dict[str, Any]]) -> None:
         times = row["round_ms"]
         saved = 1 - times["compiled loop"] / times["a call a stage"]
         table.add_row(row["name"], *(f"{times[drive]:.2f}" for drive in DRIVES), f"{saved:.1%}")
-    Console().print(table)
+    results_console().print(table)
     print("saved: by the compiled loop, of the time with a call a stage")

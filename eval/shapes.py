@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from eval import measure, plots
 from eval.options import add_out_argument, save, sizes_of
 from eval.shape_peer import step_us
 from frspec_jax import api, compile_cache, engine, kv_cache, llama
+from frspec_jax.commands import results_console
 from frspec_jax.config import VANILLA, ModelConfig, Sampling, TreeConfig
 from frspec_jax.drafters import eagle
 from frspec_jax.drafters.base import Vanilla
@@ -295,7 +295,7 @@ def _with_paper(figures: dict[str, Any]) -> None:
 
 def show(figures: dict[str, Any]) -> None:
     """A table by context: milliseconds by stage, the round, its floor."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = results_console()
     for context in dict.fromkeys(row["context"] for row in figures["rows"]):
         about = f"{figures['shapes']} with random weights, {figures['dtype']}, context {context:,}"
         speed = f"{figures['bandwidth_gb_per_second']:,} GB/s"

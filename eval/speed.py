@@ -23,6 +23,7 @@ from eval.options import add_json_argument, add_model_arguments, add_question_ar
 from eval.peer import Peer
 from eval.questions import read_questions, spread
 from frspec_jax.api import Generator, Request, Result
+from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
 from pallas_kernels.timing import bandwidth
 
@@ -126,7 +127,7 @@ def show(figures: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in figures["methods"]:
         table.add_row(*(_cell(row.get(key)) for key in HEADINGS))
-    Console().print(table)
+    results_console().print(table)
     print(
         "tokens/s: median over the prompts, decoding alone; accepted: tokens a round, the bonus token counted;\n"
         "× floor: a round against the time to read what it must; identical: to vanilla, on every prompt"

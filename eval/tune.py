@@ -35,6 +35,7 @@ from eval.search import Choice, Point, climb
 from frspec_jax import api, compile_cache, tuned
 from frspec_jax.api import Request
 from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
 
 # What is tried where no flag says otherwise: a pass over many tokens is dear on a CPU, and nearly free on a GPU.
@@ -197,6 +198,6 @@ def show(best: Choice, rivals: dict[str, dict[str, Any]]) -> None:
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for name, row in rivals.items():
         table.add_row(name, *(str(value) for value in row.values()))
-    Console().print(table)
+    results_console().print(table)
     if rivals["best"]["speed_up"] < 1:
         print("No setting beats vanilla decoding on this device with this draft: --draft none is faster.")

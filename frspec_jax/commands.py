@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
+
+from rich.console import Console
 
 from frspec_jax.errors import reported
 
@@ -32,3 +35,8 @@ def dispatch(package: str, description: str, commands: Mapping[str, str], argv: 
         args = parser.parse_args(argv)
         assert module is not None, "argparse has refused every other command"
         module.run(args)
+
+
+def results_console() -> Console:
+    """Where tables go: as wide as the terminal, and in a file or a pipe wide enough that no cell is cut."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)

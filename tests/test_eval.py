@@ -7,7 +7,7 @@ import json
 import pytest
 
 from eval.__main__ import COMMANDS
-from eval.accept import summary
+from eval.accept import show, summary
 from eval.options import _size
 from eval.questions import TASKS, Question, read_questions, spread
 from frspec_jax.api import Result
@@ -81,3 +81,12 @@ def test_accepted_length_is_pooled_over_rounds():
     assert found["average"] == 1.75
     assert found["histogram"] == [3, 4, 1]
     assert found["acceptance_by_depth"] == [0.625, 0.2]
+
+
+def test_tables_in_a_pipe_are_whole(monkeypatch, capsys):
+    """A file has no width: there, no cell may be cut to what would fit a terminal of 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    row = {"name": "FR-Spec 32,768 (conversation)", "average": 2.5, "coverage": 0.941}
+    show({"questions": 7, "methods": [row | {"accepted_length": dict.fromkeys(TASKS, 2.5)}]})
+    said = capsys.readouterr().out
+    assert row["name"] in said and "94.1%" in said and "…" not in said

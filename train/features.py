@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,9 @@ def _made_of(cache: Path, sources: list[Path], length: int) -> None:
     file = cache / "made_of.json"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(note, indent=2) + "\n")
+        part = file.with_suffix(f".{os.getpid()}")  # hosts that see one folder may all come here
+        part.write_text(json.dumps(note, indent=2) + "\n")
+        part.replace(file)
     elif json.loads(file.read_text()) != note:
         raise UserError(
             f"{cache} holds the features of other texts, or of texts cut for another --row; "

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
 from train.corpus import ROLES, corpus_files, read_corpus
 
@@ -139,7 +140,7 @@ def show(ranking: Ranking, others: list[tuple[str, np.ndarray]], always: tuple[i
         ids = sub_vocabulary(ranking, size, vocab_size, always)
         found = [ranking.coverage(ids), *(counts[ids].sum() / counts.sum() for _, counts in others)]
         table.add_row(f"{size:,}", f"1/{share}", *(f"{value:.2%}" for value in found))
-    Console().print(table)
+    results_console().print(table)
 
 
 # Counting ----------------------------------------------------------------------------------------
