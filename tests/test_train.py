@@ -583,8 +583,8 @@ def test_a_draft_can_start_from_another(ckpt, uninterrupted, tmp_path):
 def test_the_loss_can_count_prompts_too(ckpt, uninterrupted, tmp_path):
     main(command(uninterrupted[1], ckpt, tmp_path / "work", "all", "--loss-on", "all"))
     assert not same(drafted(ckpt, "all")[0], uninterrupted[0][0])
-    settings = json.loads((tmp_path / "work" / "settings.json").read_text())
-    assert settings["loss_on"] == "all"
+    about = json.loads((ckpt.draft_folder("all") / "config.json").read_text())["about"]
+    assert about["loss_on"] == "all"
 
 
 def test_a_draft_to_start_from_that_is_not_there_is_refused(ckpt, uninterrupted, tmp_path, capsys):

@@ -288,7 +288,7 @@ def train(
     if not devices.first_process():
         return
     about = {"recipe": dataclasses.asdict(recipe), "rows": args.rows, "row": args.row, "seed": args.seed,
-             "tokens": tokens, "held_out": {"step": step, **found}}  # fmt: skip
+             "loss_on": args.loss_on, "tokens": tokens, "held_out": {"step": step, **found}}  # fmt: skip
     if lengths:
         about["accepted_length"] = lengths[-1]
     if args.own_answers is not None:  # before the draft: where that stands, the command has no more to do
