@@ -1,4 +1,4 @@
-"""Sub-commands of `python -m train|convert|eval`: one file each, imported when it is called for."""
+"""What `python -m train|convert|eval` share: sub-commands, one file each, imported when called for, and a console."""
 
 from __future__ import annotations
 

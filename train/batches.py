@@ -29,7 +29,7 @@ class Batch:
     features: Rows  # [R, T, (1 + taps) H] float32, the target's feature of token t
     next_tokens: Rows  # [R, T] int32, token t + 1
     targets: Rows  # [R, T, H] float32, the target's feature of token t + 1
-    mask: Rows  # [R, T] float32, 1 where the pair counts, as where token t + 1 belongs to an answer
+    mask: Rows  # [R, T] float32, 1 where the pair counts: token t + 1 is an answer's, or any (`Packing.prompts`)
     segment: Rows  # [R, T] int32, the number of the sequence within its row, from 1; 0 is padding
     position: Rows  # [R, T] int32, t within its own sequence
 

@@ -157,14 +157,15 @@ def open_corpora(
     """
     found = {path: stored_taps(path) for path in paths}
     stores = [FeatureStore(path, checkpoint, taps) for path, has in found.items() if has or has == taps]
-    plain = [FeatureStore(path, checkpoint) for path, has in found.items() if taps and has == ()]
+    plain = [path for path, has in found.items() if taps and has == ()]
     files = corpus_files(path for path, has in found.items() if has is None)
     if files or plain:
         length = max(LENGTH, row)
-        _made_of(cache, [*files, *(path for path, has in found.items() if taps and has == ())], length)
+        sequences = texts(files, [FeatureStore(path, checkpoint) for path in plain], checkpoint)
+        _made_of(cache, [*files, *plain], length)
         writer = FeatureWriter(cache, checkpoint, taps)
         try:
-            compute_features(texts(files, plain, checkpoint), checkpoint, target, writer, length=length, taps=taps)
+            compute_features(sequences, checkpoint, target, writer, length=length, taps=taps)
         finally:
             writer.close()
         stores.append(FeatureStore(cache, checkpoint, taps))
