@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,5 +53,6 @@ def of_method(model: Generator) -> dict[str, Any]:
         "kind": model.method,
         "draft_vocab": model.draft_vocab,
         "tree": {"size": model.tree.size, "depth": model.tree.depth, "top_k": model.tree.top_k},
+        **({"copying": dataclasses.asdict(copying)} if (copying := getattr(model.drafter, "copying", None)) else {}),
         "weights": digest.hexdigest()[:16],
     }

@@ -34,23 +34,25 @@ def methods(
     vocabularies: Sequence[int | str],
     tree: TreeConfig | None,
     rankings: Sequence[Path] = (),
+    copying: Sequence[bool] = (False,),
     **options: Any,
 ) -> dict[str, Generator]:
     """Vanilla, then every draft at each V' ("full" or a number), by name. All share the target's weights.
 
     drafts: as `api.load` takes them, None for the only one there is.
     rankings: files to take sub-vocabularies from, each in turn, instead of the checkpoint's own.
+    copying: without it, with it, or one after the other.
     """
     vanilla = api.load(checkpoint, draft="none", **options)
     found = {"vanilla": vanilla}
     options = {**options, "tree": tree, "target": vanilla.weights.target}
     known = set()  # a draft with a vocabulary of its own is whole at "full" and at that vocabulary's size: one method
-    for draft, size in itertools.product(drafts, vocabularies):
+    for draft, copies, size in itertools.product(drafts, copying, vocabularies):
         whole = size in ("full", checkpoint.config.vocab_size)
         for ranking in [None] if whole or not rankings else rankings:
-            model = api.load(checkpoint, draft=draft, draft_vocab=size, ranking=ranking, **options)
-            cropped = "+" in model.method
-            method = (draft, model.draft_vocab, ranking if cropped else None)
+            model = api.load(checkpoint, draft=draft, draft_vocab=size, ranking=ranking, copying=copies, **options)
+            cropped = "+fr" in model.method
+            method = (draft, copies, model.draft_vocab, ranking if cropped else None)
             if method in known:
                 continue
             known.add(method)
@@ -63,11 +65,11 @@ def methods(
 
 def label(model: Generator) -> str:
     """What tables call a method: the draft's usual name, and V' where the vocabulary is cropped."""
-    kind, _, cropped = model.method.partition("+")
+    kind, *more = model.method.split("+")
     name = KINDS.get(kind, kind)
-    if not cropped:
-        return name
-    return f"FR-Spec {model.draft_vocab:,}" if kind == "eagle" else f"{name} + FR {model.draft_vocab:,}"
+    if "fr" in more:
+        name = f"FR-Spec {model.draft_vocab:,}" if kind == "eagle" else f"{name} + FR {model.draft_vocab:,}"
+    return f"{name} + copying" if "copying" in more else name
 
 
 def draft_ids(model: Generator) -> np.ndarray:

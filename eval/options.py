@@ -22,6 +22,8 @@ from frspec_jax.config import TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.generate import tree_of
 
+COPYING = {"off": (False,), "on": (True,), "both": (False, True)}
+
 
 def add_model_arguments(
     parser: argparse.ArgumentParser, vocabularies: str, required: bool = True, dtype: str | None = None
@@ -40,6 +42,11 @@ def add_model_arguments(
     )
     parser.add_argument("--depth", type=int, metavar="D", help="levels below the root")
     parser.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
+    parser.add_argument(
+        "--copying", choices=COPYING, default="off",
+        help="EAGLE-2 drafts also propose what followed the same tokens earlier in the text; both: each method without "
+        "it and with it (default: off)",
+    )  # fmt: skip
     add_dtype_argument(parser, dtype)
 
 
@@ -101,7 +108,9 @@ def models(
     if tree.size == 1:
         raise UserError("--tree-size 1 drafts nothing; vanilla decoding is measured anyhow, so ask for 2 or more")
     sizes = sizes_of(args.draft_vocab, checkpoint.config.vocab_size)
-    return checkpoint, measure.methods(checkpoint, drafts, sizes, tree, rankings, dtype=dtype, context=context)
+    return checkpoint, measure.methods(
+        checkpoint, drafts, sizes, tree, rankings, COPYING[args.copying], dtype=dtype, context=context
+    )
 
 
 def sizes_of(text: str, vocab_size: int) -> list[int | str]:

@@ -92,7 +92,7 @@ class Result:
     tokens: list[int]  # the stop id included, where one ended the answer
     prompt_tokens: int
     finish_reason: str  # "stop" or "length"
-    method: str  # "vanilla", or "eagle", "eagle+fr" (cropped), ...; ", lossy" after typical acceptance
+    method: str  # "vanilla", or "eagle", "eagle+fr" (cropped), "eagle+fr+copying"; ", lossy": typical acceptance
     draft_vocab: int | None  # V'; None where nothing drafts
     rounds: int
     accepted_length: float | None  # tokens a round, the bonus token counted; the first token is the prefill's
@@ -137,6 +137,7 @@ def load(
     ranking: Path | None = None,
     kernels: Kernels = AUTO,
     draft_int8: bool = False,
+    copying: bool = False,
 ) -> Generator:
     """Open a checkpoint folder and make it ready to generate.
 
@@ -151,6 +152,7 @@ def load(
       context: tokens that prompt, answer and draft tree may take together (default: at most 4096).
       kernels: implementations of attention and of the draft's head.
       draft_int8: round the draft's head to int8: half the bytes of bfloat16, and the same text.
+      copying: let an EAGLE-2 draft propose what followed the same tokens earlier in the text (`drafters.copying`).
 
     Raises:
       UserError: with one sentence that says what to mend.
@@ -174,6 +176,8 @@ def load(
     size: int | None = None
     method = "vanilla"
     if folder is None:
+        if copying:
+            raise UserError(f"--copying on needs a draft, and {checkpoint.path} has none; drop the flag or add one")
         if draft_vocab is not None:
             raise UserError(
                 f"--draft-vocab {draft_vocab} needs a draft, and {checkpoint.path} has none; drop the flag or add one"
@@ -192,7 +196,10 @@ def load(
         if tree.size > 1:
             tree, size = spec.fit(tree), len(ids)
             method = spec.kind if size == (config.vocab_size if known is None else len(known)) else f"{spec.kind}+fr"
-            drafter, weights = spec.assemble(config, params, target.head, ids, kernels=kernels, int8=draft_int8)
+            method += "+copying" if copying else ""
+            drafter, weights = spec.copies(copying).assemble(
+                config, params, target.head, ids, kernels=kernels, int8=draft_int8
+            )
     return Generator(
         checkpoint, engine.Weights(target, weights), drafter, tree, size, method, dtype,
         rounded_capacity(context or min(config.max_context, 4096)), chunk or best.chunk, kernels, folder,

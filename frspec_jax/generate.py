@@ -73,6 +73,10 @@ def arguments() -> argparse.ArgumentParser:
     draft.add_argument("--depth", type=int, metavar="D", help="levels below the root")
     draft.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
     draft.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")
+    draft.add_argument(
+        "--copying", choices=("off", "on"), default="off",
+        help="an EAGLE-2 draft also proposes what followed the same tokens earlier in the text (default: off)",
+    )  # fmt: skip
     device = parser.add_argument_group("device")
     device.add_argument(
         "--dtype",
@@ -175,6 +179,7 @@ def generate(args: argparse.Namespace, prompts: list[Prompt], sampling: Sampling
             checkpoint, draft=args.draft, draft_vocab=args.draft_vocab, tree=tree,
             dtype=dtype, context=args.context,
             kernels=Kernels(args.kernels, args.kernels), draft_int8=args.draft_int8,
+            copying=args.copying == "on",
         )  # fmt: skip
     for prompt in prompts:  # a prompt that does not fit is refused before any is answered
         model.check(model.encode(prompt, request), request)

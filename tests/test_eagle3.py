@@ -87,7 +87,7 @@ def test_logits_equal_pytorch(theta, bias, deep_ckpt, tmp_path):
     embeddings = torch.from_numpy(embedding[tokens])
 
     drafter, weights = spec.assemble(ckpt.config, params, None, IDS, kernels=AUTO, int8=False)
-    cache = drafter.new_cache(256, jnp.float32)
+    cache = drafter.new_cache(256, jnp.float32).kv
     inputs = drafter.fused(weights, jnp.asarray(features))
     positions = jnp.arange(count, dtype=jnp.int32)
     ours, cache = jax.jit(drafter.extend)(

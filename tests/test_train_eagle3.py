@@ -71,7 +71,7 @@ def test_passes_are_self_fed_steps_through_the_cache(row, draft):
         count = pairs.stop - pairs.start
         own, cache = extend(
             weights, inputs[pairs], drafter.fused(weights, jnp.asarray(row.features[pairs])), row.position[pairs],
-            drafter.new_cache(256, jnp.float32), jnp.int32(0), jnp.int32(0), causal(count),
+            drafter.new_cache(256, jnp.float32).kv, jnp.int32(0), jnp.int32(0), causal(count),
         )  # fmt: skip
         assert close(passes[0][pairs], drafter.head(weights, own)[0])
         if pairs.start:

@@ -65,7 +65,13 @@ def eagle3(cfg: ModelConfig, seed: int = 1, ids: np.ndarray | None = None) -> tu
     return shape, random_like(shape.shapes(cfg), seed, 0.25).replace(ids=jnp.asarray(ids, jnp.int32))
 
 
-DRAFTS: dict[str, Any] = {"eagle": draft, "eagle3": eagle3, "medusa": medusa}
+def copying(cfg: ModelConfig, seed: int = 1) -> tuple[EagleConfig, EagleParams]:
+    """The draft of `draft`, which also proposes what followed the same tokens before."""
+    shape, params = draft(cfg, seed)
+    return shape.copies(True), params
+
+
+DRAFTS: dict[str, Any] = {"eagle": draft, "copying": copying, "eagle3": eagle3, "medusa": medusa}
 
 
 def fitted(kind: str, cfg: ModelConfig, tree: TreeConfig) -> TreeConfig:

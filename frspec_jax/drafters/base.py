@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ from flax import struct
 from jax import Array
 
 from frspec_jax.config import ModelConfig, TreeConfig
+from frspec_jax.errors import UserError
 from frspec_jax.tree import DraftTree
 from pallas_kernels.dispatch import Kernels
 
@@ -98,6 +99,16 @@ class Vanilla(Cacheless):
         return DraftTree.of_root(root), cache
 
 
+Spec = TypeVar("Spec", bound="DraftSpec")
+
+
+def no_copies(spec: Spec, on: bool) -> Spec:
+    """`DraftSpec.copies` of a kind that cannot."""
+    if on:
+        raise UserError(f"--copying on: a draft of kind {spec.kind} does not copy; give an EAGLE-2 one")
+    return spec
+
+
 class DraftSpec(Protocol):
     """A draft as its config.json describes it: frozen and hashable. One class a kind, named in `drafters.KINDS`."""
 
@@ -119,6 +130,13 @@ class DraftSpec(Protocol):
 
     def vocabulary(self, params: Any) -> np.ndarray | None:
         """The ids that its own head can propose; None: all of the target's."""
+
+    def copies(self, on: bool) -> Self:
+        """The same draft with copying (`drafters.copying`) switched on or off.
+
+        Raises:
+          UserError: it is of a kind that cannot copy.
+        """
 
     def fit(self, tree: TreeConfig) -> TreeConfig:
         """The tree that it grows where `tree` is asked for; a draft with a tree of its own may offer fewer nodes."""

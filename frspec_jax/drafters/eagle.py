@@ -21,6 +21,7 @@ from jax import Array
 from frspec_jax import shapes
 from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.drafters.beam import BeamDrafter
+from frspec_jax.drafters.copying import Copying
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, decoder_layer, linear, rotation
 from frspec_jax.vocabulary import DraftHead, crop
@@ -70,6 +71,8 @@ class EagleWeights:
 
     params: EagleParams
     head: DraftHead
+    whole: Array | None = None  # [V, H], the target's LM head, where the draft copies: also from outside V'
+    kept: Array | None = None  # [V] bool, which rows of it are in `head`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Eagle(BeamDrafter):
 
     config: ModelConfig  # the draft's one layer: `EagleConfig.layer_of(target)`
     kernels: Kernels = AUTO
+    copying: Copying | None = None
     taps: ClassVar[tuple[int, ...]] = ()
 
     def fused(self, weights: EagleWeights, features: Array) -> Array:
@@ -102,6 +106,10 @@ class Eagle(BeamDrafter):
     def head(self, weights: EagleWeights, outputs: Array) -> tuple[Array, DraftHead]:
         return outputs, weights.head
 
+    def whole_head(self, weights: EagleWeights) -> tuple[Array, Array]:
+        assert weights.whole is not None and weights.kept is not None
+        return weights.whole, weights.kept
+
 
 @dataclasses.dataclass(frozen=True)
 class EagleConfig:
@@ -115,6 +123,7 @@ class EagleConfig:
     rms_norm_eps: float
     fc_bias: bool = False
     attention_bias: bool = False
+    copying: Copying | None = None  # how it copies, as fitted to it; None: not fitted
 
     kind: ClassVar[str] = "eagle"
 
@@ -149,10 +158,16 @@ class EagleConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(**{field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data})
+        known = {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
+        if known.get("copying") is not None:
+            known["copying"] = Copying(**known["copying"])
+        return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def copies(self, on: bool) -> Self:
+        return dataclasses.replace(self, copying=(self.copying or Copying()) if on else None)
 
     def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> EagleParams:
         hidden = self.hidden_size
@@ -171,4 +186,8 @@ class EagleConfig:
     def assemble(
         self, target: ModelConfig, params: EagleParams, head: Array, ids: np.ndarray, *, kernels: Kernels, int8: bool
     ) -> tuple[Eagle, EagleWeights]:
-        return Eagle(self.layer_of(target), kernels), EagleWeights(params, crop(head, ids, int8))
+        weights = EagleWeights(params, crop(head, ids, int8))
+        if self.copying is not None:
+            kept = np.isin(np.arange(target.vocab_size), ids)
+            weights = dataclasses.replace(weights, whole=head, kept=jnp.asarray(kept))
+        return Eagle(self.layer_of(target), kernels, self.copying), weights

@@ -20,6 +20,7 @@ from jax import Array
 
 from frspec_jax import shapes
 from frspec_jax.config import ModelConfig, RopeScaling, TreeConfig
+from frspec_jax.drafters.base import no_copies
 from frspec_jax.drafters.beam import BeamDrafter
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, decoder_layer, linear, rms_norm, rotation
@@ -56,6 +57,7 @@ class Eagle3(BeamDrafter):
     config: ModelConfig  # the draft's one layer: `Eagle3Config.layer_of(target)`
     taps: tuple[int, ...]
     kernels: Kernels = AUTO
+    copying: None = None  # its head cannot read what lies outside its vocabulary
 
     def fused(self, weights: Eagle3Weights, features: Array) -> Array:
         params = weights.params
@@ -118,6 +120,9 @@ class Eagle3Config:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def copies(self, on: bool) -> Self:
+        return no_copies(self, on)
 
     def layer_of(self, target: ModelConfig) -> ModelConfig:
         """The draft's layer as a one-layer model, with its own rotary embedding."""

@@ -20,7 +20,7 @@ from jax import Array
 
 from frspec_jax import shapes
 from frspec_jax.config import TREE_LIMIT, ModelConfig, TreeConfig
-from frspec_jax.drafters.base import Accepted, Cacheless
+from frspec_jax.drafters.base import Accepted, Cacheless, no_copies
 from frspec_jax.layers import linear
 from frspec_jax.tree import DraftTree
 from frspec_jax.vocabulary import DraftHead, crop
@@ -184,6 +184,9 @@ class MedusaConfig:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def copies(self, on: bool) -> Self:
+        return no_copies(self, on)
 
     def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> MedusaParams:
         hidden = self.hidden_size

@@ -1,0 +1,119 @@
+"""Copying: what followed the same tokens before becomes more probable in a draft.
+
+Much of what a model writes stands in its context already: names out of a text that it sums up, lines of code, digits
+of a problem. A large draft finds it by attention; a draft of one layer that has seen a few million tokens does not.
+It can be looked up: where the last tokens occurred earlier, what stood behind them is a good guess (prompt lookup
+decoding). Here it is no guess beside the draft's but part of its distribution, so that the tree's scores
+weigh both. A draft may say what it likes: the target alone decides, and the text stays the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+
+from frspec_jax.kv_cache import LayerKV
+
+LONGEST = 3  # tokens of a match that count: the last one, and up to two before it
+MATCHES = 16  # earlier places that a beam looks at: the longest matches, of equally long ones the latest
+
+
+@dataclasses.dataclass(frozen=True)
+class Copying:
+    """How much a match weighs. The defaults were chosen on SmolLM2-135M (docs/training.md)."""
+
+    gain: float = 6.0  # what a token's logit rises by, were all weight on places that it follows
+    longer: float = 2.0  # log-weight of each further token that a match is long
+    reach: float = 200.0  # tokens: a place that lies so much further back weighs 1 / e
+    doubt: float = 0.3  # the weight of "none of them"; a match of one token, right here, has 1
+
+
+@struct.dataclass
+class DraftCache:
+    """What a drafter of one layer remembers between rounds."""
+
+    kv: LayerKV
+    tokens: Array | None  # [S + 1] int32, the tokens so far where copying looks at them; the first is not known (-1)
+
+    @classmethod
+    def new(cls, kv: LayerKV, remembers: bool) -> DraftCache:
+        return cls(kv, jnp.full(kv.capacity + 1, -1, jnp.int32) if remembers else None)
+
+    def noted(self, next_tokens: Array, start: Array) -> DraftCache:
+        """With `next_tokens` [T] at positions start + 1 .. start + T."""
+        if self.tokens is None:
+            return self
+        return dataclasses.replace(self, tokens=lax.dynamic_update_slice(self.tokens, next_tokens, (start + 1,)))
+
+
+def recent(tokens: Array, length: Array) -> Array:
+    """The last tokens [LONGEST] up to position `length`, the latest first; -2, like no other, where none is known."""
+    at = length - jnp.arange(LONGEST)
+    return jnp.where(at < 1, -2, tokens[jnp.maximum(at, 0)])
+
+
+def followers(copying: Copying, tokens: Array, length: Array, last: Array, here: Array) -> tuple[Array, Array]:
+    """What followed earlier occurrences of the last tokens, and what each place weighs.
+
+    Args:
+      tokens: [S + 1] int32, of which positions 0 .. `length` are real.
+      last: [K, LONGEST] int32, the last tokens of each beam, the latest first.
+      here: [K] int32, the position of each beam's latest token.
+
+    Returns:
+      Tokens [K, MATCHES] int32, -1 where there is no further match; and weights [K, MATCHES] float32 whose sum,
+      with that of "none of them", is one.
+    """
+    place = jnp.arange(tokens.shape[0])
+    longest = jnp.zeros((last.shape[0], tokens.shape[0]), jnp.int32)
+    so_far = jnp.broadcast_to(place < length, longest.shape)
+    for back in range(LONGEST):
+        before = tokens if back == 0 else jnp.concatenate([jnp.full(back, -1, jnp.int32), tokens[:-back]])
+        so_far &= before[None] == last[:, back, None]
+        longest += so_far
+    # As floats, which hold these numbers exactly: of integers XLA's CPU backend would sort all, 7 ms instead of 0.1.
+    best, at = lax.top_k((longest * tokens.shape[0] + place).astype(jnp.float32), MATCHES)
+    length_of = best.astype(jnp.int32) // tokens.shape[0]
+    found = length_of > 0
+    follows = jnp.where(found, tokens[jnp.minimum(at + 1, tokens.shape[0] - 1)], -1)
+    return follows, weighed(copying, length_of, here[:, None] - at)
+
+
+def weighed(copying: Copying, longest: Array, age: Array) -> Array:
+    """What places weigh, of matches `longest` tokens long (0: none) and `age` tokens back, both [..., MATCHES]."""
+    log_weight = copying.longer * (longest - 1) - age / copying.reach
+    weight = jnp.where(longest > 0, jnp.exp(log_weight), 0.0)
+    return weight / (weight.sum(-1, keepdims=True) + copying.doubt)
+
+
+def rises(copying: Copying, follows: Array, weight: Array) -> Array:
+    """What each follower's logit rises by, [..., MATCHES]: for a token that is there twice, at its first place only."""
+    same = (follows[..., :, None] == follows[..., None, :]) & (follows >= 0)[..., None, :]
+    first = ~(same & jnp.tril(jnp.ones((MATCHES, MATCHES), bool), -1)).any(-1) & (follows >= 0)
+    return jnp.where(first, copying.gain * (same * weight[..., None, :]).sum(-1), 0.0)
+
+
+def raised(scores: Array, best: Array, follows: Array, said: Array, inside: Array, rise: Array) -> tuple[Array, Array]:
+    """The K best tokens after followers have risen, and their log-probabilities, normalised anew.
+
+    Args:
+      scores, best: [M, K], log-probabilities and ids of the draft's own best tokens.
+      follows: [M, MATCHES] int32, -1 where there is none.
+      said: [M, MATCHES], their log-probabilities; of one outside V', its logit lowered by as much as theirs.
+      inside: [M, MATCHES] bool, whether the sub-vocabulary holds them.
+      rise: [M, MATCHES], of `rises`.
+    """
+    counts = rise > 0
+    among = best[:, :, None] == follows[:, None, :]  # [M, K, MATCHES]
+    scores = scores + jnp.where(among, rise[:, None], 0.0).sum(-1)
+    added = counts & ~among.any(1)
+    wide = jnp.concatenate([scores, jnp.where(added, said + rise, -jnp.inf)], axis=-1)
+    ids = jnp.concatenate([best, follows], axis=-1)
+    # Of what was one before, followers inside take exp(said) away and bring exp(said + rise).
+    brought = jnp.where(counts, jnp.exp(said + rise) - jnp.where(inside, jnp.exp(said), 0.0), 0.0).sum(-1)
+    top, index = lax.top_k(wide, best.shape[1])
+    # No rounding may make a child likelier than its parent: `tree.rerank` counts on that.
+    return jnp.minimum(top - jnp.log1p(brought)[:, None], 0.0), jnp.take_along_axis(ids, index, axis=-1)
