@@ -111,6 +111,19 @@ def write_draft(folder: Path, draft: DraftSpec, params: Any, target: str, about:
     save_params(folder / "params", params)
 
 
+def amend_draft(folder: Path, draft: DraftSpec, about: dict[str, Any]) -> None:
+    """Put another description of the same weights into a draft's config.json, whole or not at all.
+
+    about: further facts for the reader.
+    """
+    file = folder / "config.json"
+    data = json.loads(file.read_text())
+    data |= {**draft.to_json(), "about": {**data.get("about", {}), **about}}
+    part = file.with_name(".config.json.part")
+    part.write_text(json.dumps(data, indent=2) + "\n")
+    part.replace(file)
+
+
 # Reading -----------------------------------------------------------------------------------------
 
 

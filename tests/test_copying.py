@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from folders import checkpoint_folder
 from scipy import special
 
+from eval import manifest, measure
 from frspec_jax import drafters, engine
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.drafters import copying
@@ -44,7 +46,8 @@ def test_followers_are_those_of_the_longest_and_latest_matches(seed):
     tokens = np.append(text, rng.integers(0, 4, 60)).astype(np.int32)  # what stands behind the text is of no meaning
     last = np.array([text[::-1][:LONGEST], *rng.integers(0, 4 + 8 * seed, (5, LONGEST))], np.int32)
     here = np.array([length, *range(length + 1, length + 6)])
-    follows, weight = jax.jit(copying.followers, static_argnums=0)(SOME, tokens, jnp.int32(length), last, here)
+    follows, longest, age = jax.jit(copying.followers)(tokens, jnp.int32(length), last, here)
+    weight = copying.weighed(SOME, longest, age)
     for row in range(6):
         expected = looked_up(text, last[row].tolist(), int(here[row]))
         real = np.asarray(follows[row]) >= 0
@@ -55,8 +58,9 @@ def test_followers_are_those_of_the_longest_and_latest_matches(seed):
 
 def test_a_text_without_a_match_gives_nothing():
     tokens = jnp.arange(64, dtype=jnp.int32)
-    follows, weight = copying.followers(SOME, tokens, jnp.int32(40), jnp.array([[90, 91, 92]]), jnp.array([40]))
-    assert (np.asarray(follows) == -1).all() and not np.asarray(weight).any()
+    follows, longest, age = copying.followers(tokens, jnp.int32(40), jnp.array([[90, 91, 92]]), jnp.array([40]))
+    assert (np.asarray(follows) == -1).all()
+    assert not np.asarray(copying.weighed(SOME, longest, age)).any()
 
 
 def test_the_last_tokens_end_where_the_text_begins():
@@ -155,3 +159,12 @@ def test_other_kinds_do_not_copy(kind):
     assert spec.copies(False) == spec
     with pytest.raises(UserError, match=f"--copying on: a draft of kind {kind} does not copy"):
         spec.copies(True)
+
+
+def test_methods_are_measured_without_and_with_it(tmp_path):
+    checkpoint = checkpoint_folder(tmp_path / "toy")
+    found = measure.methods(checkpoint, [None], ["full", 64], None, copying=(False, True))
+    assert list(found) == ["vanilla", "EAGLE-2", "FR-Spec 64", "EAGLE-2 + copying", "FR-Spec 64 + copying"]
+    facts = manifest.of_models(checkpoint, found)["methods"]
+    assert facts["FR-Spec 64 + copying"]["copying"] == dataclasses.asdict(Copying())
+    assert "copying" not in facts["FR-Spec 64"] and "copying" not in facts["vanilla"]

@@ -34,13 +34,16 @@ def answers(capsys, checkpoint, *flags) -> list[dict]:
 @pytest.mark.parametrize("sampled", [(), ("--temperature", "1", "--seed", "4", "--top-k", "40", "--top-p", "0.9")])
 def test_the_draft_changes_nothing(checkpoint, capsys, sampled):
     found = {}
-    drafts = (("--draft", "none"), ("--draft-vocab", "full"), ("--draft-vocab", "32"), (), ("--tree-size", "1"))
+    drafts = (("--draft", "none"), ("--draft-vocab", "full"), ("--draft-vocab", "32"), (), ("--copying", "on"),
+              ("--tree-size", "1"))  # fmt: skip
     for flags in drafts:
         (found[flags],) = answers(capsys, checkpoint, "--prompt", "the end", *flags, *sampled)
     assert all(set(answer) == KEYS for answer in found.values())
     assert len({tuple(answer["tokens"]) for answer in found.values()}) == 1
-    assert [answer["method"] for answer in found.values()] == ["vanilla", "eagle", "eagle+fr", "eagle+fr", "vanilla"]
-    assert [answer["draft_vocab"] for answer in found.values()] == [None, VOCAB_SIZE, 32, VOCAB_SIZE // 4, None]
+    methods = ["vanilla", "eagle", "eagle+fr", "eagle+fr", "eagle+fr+copying", "vanilla"]
+    quarter = VOCAB_SIZE // 4
+    assert [answer["method"] for answer in found.values()] == methods
+    assert [answer["draft_vocab"] for answer in found.values()] == [None, VOCAB_SIZE, 32, quarter, quarter, None]
     for answer in found.values():
         assert answer["rounds"] == sum(answer["accepted_histogram"])
         lengths = sum(n * (i + 1) for i, n in enumerate(answer["accepted_histogram"]))

@@ -28,6 +28,7 @@ from frspec_jax import kv_cache
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
 from frspec_jax.drafters import eagle as drafter
+from frspec_jax.drafters.copying import DraftCache
 from frspec_jax.errors import UserError
 from frspec_jax.tree import causal
 from frspec_jax.vocabulary import DraftHead, Ranking
@@ -318,7 +319,8 @@ def test_passes_say_the_tokens_that_drafting_does(drafting):
     for committed in range(1, drafting.count - 2):
         root = jnp.int32(drafting.row.next_tokens[committed - 1])
         feature, shape = own[committed - 1], TreeConfig(4, 3, 1)
-        tree, _ = grow(weights, drafting.embedding, shape, feature, root, jnp.int32(committed), cache)
+        remembered = DraftCache.new(cache, False)
+        tree, _ = grow(weights, drafting.embedding, shape, feature, root, jnp.int32(committed), remembered)
         assert int(tree.tokens[0]) == int(root)
         chain = np.asarray(tree.tokens[1:])
         next_tokens = drafting.row.next_tokens.copy()

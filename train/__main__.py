@@ -12,6 +12,7 @@ COMMANDS = {
     "medusa": "train Medusa heads that share the target's LM head",
     "curves": "plot what runs have logged",
     "medusa-tree": "fit a Medusa draft's tree to what its heads get right",
+    "copying": "fit how far an EAGLE-2 draft copies what stands in the text already",
 }
 
 

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import heapq
-import json
 from pathlib import Path
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from frspec_jax.api import draft_ids
-from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.checkpoint import Checkpoint, amend_draft
 from frspec_jax.config import TREE_LIMIT
 from frspec_jax.drafters.medusa import Choices, MedusaConfig, MedusaParams
 from frspec_jax.errors import UserError
@@ -68,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     held_out = Packing(tuple(stores), args.rows, args.row, seed=0).held_out(args.batches)
     accuracy = measured(params, target.head, ids, held_out, args.ranks)
     choices, value = most_valuable(accuracy, args.nodes)
-    write_choices(folder, dataclasses.replace(spec, choices=choices), accuracy, len(ids))
+    facts = {"draft_vocab": len(ids), "accuracy": accuracy.round(4).tolist()}
+    amend_draft(folder, dataclasses.replace(spec, choices=choices), {"tree": facts})
     print(
         f"wrote the tree of {folder}: {len(choices)} nodes below the root, {max(map(len, choices))} levels; "
         f"{1 + value:.2f} tokens a round are expected of it (bonus counted, heads taken as independent)"
@@ -122,14 +122,3 @@ def most_valuable(accuracy: np.ndarray, nodes: int) -> tuple[Choices, float]:
             value = above * float(accuracy[len(path) - 1, rank])
             heapq.heappush(offered, (-value, (*path[:-1], rank), above))
     return tuple(kept), float(total)
-
-
-def write_choices(folder: Path, spec: MedusaConfig, accuracy: np.ndarray, draft_vocab: int) -> None:
-    """Put the tree into a draft's config.json, whole or not at all, with what it was made from."""
-    file = folder / "config.json"
-    data = json.loads(file.read_text())
-    facts = {"draft_vocab": draft_vocab, "accuracy": accuracy.round(4).tolist()}
-    data |= {**spec.to_json(), "about": {**data.get("about", {}), "tree": facts}}
-    part = file.with_name(".config.json.part")
-    part.write_text(json.dumps(data, indent=2) + "\n")
-    part.replace(file)

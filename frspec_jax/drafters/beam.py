@@ -159,8 +159,8 @@ class BeamDrafter(abc.ABC):
         assert self.copying is not None and cache.tokens is not None
         head, kept = self.whole_head(weights)
         here = jnp.broadcast_to(length + level, last.shape[:1])
-        follows, weight = copying.followers(self.copying, cache.tokens, length, last, here)
-        rise = copying.rises(self.copying, follows, weight)
+        follows, longest, age = copying.followers(cache.tokens, length, last, here)
+        rise = copying.rises(self.copying, follows, copying.weighed(self.copying, longest, age))
         # The best token's score and its logit tell what the logits have to be lowered by.
         asked = jnp.concatenate([tokens[:, :1], jnp.maximum(follows, 0)], axis=-1)
         said = einsum_f32("mh,mch->mc", rows, take_rows(head, asked).astype(rows.dtype))

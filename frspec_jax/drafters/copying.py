@@ -55,31 +55,30 @@ def recent(tokens: Array, length: Array) -> Array:
     return jnp.where(at < 1, -2, tokens[jnp.maximum(at, 0)])
 
 
-def followers(copying: Copying, tokens: Array, length: Array, last: Array, here: Array) -> tuple[Array, Array]:
-    """What followed earlier occurrences of the last tokens, and what each place weighs.
+def followers(tokens: Array, length: Array, last: Array, here: Array) -> tuple[Array, Array, Array]:
+    """What followed earlier occurrences of the last tokens: the `MATCHES` longest matches, the latest first.
 
     Args:
-      tokens: [S + 1] int32, of which positions 0 .. `length` are real.
+      tokens: [S + 1] int32, of which positions 0 .. `length` are real. length: int32, a scalar or [K].
       last: [K, LONGEST] int32, the last tokens of each beam, the latest first.
       here: [K] int32, the position of each beam's latest token.
 
     Returns:
-      Tokens [K, MATCHES] int32, -1 where there is no further match; and weights [K, MATCHES] float32 whose sum,
-      with that of "none of them", is one.
+      Tokens, how many tokens long their matches are, and how far back these lie: [K, MATCHES] int32 each. Where there
+      is no further match, -1 and a length of 0.
     """
-    place = jnp.arange(tokens.shape[0])
-    longest = jnp.zeros((last.shape[0], tokens.shape[0]), jnp.int32)
-    so_far = jnp.broadcast_to(place < length, longest.shape)
+    size, place = tokens.shape[0], jnp.arange(tokens.shape[0])
+    longest = jnp.zeros((last.shape[0], size), jnp.int32)
+    so_far = jnp.broadcast_to(place < jnp.reshape(length, (-1, 1)), longest.shape)
     for back in range(LONGEST):
         before = tokens if back == 0 else jnp.concatenate([jnp.full(back, -1, jnp.int32), tokens[:-back]])
         so_far &= before[None] == last[:, back, None]
         longest += so_far
     # As floats, which hold these numbers exactly: of integers XLA's CPU backend would sort all, 7 ms instead of 0.1.
-    best, at = lax.top_k((longest * tokens.shape[0] + place).astype(jnp.float32), MATCHES)
-    length_of = best.astype(jnp.int32) // tokens.shape[0]
-    found = length_of > 0
-    follows = jnp.where(found, tokens[jnp.minimum(at + 1, tokens.shape[0] - 1)], -1)
-    return follows, weighed(copying, length_of, here[:, None] - at)
+    best, at = lax.top_k((longest * size + place).astype(jnp.float32), MATCHES)
+    found = best.astype(jnp.int32) // size
+    follows = jnp.where(found > 0, tokens[jnp.minimum(at + 1, size - 1)], -1)
+    return follows, found, here[:, None] - at
 
 
 def weighed(copying: Copying, longest: Array, age: Array) -> Array:
