@@ -47,6 +47,8 @@ def of_method(model: Generator) -> dict[str, Any]:
     """A method's kind, V' and tree, and a short name of what it drafts with."""
     digest = hashlib.sha256()
     for part in jax.tree.leaves(model.weights.draft, is_leaf=lambda node: isinstance(node, DraftHead)):
+        if part is model.weights.target.head:  # a draft that copies reads it too
+            continue
         for array in (part.ids, part.weight[:HEAD_ROWS]) if isinstance(part, DraftHead) else (part,):
             digest.update(np.asarray(array, np.float32).tobytes())
     return {

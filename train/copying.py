@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +19,8 @@ import numpy as np
 import optax
 from flax import struct
 from jax import Array
+from rich.console import Console
+from rich.progress import track
 
 from frspec_jax.checkpoint import Checkpoint, amend_draft
 from frspec_jax.config import ModelConfig
@@ -115,26 +119,34 @@ def places(
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found), jnp.concatenate(counts)
 
     parts: list[Places] = []
-    for index in range(max(map(len, stores), default=0)):
-        for store in stores:
-            if index >= len(store) or len(parts) == sequences:
-                continue
-            tokens, answer, features = (column[:row] for column in store.sequence(index))
-            if len(tokens) < 3 or not answer[1:].any():
-                continue
-            length = -(-len(tokens) // ROW) * ROW
-            padded = (
-                np.pad(np.asarray(column, dtype), ((0, length - len(tokens)),) + ((0, 0),) * (column.ndim - 1))
-                for column, dtype in ((features, np.float32), (tokens, np.int32), (answer, np.float32))
-            )
-            found, counted = of_one(*padded)
-            keep = np.asarray(counted)
-            parts.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[keep], found))
+    shown = track(
+        with_answers(stores, sequences, row), "sequences", min(sequences, sum(map(len, stores))),
+        console=Console(stderr=True),
+    )  # fmt: skip
+    for tokens, answer, features in shown:
+        more = -len(tokens) % ROW
+        found, counted = of_one(
+            np.pad(features.astype(np.float32), ((0, more), (0, 0))),
+            np.pad(tokens, (0, more)),
+            np.pad(answer.astype(np.float32), (0, more)),
+        )
+        keep = np.asarray(counted)
+        parts.append(jax.tree.map(lambda x, keep=keep: np.asarray(x)[keep], found))
     if not sum(len(part.best) for part in parts):
         raise UserError(
             "the corpora hold no answer to fit to; give conversations, or stores of python -m train answers"
         )
     return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), *parts)
+
+
+def with_answers(
+    stores: list[FeatureStore], sequences: int, row: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The first sequences that hold an answer, of each store in turn: tokens [L], answer [L] and features [L, H]."""
+    turns = itertools.zip_longest(*([(store, index) for index in range(len(store))] for store in stores))
+    every = (store.sequence(index) for turn in turns for store, index in filter(None, turn))
+    cut = (tuple(column[:row] for column in sequence) for sequence in every)
+    return itertools.islice(((t, a, f) for t, a, f in cut if len(t) > 2 and a[1:].any()), sequences)
 
 
 def loss(figures: Copying, found: Places) -> Array:
