@@ -188,7 +188,8 @@ def round_bytes(model: Generator, context: int) -> int:
     total = size(target.layers) + target.head.nbytes + config.num_layers * context * row
     if model.draft_vocab is not None:
         passes = 1 if model.method.startswith("medusa") else model.tree.depth  # Medusa's heads all read one feature
-        total += passes * (size(model.weights.draft) + context * row)
+        whole = getattr(model.weights.draft, "whole", None)  # of which a draft that copies reads a few rows
+        total += passes * (size(model.weights.draft) - size(whole) + context * row)
     return total
 
 

@@ -57,7 +57,7 @@ class Row:
 
     label: str
     model: str
-    kind: str  # "vanilla", "peer", or a draft's kind, with "+fr" where its vocabulary is cropped
+    kind: str  # "vanilla", "peer", or a draft's kind, with "+fr" where its vocabulary is cropped, and "+copying"
     size: float  # V' / V; 1 where nothing is cropped
     corpus: str  # what V' was ranked on, where that is told apart
     values: Mapping[str, float]  # by task
@@ -67,13 +67,20 @@ class Row:
     @property
     def place(self) -> tuple[int, int]:
         """Where the row stands: peers, vanilla, then drafts from the full vocabulary down."""
-        order = ["peer", "vanilla", *(kind + fr for kind in KINDS for fr in ("", "+fr"))]
+        ways = ("", "+fr", "+copying", "+fr+copying")
+        order = ["peer", "vanilla", *(kind + way for kind in KINDS for way in ways)]
         return order.index(self.kind) if self.kind in order else len(order), share_of(self.size)
 
     @property
     def base(self) -> str:
-        """The draft's kind, cropped or not."""
-        return self.kind.removesuffix("+fr")
+        """The kind of the same method with its full vocabulary."""
+        return self.kind.replace("+fr", "")
+
+    @property
+    def family(self) -> str:
+        """What that method is called."""
+        kind, _, copying = self.base.partition("+")
+        return f"{KINDS[kind]} + {copying}" if copying else KINDS[kind]
 
 
 def paper() -> dict[str, Any]:
@@ -133,8 +140,8 @@ def curves(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows from the full vocabulary down, by model and corpus: what a line of a plot over V' joins."""
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: -row.size):
-        if row.kind.endswith("+fr"):
-            name = " ".join(filter(None, (row.model, KINDS[row.base], row.corpus and f"({row.corpus})")))
+        if row.kind != row.base:
+            name = " ".join(filter(None, (row.model, row.family, row.corpus and f"({row.corpus})")))
             full = [other for other in rows if (other.model, other.kind) == (row.model, row.base)]
             found.setdefault(name, full).append(row)
     return found

@@ -239,6 +239,25 @@ def test_shares(size, vocabulary, share):
     assert tables.share_of(size / vocabulary) == share
 
 
+def test_copying_has_a_full_vocabulary_of_its_own(tmp_path):
+    """A cropped vocabulary that copies is held against the whole one that copies."""
+    copies = {"EAGLE-2 + copying": "EAGLE-2", "FR-Spec 16 + copying": "FR-Spec 16"}
+    facts = MANIFEST["methods"]
+    more = {new: facts[old] | {"kind": facts[old]["kind"] + "+copying"} for new, old in copies.items()}
+    lines = [
+        json.loads(
+            json.dumps(record), object_hook=lambda x: x | {new: x[old] for new, old in copies.items() if old in x}
+        )
+        for record in LINES
+    ]
+    run = Run.read(write(tmp_path / "run", MANIFEST | {"methods": facts | more}, lines))
+    rows = [row for row in tables.accepted_length(run).rows if row[1].startswith(tables.OURS)]
+    assert [row[0] for row in rows] == ["EAGLE-2", "FR-Spec 16", *copies]
+    assert [row[-1] for row in rows[:2]] == [row[-1] for row in rows[2:]] and rows[2][-1] == "100.0%"
+    ours = tables.our_rows(run, run.drafting, lambda part: part.accepted_length)
+    assert sorted(tables.curves(ours)) == [f"{tables.OURS}: toy EAGLE-2", f"{tables.OURS}: toy EAGLE-2 + copying"]
+
+
 def test_curves_start_with_the_full_vocabulary():
     found = tables.curves(tables.paper_rows("accepted_length", 0))
     line = found["paper, Table 7: Llama-3.2-1B EAGLE-2 (SlimPajama)"]

@@ -109,7 +109,7 @@ def test_the_command_writes_what_drafting_then_uses(ckpt, tmp_path, capsys):
     after = json.loads(config.read_text())
     assert set(after["copying"]) == {field.name for field in dataclasses.fields(Copying)}
     assert {**after, "copying": None, "about": before["about"]} == before
-    assert after["about"]["copying"]["pairs"] > 100
+    assert after["about"]["copying"]["steps"] > 100
     spec = Checkpoint.open(own.path).draft_spec(own.path / "drafts" / "eagle")
     assert spec.copies(True) == spec != spec.copies(False)
     generate.main(["--ckpt", str(own.path), "--prompt", "hi", "--copying", "on", "--max-new-tokens", "4", "--json"])

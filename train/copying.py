@@ -41,7 +41,10 @@ ROW = 128  # sequences are padded to multiples of it
 
 @struct.dataclass
 class Places:
-    """What the likelihood of P pairs depends on, whatever the figures: the target's best token, and what followed."""
+    """What the likelihood of P steps depends on, whatever the figures: the target's best token, and what followed.
+
+    A step is one pair in one pass, so that a pair stands for up to `PASSES` of them.
+    """
 
     best: Array  # [P] float32, the draft's own log-probability of the target's best token
     follows: Array  # [P, MATCHES] int32, as `copying.followers` has them
@@ -80,12 +83,12 @@ def run(args: argparse.Namespace) -> None:
     found = places(spec.layer_of(checkpoint.config), params, target, stores, args.sequences, args.row)
     before = float(loss(spec.copying or Copying(), found))
     figures, after = fitted(found)
-    facts = {"pairs": len(found.best), "loss": round(after, 4), "loss_without": round(float(-found.best.mean()), 4)}
+    facts = {"steps": len(found.best), "loss": round(after, 4), "loss_without": round(float(-found.best.mean()), 4)}
     amend_draft(folder, dataclasses.replace(spec, copying=figures), {"copying": facts})
     said = ", ".join(f"{name} {value:g}" for name, value in dataclasses.asdict(figures).items())
     print(
-        f"wrote how {folder} copies: {said}; over {len(found.best):,} pairs the target's best token has a loss of "
-        f"{after:.3f}, with the figures before {before:.3f}, without copying {facts['loss_without']:.3f}"
+        f"wrote how {folder} copies: {said}; over {len(found.best):,} self-fed steps the target's best token has a "
+        f"loss of {after:.3f}, with the figures before {before:.3f}, without copying {facts['loss_without']:.3f}"
     )
 
 
@@ -99,7 +102,9 @@ def places(
     """
 
     @jax.jit
-    def of_one(features: Array, tokens: Array, answer: Array) -> tuple[Places, Array]:
+    def of_one(
+        params: EagleParams, target: LlamaParams, features: Array, tokens: Array, answer: Array
+    ) -> tuple[Places, Array]:
         pairs = tokens.shape[0] - 1
         here = jnp.arange(pairs)
         one = jnp.ones((1, pairs), jnp.int32)
@@ -126,6 +131,8 @@ def places(
     for tokens, answer, features in shown:
         more = -len(tokens) % ROW
         found, counted = of_one(
+            params,
+            target,
             np.pad(features.astype(np.float32), ((0, more), (0, 0))),
             np.pad(tokens, (0, more)),
             np.pad(answer.astype(np.float32), (0, more)),

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
             if recipe.start == "fitted":
                 params = fitted(params, packing, table, units)
         else:
-            draft, params = found[0], unfolded(found[1], units)
+            draft, params = found[0].copies(False), unfolded(found[1], units)  # how it copies is fitted afterwards
         layer, seed = draft.layer_of(checkpoint.config), jnp.int32(args.seed)
         embedding, head = target.embedding, target.head
         return Task(

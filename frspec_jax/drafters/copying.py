@@ -84,7 +84,7 @@ def followers(tokens: Array, length: Array, last: Array, here: Array) -> tuple[A
 def weighed(copying: Copying, longest: Array, age: Array) -> Array:
     """What places weigh, of matches `longest` tokens long (0: none) and `age` tokens back, both [..., MATCHES]."""
     log_weight = copying.longer * (longest - 1) - age / copying.reach
-    weight = jnp.where(longest > 0, jnp.exp(log_weight), 0.0)
+    weight = jnp.exp(jnp.where(longest > 0, log_weight, -jnp.inf))
     return weight / (weight.sum(-1, keepdims=True) + copying.doubt)
 
 

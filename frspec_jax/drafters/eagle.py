@@ -160,7 +160,7 @@ class EagleConfig:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         known = {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
         if known.get("copying") is not None:
-            known["copying"] = Copying(**known["copying"])
+            known["copying"] = Copying(**{name: float(figure) for name, figure in known["copying"].items()})
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
