@@ -1,9 +1,12 @@
 """Fixtures shared by the tests."""
 
+import gc
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import settings
 from runs import chats
@@ -22,6 +25,28 @@ api.has_amx = lambda: False
 
 ROOT = Path(__file__).parent.parent
 MATERIAL = ROOT / "material" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def memory_maps() -> int:
+    """How many memory maps this process has; 0 where the system does not say."""
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            return sum(1 for _ in maps)
+    except OSError:
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Forgets compiled programs before their memory maps run out.
+
+    Linux gives a process 65,530 of them; a program takes a hundred, and where none are left XLA's compiler ends in a
+    segmentation fault.
+    """
+    yield
+    if memory_maps() > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
