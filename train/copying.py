@@ -33,6 +33,7 @@ from train.batches import Batch
 from train.features import FeatureStore, open_corpora
 from train.optimiser import head_logits
 from train.recipe import unrolled_passes, valid
+from train.session import draft_to_fit
 
 STEPS, RATE = 400, 0.03  # of Adam, on the figures' logarithms
 PASSES = 3  # self-fed steps that count alike
@@ -70,14 +71,7 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
     checkpoint = Checkpoint.open(args.ckpt)
-    folder = checkpoint.draft_folder(args.draft)
-    if folder is None:
-        raise UserError(f"{args.ckpt} holds no draft; name one with --draft")
-    spec, params = checkpoint.draft(folder)
-    if not isinstance(spec, EagleConfig):
-        raise UserError(
-            f"--draft {folder.name} is a draft of kind {spec.kind}, which does not copy; give an EAGLE-2 one"
-        )
+    folder, spec, params = draft_to_fit(checkpoint, args.draft, EagleConfig, "which does not copy; give an EAGLE-2 one")
     target = checkpoint.params()
     stores = open_corpora(args.corpus, checkpoint, target, args.work or args.ckpt / "training" / "copying", args.row)
     found = places(spec.layer_of(checkpoint.config), params, target, stores, args.sequences, args.row)

@@ -27,6 +27,7 @@ from frspec_jax.vocabulary import crop
 from train.batches import Batch, Packing
 from train.features import open_corpora
 from train.medusa import rank_hits
+from train.session import draft_to_fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
-    folder = checkpoint.draft_folder(args.draft)
-    if folder is None:
-        raise UserError(f"{args.ckpt} holds no draft; name one with --draft")
-    spec, params = checkpoint.draft(folder)
-    if not isinstance(spec, MedusaConfig):
-        raise UserError(
-            f"--draft {folder.name} is a draft of kind {spec.kind}, whose tree is not fixed; give a Medusa one"
-        )
+    folder, spec, params = draft_to_fit(
+        checkpoint, args.draft, MedusaConfig, "whose tree is not fixed; give a Medusa one"
+    )
     if not 1 <= args.nodes < TREE_LIMIT:
         raise UserError(f"--nodes {args.nodes} is out of range: 1 to {TREE_LIMIT - 1}")
     ids = draft_ids(checkpoint, args.draft_vocab)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
-from frspec_jax.drafters.base import DraftSpec
+from frspec_jax.drafters.base import DraftSpec, Spec
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
@@ -143,6 +143,23 @@ def starting_draft(args: argparse.Namespace, checkpoint: Checkpoint, kind: str) 
     if spec.kind != kind:
         raise UserError(f"--start-from {args.start_from} is a draft of kind {spec.kind}; give one of kind {kind}")
     return checkpoint.draft(folder)
+
+
+def draft_to_fit(
+    checkpoint: Checkpoint, name: str | None, spec_class: type[Spec], otherwise: str
+) -> tuple[Path, Spec, Any]:
+    """The draft that --draft names, or the only one: its folder, its description and its weights.
+
+    Raises:
+      UserError: there is none, or it is of another class; `otherwise` says why not, and what to give.
+    """
+    folder = checkpoint.draft_folder(name)
+    if folder is None:
+        raise UserError(f"{checkpoint.path} holds no draft; name one with --draft")
+    spec, params = checkpoint.draft(folder)
+    if not isinstance(spec, spec_class):
+        raise UserError(f"--draft {folder.name} is a draft of kind {spec.kind}, {otherwise}")
+    return folder, spec, params
 
 
 # The folder --------------------------------------------------------------------------------------

@@ -60,9 +60,9 @@ class BeamDrafter(abc.ABC):
     def head(self, weights: Any, outputs: Array) -> tuple[Array, DraftHead]:
         """What the LM head reads of the layer's outputs, both [T, H]; and the head, cropped to the sub-vocabulary."""
 
-    def whole_head(self, weights: Any) -> tuple[Array, Array]:
-        """For a drafter that copies: the head [V, H] before it was cropped, and [V] which of its rows were kept."""
-        raise NotImplementedError(f"{type(self).__name__} does not copy")
+    def whole_head(self, weights: Any) -> tuple[Array, Array] | None:
+        """The head [V, H] before it was cropped, and [V] which of its rows were kept; None: this one does not copy."""
+        return None
 
     def new_cache(self, capacity: int, dtype: jnp.dtype) -> DraftCache:
         return DraftCache.new(kv_cache.empty(self.config, capacity, dtype)[0], self.copying is not None)
@@ -113,12 +113,13 @@ class BeamDrafter(abc.ABC):
                 rows, head = self.head(weights, outputs)
                 scores, index = subvocab_top_k(rows, head.weight, k, head.scale, implementation=self.kernels.head)
                 tokens = head.ids[index]  # the only place where a sub-vocabulary index becomes an id
-            if last is None:
+            if whole is None or last is None:
                 return scores, tokens
             with jax.named_scope("copy"):
-                return self._with_copies(weights, cache, rows, scores, tokens, last, committed, level)
+                return self._with_copies(whole, cache, rows, scores, tokens, last, committed, level)
 
-        last = None if cache.tokens is None else copying.recent(cache.tokens, committed)[None]
+        whole = self.whole_head(weights)
+        last = None if whole is None or cache.tokens is None else copying.recent(cache.tokens, committed)[None]
         with jax.named_scope("draft_level_0"):
             scores, tokens = best_tokens(feature[None], last, 0)
             beam = Beam.start(tree, scores[0], tokens[0])
@@ -140,7 +141,7 @@ class BeamDrafter(abc.ABC):
 
     def _with_copies(
         self,
-        weights: Any,
+        whole: tuple[Array, Array],
         cache: DraftCache,
         rows: Array,
         scores: Array,
@@ -152,12 +153,12 @@ class BeamDrafter(abc.ABC):
         """The best tokens [M, K] of beams, and their log-probabilities, after what stands in the text has risen.
 
         Args:
-          rows: [M, H], what the head reads. scores, tokens: [M, K], its best.
+          whole: of `whole_head`. rows: [M, H], what the head reads. scores, tokens: [M, K], its best.
           last: [M, LONGEST], each beam's last tokens. length: int32 scalar, the root's position.
           level: how far below the root the beams stand.
         """
         assert self.copying is not None and cache.tokens is not None
-        head, kept = self.whole_head(weights)
+        head, kept = whole
         here = jnp.broadcast_to(length + level, last.shape[:1])
         follows, longest, age = copying.followers(cache.tokens, length, last, here)
         rise = copying.rises(self.copying, follows, copying.weighed(self.copying, longest, age))

@@ -106,9 +106,8 @@ class Eagle(BeamDrafter):
     def head(self, weights: EagleWeights, outputs: Array) -> tuple[Array, DraftHead]:
         return outputs, weights.head
 
-    def whole_head(self, weights: EagleWeights) -> tuple[Array, Array]:
-        assert weights.whole is not None and weights.kept is not None
-        return weights.whole, weights.kept
+    def whole_head(self, weights: EagleWeights) -> tuple[Array, Array] | None:
+        return None if weights.whole is None or weights.kept is None else (weights.whole, weights.kept)
 
 
 @dataclasses.dataclass(frozen=True)
