@@ -36,7 +36,7 @@ from frspec_jax.drafters.base import Vanilla
 from frspec_jax.errors import UserError
 from frspec_jax.generate import tree_of
 from frspec_jax.presets import eagle_of, model_config, random_weights, state_at
-from frspec_jax.tree import Beam, accepted_path, causal, rerank
+from frspec_jax.tree import Beam, accepted_path, rerank
 from frspec_jax.vocabulary import crop
 from pallas_kernels import timing
 from pallas_kernels.dispatch import Kernels
@@ -44,7 +44,7 @@ from pallas_kernels.products import einsum_f32
 from pallas_kernels.shapes import SHAPES
 from pallas_kernels.subvocab_head import subvocab_top_k
 from pallas_kernels.timing import nudged
-from pallas_kernels.tree_attention import bit_words
+from pallas_kernels.visibility import bit_words, causal
 
 VOCABULARIES = "full,65536,32768,16384,8192"  # those of the paper that a model has
 PAPER = Path(__file__).with_name("data") / "paper.json"

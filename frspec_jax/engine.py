@@ -22,8 +22,9 @@ from frspec_jax.config import ModelConfig, Sampling, TreeConfig
 from frspec_jax.drafters.base import Accepted, Drafter
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
-from frspec_jax.tree import DraftTree, accepted_path, causal
+from frspec_jax.tree import DraftTree, accepted_path
 from pallas_kernels.dispatch import AUTO, Kernels
+from pallas_kernels.visibility import causal
 
 RUNNING, STOPPED, FULL = 0, 1, 2  # DecodeState.finished
 

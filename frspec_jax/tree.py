@@ -11,12 +11,7 @@ from flax import struct
 from jax import Array, lax
 
 from frspec_jax.config import TreeConfig
-from pallas_kernels.tree_attention import bit_words
-
-
-def causal(tokens: int) -> Array:
-    """Ancestor words [T, ceil(T / 32)] of a chain: each token sees itself and those before it."""
-    return bit_words(jnp.tril(jnp.ones((tokens, tokens), bool)))
+from pallas_kernels.visibility import bit_words
 
 
 @struct.dataclass

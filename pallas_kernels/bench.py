@@ -31,7 +31,8 @@ from pallas_kernels import subvocab_head_pallas, timing, tree_attention_pallas
 from pallas_kernels.dispatch import TUNED, Implementation, power_of_two
 from pallas_kernels.shapes import SHAPES, Shape
 from pallas_kernels.subvocab_head import subvocab_top_k
-from pallas_kernels.tree_attention import bit_words, tree_attention
+from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.visibility import bit_words
 
 TOKENS = (1, 10, 60)  # one token, a level of EAGLE's tree, a whole tree
 VOCABULARIES = (8192, 16384, 32768, 65536, None)  # None is the model's own

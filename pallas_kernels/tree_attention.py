@@ -18,26 +18,11 @@ from pallas_kernels import tree_attention_pallas
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.products import einsum_f32
 from pallas_kernels.tree_attention_pallas import MASKED, Config
+from pallas_kernels.visibility import has_bit
 
 BLOCK = 256  # cache rows a step; capacities are multiples of it
 UNIT = 2.0**22  # of the integers that weights in [0, 1] are added up as: 512 of them fit 32 bits
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
-
-
-def bit_words(visible: Array) -> Array:
-    """Pack booleans [..., R] into int32 words [..., ceil(R / 32)], bit r % 32 of word r // 32."""
-    rows = visible.shape[-1]
-    words = -(-rows // 32)
-    pad = [(0, 0)] * (visible.ndim - 1) + [(0, words * 32 - rows)]
-    bits = jnp.pad(visible, pad).reshape(*visible.shape[:-1], words, 32).astype(jnp.uint32)
-    return lax.bitcast_convert_type((bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32), jnp.int32)
-
-
-def has_bit(words: Array, row: Array) -> Array:
-    """Whether bit `row` is set in `words` [T, W]: booleans [T, *row.shape]; rows outside 0 .. 32 W - 1 are unset."""
-    inside = (row >= 0) & (row < 32 * words.shape[-1])
-    at = jnp.where(inside, row, 0)
-    return inside & ((words[:, at >> 5] >> (at & 31)) & 1).astype(bool)
 
 
 def tree_attention(

@@ -14,8 +14,8 @@ from tiny_hf import converted, edit_json, model_of, save
 from frspec_jax import drafters, kv_cache, llama
 from frspec_jax.config import TreeConfig
 from frspec_jax.drafters.base import Accepted
-from frspec_jax.tree import causal
 from pallas_kernels.dispatch import AUTO
+from pallas_kernels.visibility import causal
 
 IDS = np.sort(np.random.default_rng(7).choice(160, 60, replace=False))
 

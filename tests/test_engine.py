@@ -16,7 +16,7 @@ from scipy import stats
 
 from frspec_jax import engine, kv_cache, llama, sampling
 from frspec_jax.config import Sampling, TreeConfig
-from frspec_jax.tree import causal
+from pallas_kernels.visibility import causal
 
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
 TREES = [TreeConfig(2, 1, 1), TreeConfig(4, 3, 1), TreeConfig(8, 3, 4), TreeConfig(40, 4, 5), TreeConfig(5, 2, 3)]

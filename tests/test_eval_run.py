@@ -245,7 +245,7 @@ def reference_logits(model, ids):
     import jax.numpy as jnp
 
     from frspec_jax import kv_cache, llama
-    from frspec_jax.tree import causal
+    from pallas_kernels.visibility import causal
 
     config = model.checkpoint.config
     cache = kv_cache.empty(config, 256, jnp.float32)

@@ -28,7 +28,8 @@ from pallas_kernels import dispatch, subvocab_head_pallas, tree_attention_pallas
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.shapes import SHAPES
 from pallas_kernels.subvocab_head import quantised, subvocab_top_k
-from pallas_kernels.tree_attention import bit_words, tree_attention
+from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.visibility import bit_words
 
 INTERPRET = Kernels("interpret", "interpret")
 PALLAS = Kernels("pallas", "pallas")

@@ -19,7 +19,7 @@ from frspec_jax.drafters.base import Accepted
 from frspec_jax.drafters.medusa import PUBLISHED_63, MedusaConfig, published_choices, residual, skeleton, within
 from frspec_jax.errors import UserError
 from frspec_jax.tree import DraftTree
-from pallas_kernels.tree_attention import bit_words
+from pallas_kernels.visibility import bit_words
 
 # The tree ----------------------------------------------------------------------------------------
 

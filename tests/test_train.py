@@ -30,8 +30,8 @@ from frspec_jax.config import TreeConfig
 from frspec_jax.drafters import eagle as drafter
 from frspec_jax.drafters.copying import DraftCache
 from frspec_jax.errors import UserError
-from frspec_jax.tree import causal
 from frspec_jax.vocabulary import DraftHead, Ranking
+from pallas_kernels.visibility import causal
 from train import eagle, start
 from train.__main__ import main
 from train.batches import Batch, Packing

@@ -15,8 +15,8 @@ from runs import chats, drafted, refusal, same
 
 from frspec_jax import api, kv_cache, llama
 from frspec_jax.api import Request
-from frspec_jax.tree import causal
 from pallas_kernels.dispatch import AUTO
+from pallas_kernels.visibility import causal
 from train import eagle3
 from train.__main__ import main
 from train.batches import Batch

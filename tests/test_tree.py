@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frspec_jax.config import TreeConfig
-from frspec_jax.tree import Beam, DraftTree, accepted_path, causal, rerank
-from pallas_kernels.tree_attention import bit_words
+from frspec_jax.tree import Beam, DraftTree, accepted_path, rerank
+from pallas_kernels.visibility import bit_words, causal
 
 SHAPES = [
     TreeConfig(2, 1, 1),

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.tree_attention import BLOCK, DENSE_LIMIT, bit_words, has_bit, tree_attention
+from pallas_kernels.tree_attention import BLOCK, DENSE_LIMIT, tree_attention
+from pallas_kernels.visibility import bit_words, has_bit
 
 WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
 attend = {how: jax.jit(functools.partial(tree_attention, implementation=how)) for how in WAYS}

@@ -16,7 +16,7 @@ from convert.__main__ import main
 from frspec_jax import llama
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.kv_cache import empty
-from frspec_jax.tree import causal
+from pallas_kernels.visibility import causal
 
 SIZES = {
     "vocab_size": 160,

@@ -18,8 +18,9 @@ from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params
 from frspec_jax.drafters.medusa import PUBLISHED_63, MedusaConfig, MedusaParams
 from frspec_jax.llama import LlamaParams
 from frspec_jax.shapes import model_shapes
-from frspec_jax.tree import DraftTree, causal
+from frspec_jax.tree import DraftTree
 from pallas_kernels.dispatch import AUTO
+from pallas_kernels.visibility import causal
 
 
 def config(vocab_size: int = 24, **changes: Any) -> ModelConfig:

@@ -28,8 +28,8 @@ from frspec_jax.config import ModelConfig, Sampling
 from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
-from frspec_jax.tree import causal
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.visibility import causal
 from train.corpus import corpus_files, read_corpus
 from train.features import FeatureWriter
 

@@ -30,7 +30,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
-from frspec_jax.tree import causal
+from pallas_kernels.visibility import causal
 from train.corpus import Record, corpus_files, read_corpus
 
 FORMAT = "frspec-jax features 1"

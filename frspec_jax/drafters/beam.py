@@ -19,12 +19,12 @@ from frspec_jax.drafters import copying
 from frspec_jax.drafters.base import Accepted
 from frspec_jax.drafters.copying import Copying, DraftCache
 from frspec_jax.kv_cache import LayerKV
-from frspec_jax.tree import Beam, DraftTree, causal, rerank
+from frspec_jax.tree import Beam, DraftTree, rerank
 from frspec_jax.vocabulary import DraftHead
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.products import einsum_f32, take_rows
 from pallas_kernels.subvocab_head import subvocab_top_k
-from pallas_kernels.tree_attention import bit_words
+from pallas_kernels.visibility import bit_words, causal
 
 
 class BeamDrafter(abc.ABC):
