@@ -9,16 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from frspec_jax.api import Generator, Request, Result, load
+    from frspec_jax.api import Draft, Generator, Request, Result, Text, load
     from frspec_jax.config import Sampling, TreeConfig
     from frspec_jax.errors import UserError
 
 _HOMES = {
-    **dict.fromkeys(("Generator", "Request", "Result", "load"), "frspec_jax.api"),
+    **dict.fromkeys(("Draft", "Generator", "Request", "Result", "Text", "load"), "frspec_jax.api"),
     **dict.fromkeys(("Sampling", "TreeConfig"), "frspec_jax.config"),
     "UserError": "frspec_jax.errors",
 }
-__all__ = ["Generator", "Request", "Result", "Sampling", "TreeConfig", "UserError", "load"]
+__all__ = ["Draft", "Generator", "Request", "Result", "Sampling", "Text", "TreeConfig", "UserError", "load"]
 
 
 def __getattr__(name: str) -> Any:

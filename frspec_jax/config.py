@@ -215,16 +215,18 @@ VANILLA = TreeConfig(size=1, depth=0, top_k=1)
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Temperature, then top-k, then top-p: the order of transformers' warpers.
+    """Temperature, then top-k, then top-p, then min-p: the order of transformers' warpers.
 
-    temperature 0 is greedy decoding; top_k 0 and top_p 1 switch their filter off. typical is lossy: see
-    `sampling.typical`; 0 keeps the text exactly the target's.
+    temperature 0 is greedy decoding; top_k 0, top_p 1 and min_p 0 switch their filter off. min_p keeps the tokens
+    that are at least so many times as probable as the best one. typical is lossy: see `sampling.typical`; 0 keeps
+    the text exactly the target's.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     typical: float = 0.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.typical < 1:
@@ -237,6 +239,8 @@ class Sampling:
             raise UserError(f"--top-k {self.top_k} must be 0 (off) or a positive number")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p} must be above 0 and at most 1 (off)")
+        if not 0 <= self.min_p < 1:
+            raise UserError(f"--min-p {self.min_p} must be 0 (off) or a share below 1")
 
     @property
     def greedy(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ from jax import Array, lax
 
 from frspec_jax import kv_cache, llama, sampling
 from frspec_jax.config import ModelConfig, Sampling, TreeConfig
-from frspec_jax.drafters.base import Accepted, Drafter
+from frspec_jax.drafters.base import Accepted, Drafter, DraftMemory, DraftWeights, Turn
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
+from frspec_jax.placement import Placement
+from frspec_jax.sampling import Draw, Rule, argument
 from frspec_jax.tree import DraftTree, accepted_path
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.visibility import causal
 
 RUNNING, STOPPED, FULL = 0, 1, 2  # DecodeState.finished
 
@@ -36,13 +37,13 @@ EXACT = {"xla_allow_excess_precision": False}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is static: the same plan is the same compiled program, whatever the prompt."""
+    """All that is static: the same plan is the same compiled program, whatever the prompt and the request's figures."""
 
     config: ModelConfig
     drafter: Drafter
     tree: TreeConfig
-    sampling: Sampling
-    stop_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...] = ()
+    rule: Rule = "greedy"
     kernels: Kernels = AUTO  # the target's; a drafter carries its own
 
     @property
@@ -56,15 +57,32 @@ class Weights:
     """The arrays that a round reads and never writes."""
 
     target: LlamaParams
-    draft: Any  # the drafter's
+    draft: DraftWeights
 
 
 @struct.dataclass
 class Caches:
-    """The caches of the target and of the drafter; they outlive a request, and need no clearing."""
+    """The cache of the target and the memory of the drafter; they outlive a request, and need no clearing."""
 
     target: KVCache
-    draft: Any
+    draft: DraftMemory
+
+    @property
+    def capacity(self) -> int:
+        """S, the rows of each layer's cache."""
+        return self.target[0].capacity
+
+
+@struct.dataclass
+class Asked:
+    """What a request asks for. All of it is arrays: another temperature, seed or limit compiles nothing."""
+
+    draw: Draw  # temperature and filters, seed and sequence number
+    limit: Array  # int32, emit no more than this
+
+    @classmethod
+    def of(cls, sampling: Sampling, *, seed: int, limit: int, sequence: int = 0) -> Asked:
+        return cls(Draw.of(sampling, seed, sequence), argument(limit, np.int32))
 
 
 @struct.dataclass
@@ -77,67 +95,59 @@ class DecodeState:
     accepted: Accepted  # what the drafter has not taken in yet
     output: Array  # [S + D + 1] int32, the emitted tokens; `emitted` of them are real
     emitted: Array  # int32
-    limit: Array  # int32, emit no more than this
     finished: Array  # int32: RUNNING, STOPPED by a stop id, or FULL (the limit is reached)
-    seed: Array  # int32
-    sequence: Array  # int32, tells apart the members of a batch in the sampling noise
     rounds: Array  # int32
     histogram: Array  # [D+1] int32, rounds by the number of drafts that they emitted (0 to D)
+    asked: Asked
 
 
 def new_caches(plan: Plan, capacity: int, dtype: jnp.dtype) -> Caches:
     """Caches for `capacity` positions (a multiple of `kv_cache.BLOCK`)."""
-    return Caches(kv_cache.empty(plan.config, capacity, dtype), plan.drafter.new_cache(capacity, dtype))
+    return Caches(kv_cache.empty(plan.config, capacity, dtype), plan.drafter.new_memory(capacity, dtype))
 
 
 # Prefill -----------------------------------------------------------------------------------------
 
 
+@struct.dataclass
+class Chunk:
+    """A part of a prompt, padded to the chunk size C."""
+
+    tokens: Array  # [C + 1] int32: one more, since a draft pairs each token with the next
+    start: Array  # int32, the position of the first
+    count: Array  # int32, how many of the first C are real
+    last: Array  # bool, whether the prompt ends here
+
+
 @functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
-def _prefill_chunk(
-    plan: Plan, weights: Weights, caches: Caches, tokens: Array, start: Array, count: Array
-) -> tuple[Caches, Array]:
-    """Run tokens [C + 1], `count` of the first C real, through target and drafter; the last real one's feature [H]."""
-    chunk = tokens.shape[0] - 1
-    positions = start + jnp.arange(chunk, dtype=jnp.int32)
+def prefill(plan: Plan, weights: Weights, caches: Caches, chunk: Chunk, asked: Asked) -> DecodeState:
+    """Run a chunk through target and drafter. The state after the last one has the first token; others have no root."""
+    size = chunk.tokens.shape[0] - 1
     with jax.named_scope("prefill"):
         features, target = llama.forward(
-            weights.target, plan.config, tokens[:-1], positions, caches.target, start, causal(chunk),
-            plan.kernels.for_prompts(), plan.drafter.taps,
-        )  # fmt: skip
-        draft = plan.drafter.prefill(weights.draft, weights.target.embedding, features, tokens[1:], start, caches.draft)
-    return Caches(target, draft), features[count - 1]
+            weights.target,
+            plan.config,
+            chunk.tokens[:-1],
+            Placement.chain(chunk.start, size),
+            caches.target,
+            kernels=plan.kernels.for_prompts(),
+            taps=plan.drafter.taps,
+        )
+        draft = plan.drafter.prefill(weights.draft, features, chunk.tokens[1:], chunk.start, caches.draft)
+    feature, length = features[chunk.count - 1], chunk.start + chunk.count
+
+    def first_token(feature: Array) -> Array:
+        scores = llama.logits(weights.target, feature[None])
+        return sampling.choose(scores, plan.rule, asked.draw, length[None], jnp.zeros(1, jnp.int32))[0]
+
+    # A branch, so that the head is read once a prompt and not once a chunk.
+    root = lax.cond(chunk.last, first_token, lambda _: jnp.int32(0), feature)
+    return state_after(plan, Caches(target, draft), feature, root, length, asked)
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
-def _first_token(
-    plan: Plan,
-    weights: Weights,
-    caches: Caches,
-    feature: Array,
-    length: Array,
-    limit: Array,
-    seed: Array,
-    sequence: Array,
-) -> DecodeState:
-    """The state after a prompt of `length` tokens, whose last feature [H] gives the first token."""
-    scores = llama.logits(weights.target, feature[None])
-    root = sampling.choose(scores, plan.sampling, seed, sequence, length[None], jnp.zeros(1, jnp.int32))[0]
-    return state_after(plan, caches, feature, root, length, limit, seed, sequence)
-
-
-def state_after(
-    plan: Plan,
-    caches: Caches,
-    feature: Array,
-    root: Array,
-    length: Array,
-    limit: Array,
-    seed: Array | int = 0,
-    sequence: Array | int = 0,
-) -> DecodeState:
+def state_after(plan: Plan, caches: Caches, feature: Array, root: Array, length: Array, asked: Asked) -> DecodeState:
     """The state after `length` tokens: `feature` [H] is the last one's, and `root` the token chosen from it."""
-    depth, capacity = plan.tree.depth, caches.target[0].capacity
+    depth = plan.tree.depth
     stopped = jnp.isin(root, jnp.array(plan.stop_ids, jnp.int32))
     return DecodeState(
         caches=caches,
@@ -148,100 +158,90 @@ def state_after(
             next_tokens=jnp.zeros(depth + 1, jnp.int32).at[0].set(root),
             count=jnp.int32(1),
         ),
-        output=jnp.zeros(capacity + depth + 1, jnp.int32).at[0].set(root),
+        output=jnp.zeros(caches.capacity + depth + 1, jnp.int32).at[0].set(root),
         emitted=jnp.int32(1),
-        limit=limit,
-        finished=jnp.where(stopped, STOPPED, jnp.where(limit <= 1, FULL, RUNNING)).astype(jnp.int32),
-        seed=jnp.int32(seed),
-        sequence=jnp.int32(sequence),
+        finished=jnp.where(stopped, STOPPED, jnp.where(asked.limit <= 1, FULL, RUNNING)).astype(jnp.int32),
         rounds=jnp.int32(0),
         histogram=jnp.zeros(depth + 1, jnp.int32),
+        asked=asked,
     )
 
 
-def start(
-    plan: Plan,
-    weights: Weights,
-    caches: Caches,
-    prompt: np.ndarray,
-    *,
-    chunk: int,
-    limit: int,
-    seed: int = 0,
-    sequence: int = 0,
-) -> DecodeState:
+def start(plan: Plan, weights: Weights, caches: Caches, prompt: np.ndarray, asked: Asked, *, chunk: int) -> DecodeState:
     """Run a prompt, `chunk` tokens a pass, and choose the first token.
 
     Args:
       caches: donated. prompt: [T] int32, at least one token.
+      asked: the caller sees to it that T + limit + plan.margin fit the capacity.
       chunk: divides `kv_cache.BLOCK`, so that a padded last chunk stays within the capacity.
-      limit: tokens to emit at most; the caller sees to it that T + limit + plan.margin fit the capacity.
     """
     length = len(prompt)
     padded = np.zeros(-(-length // chunk) * chunk + 1, np.int32)
     padded[:length] = prompt
     for first in range(0, length, chunk):
-        tokens, count = padded[first : first + chunk + 1], min(chunk, length - first)
-        caches, feature = _prefill_chunk(plan, weights, caches, tokens, np.int32(first), np.int32(count))
-    return _first_token(
-        plan, weights, caches, feature, np.int32(length), np.int32(limit), np.int32(seed), np.int32(sequence)
-    )
+        part = Chunk(
+            tokens=argument(padded[first : first + chunk + 1], np.int32),
+            start=argument(first, np.int32),
+            count=argument(min(chunk, length - first), np.int32),
+            last=argument(first + chunk >= length, np.bool_),
+        )
+        state = prefill(plan, weights, caches, part, asked)
+        caches = state.caches
+    return state
 
 
 # The round ---------------------------------------------------------------------------------------
 
 
-def draft(plan: Plan, weights: Weights, state: DecodeState) -> tuple[DraftTree, Any]:
-    """Steps 1 and 2, extend and propose: a tree below the root, and the drafter's cache."""
+def draft(plan: Plan, weights: Weights, state: DecodeState) -> tuple[DraftTree, DraftMemory]:
+    """Steps 1 and 2, extend and propose: a tree below the root, and what the drafter remembers."""
     with jax.named_scope("draft"):
-        return plan.drafter.propose(
-            weights.draft,
-            weights.target.embedding,
-            plan.tree,
-            state.accepted,
-            state.root,
-            state.length,
-            state.caches.draft,
-        )
+        turn = Turn(state.accepted, state.root, state.length)
+        return plan.drafter.propose(weights.draft, plan.tree, turn, state.caches.draft)
 
 
 @struct.dataclass
 class Verdict:
     """What the target says of a tree."""
 
+    features: Array  # [N, (1 + taps) H], of each node
     chosen: Array  # [N] int32, its own next token after each node
     typical: Array | None  # [N] bool, nodes that it would also bear, where acceptance is lossy
 
 
-def verify(plan: Plan, weights: Weights, state: DecodeState, tree: DraftTree) -> tuple[Array, Verdict, KVCache]:
-    """Steps 3 and 4: the target's features [N, H] of each node, what it says of them, and its cache."""
+def verify(plan: Plan, weights: Weights, state: DecodeState, tree: DraftTree) -> tuple[Verdict, KVCache]:
+    """Steps 3 and 4: what the target says of each node, and its cache."""
     with jax.named_scope("verify"):
-        positions = state.length + tree.depth
         features, cache = llama.forward(
-            weights.target, plan.config, tree.tokens, positions, state.caches.target, state.length, tree.ancestors,
-            plan.kernels, plan.drafter.taps,
-        )  # fmt: skip
+            weights.target,
+            plan.config,
+            tree.tokens,
+            Placement.of_tree(tree, state.length),
+            state.caches.target,
+            kernels=plan.kernels,
+            taps=plan.drafter.taps,
+        )
         scores = llama.logits(weights.target, features)
+    draw = state.asked.draw
     following = state.length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)
-    chosen = sampling.choose(scores, plan.sampling, state.seed, state.sequence, following, tree.depth)
-    typical = sampling.typical(scores, plan.sampling, tree.tokens, tree.parent) if plan.sampling.typical else None
-    return features, Verdict(chosen, typical), cache
+    chosen = sampling.choose(scores, plan.rule, draw, following, tree.depth)
+    lossy = plan.rule == "typical"
+    typical = sampling.typical(scores, draw.by, tree.tokens, tree.parent) if lossy else None
+    return Verdict(features, chosen, typical), cache
 
 
-def accept(
-    plan: Plan, state: DecodeState, tree: DraftTree, features: Array, verdict: Verdict, caches: Caches
-) -> DecodeState:
+def accept(plan: Plan, state: DecodeState, tree: DraftTree, verdict: Verdict, caches: Caches) -> DecodeState:
     """Steps 5 and 6: emit the right path and one token more, and commit its K/V rows."""
     depth = plan.tree.depth
     path, drafts = accepted_path(tree, verdict.chosen, depth, verdict.typical)
-    index = jnp.arange(depth + 1)
+    index = jnp.arange(depth + 1, dtype=jnp.int32)
     block = verdict.chosen[path]  # [D+1]: the accepted drafts, then the bonus token; padding past drafts + 1
     if verdict.typical is not None:  # then the drafts need not be what the target chose
         block = jnp.where(index < drafts, jnp.roll(tree.tokens[path], -1), block)
     stops = jnp.isin(block, jnp.array(plan.stop_ids, jnp.int32)) & (index <= drafts)
     stopped = stops.any()
-    count = jnp.where(stopped, jnp.argmax(stops), drafts) + 1
-    room = state.limit - state.emitted
+    count = jnp.where(stopped, jnp.argmax(stops).astype(jnp.int32), drafts) + 1
+    room = state.asked.limit - state.emitted
     stopped &= count <= room
     count = jnp.minimum(count, room).astype(jnp.int32)
     emitted = state.emitted + count
@@ -250,10 +250,10 @@ def accept(
         caches=dataclasses.replace(caches, target=kv_cache.compact(caches.target, state.length, path)),
         length=state.length + count,
         root=block[count - 1],
-        accepted=Accepted(features[path], block, count),
+        accepted=Accepted(verdict.features[path], block, count),
         output=lax.dynamic_update_slice(state.output, block, (state.emitted,)),
         emitted=emitted,
-        finished=jnp.where(stopped, STOPPED, jnp.where(emitted >= state.limit, FULL, RUNNING)).astype(jnp.int32),
+        finished=jnp.where(stopped, STOPPED, jnp.where(emitted >= state.asked.limit, FULL, RUNNING)).astype(jnp.int32),
         rounds=state.rounds + 1,
         histogram=state.histogram.at[count - 1].add(1),
     )
@@ -261,9 +261,9 @@ def accept(
 
 def decode_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
     """One round: draft, verify, accept."""
-    tree, draft_cache = draft(plan, weights, state)
-    features, verdict, target_cache = verify(plan, weights, state, tree)
-    return accept(plan, state, tree, features, verdict, Caches(target_cache, draft_cache))
+    tree, memory = draft(plan, weights, state)
+    verdict, cache = verify(plan, weights, state, tree)
+    return accept(plan, state, tree, verdict, Caches(cache, memory))
 
 
 def decode_rounds(plan: Plan, weights: Weights, state: DecodeState, rounds: Array) -> DecodeState:
@@ -275,5 +275,8 @@ def decode_rounds(plan: Plan, weights: Weights, state: DecodeState, rounds: Arra
         state,
     )
 
+
+# What advances a state: `run` with a number of rounds, or a driver of one's own (`python -m eval loops` has three).
+Step = Callable[[Plan, Weights, DecodeState], DecodeState]
 
 run = jax.jit(decode_rounds, static_argnames=("plan",), donate_argnames=("state",), compiler_options=EXACT)

@@ -13,6 +13,7 @@ from jax import Array, lax
 from frspec_jax import kv_cache
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import LayerKV
+from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.products import rows_f32
 from pallas_kernels.tree_attention import tree_attention
@@ -124,6 +125,20 @@ def _through_float32(x: Array, weight: Array) -> Array:
     return rows_f32(x, weight).astype(x.dtype)
 
 
+@struct.dataclass
+class Pass:
+    """What every layer of one pass over T tokens shares."""
+
+    config: ModelConfig = struct.field(pytree_node=False)
+    kernels: Kernels = struct.field(pytree_node=False)  # which implementations run
+    where: Placement  # the tokens stand
+    by: Rotation  # their keys and queries are rotated
+
+    @classmethod
+    def of(cls, config: ModelConfig, where: Placement, kernels: Kernels = AUTO) -> Pass:
+        return cls(config, kernels, where, rotation(config, where.positions))
+
+
 def project_qkv(layer: LayerParams, config: ModelConfig, x: Array, by: Rotation) -> tuple[Array, Array, Array]:
     """Rotated queries [T, heads, head_dim], rotated keys and plain values [T, kv_heads, head_dim]."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -139,35 +154,23 @@ def gated_mlp(layer: LayerParams, x: Array) -> Array:
 
 
 def decoder_layer(
-    layer: LayerParams,
-    config: ModelConfig,
-    x: Array,
-    by: Rotation,
-    cache: LayerKV,
-    write_at: Array,
-    committed: Array,
-    ancestors: Array,
-    kernels: Kernels = AUTO,
-    *,
-    attend_from: Array | None = None,
+    layer: LayerParams, x: Array, here: Pass, cache: LayerKV, *, attend_from: Array | None = None
 ) -> tuple[Array, LayerKV]:
     """One Llama decoder layer over T tokens, whose keys and values are put into the cache first.
 
     Args:
-      x: [T, H] residual stream. by: the tokens' `rotation`.
-      write_at: int32 scalar, the cache row of the first of the T tokens.
-      committed, ancestors: what each token sees, as in `tree_attention`.
-      kernels: which implementations run.
+      x: [T, H] residual stream. here: where the tokens stand, and what the layers of this pass share.
       attend_from: what Q, K and V read; None: x, through the layer's own norm if it has one.
     """
+    eps, kernels = here.config.rms_norm_eps, here.kernels
     with jax.named_scope("attention"):
         if attend_from is None:
-            attend_from = x if layer.attention_norm is None else rms_norm(x, layer.attention_norm, config.rms_norm_eps)
-        q, k, v = project_qkv(layer, config, attend_from, by)
-        cache = kv_cache.write(cache, k, v, write_at)
+            attend_from = x if layer.attention_norm is None else rms_norm(x, layer.attention_norm, eps)
+        q, k, v = project_qkv(layer, here.config, attend_from, here.by)
+        cache = kv_cache.write(cache, k, v, here.where.write_at)
         mixed = tree_attention(
-            q, cache.keys, cache.values, committed, ancestors, implementation=kernels.attention, steady=kernels.steady
+            q, cache.keys, cache.values, here.where.sees, implementation=kernels.attention, steady=kernels.steady
         )
         x = x + linear(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias)
     with jax.named_scope("mlp"):
-        return x + gated_mlp(layer, rms_norm(x, layer.mlp_norm, config.rms_norm_eps)), cache
+        return x + gated_mlp(layer, rms_norm(x, layer.mlp_norm, eps)), cache

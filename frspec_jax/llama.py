@@ -9,7 +9,8 @@ from jax import Array
 
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
-from frspec_jax.layers import LayerParams, decoder_layer, rms_norm, rotation
+from frspec_jax.layers import LayerParams, Pass, decoder_layer, rms_norm
+from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.products import rows_f32, take_rows
 
@@ -33,20 +34,16 @@ def forward(
     params: LlamaParams,
     config: ModelConfig,
     tokens: Array,
-    positions: Array,
+    where: Placement,
     cache: KVCache,
-    committed: Array,
-    ancestors: Array,
+    *,
     kernels: Kernels = AUTO,
     taps: tuple[int, ...] = (),
 ) -> tuple[Array, KVCache]:
     """Run T tokens through the target: a chunk of a prompt, one token, or a draft tree.
 
     Args:
-      tokens, positions: [T] int32.
-      cache: its rows `committed` .. `committed + T - 1` receive the tokens' keys and values.
-      committed: int32 scalar, rows that every token sees.
-      ancestors: [T, W] int32 bit words: which of the T tokens each one sees, itself included.
+      tokens: [T] int32. where: they stand; their keys and values are written to the cache there.
       kernels: which implementations run.
       taps: layers whose inputs are wanted too; the number of layers stands for the last one's output.
 
@@ -55,12 +52,12 @@ def forward(
       beside it the residual stream at each tap. And the cache.
     """
     x = take_rows(params.embedding, tokens)
-    by = rotation(config, positions)
+    here = Pass.of(config, where, kernels)
     updated = []
     streams = [x]  # what each layer reads
     for index, (layer, layer_cache) in enumerate(zip(params.layers, cache, strict=True)):
         with jax.named_scope(f"layer_{index}"):
-            x, layer_cache = decoder_layer(layer, config, x, by, layer_cache, committed, committed, ancestors, kernels)
+            x, layer_cache = decoder_layer(layer, x, here, layer_cache)
         updated.append(layer_cache)
         streams.append(x)
     features = rms_norm(x, params.final_norm, config.rms_norm_eps)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from frspec_jax.config import ModelConfig, RopeScaling
+from frspec_jax.config import ModelConfig, RopeScaling, Sampling
+from frspec_jax.drafters.base import NO_WEIGHTS
 from frspec_jax.drafters.eagle import Eagle, EagleConfig, EagleWeights
-from frspec_jax.engine import DecodeState, Plan, Weights, new_caches, state_after
+from frspec_jax.engine import Asked, DecodeState, Plan, Weights, new_caches, state_after
 from frspec_jax.shapes import model_shapes
 from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
@@ -54,7 +55,7 @@ def state_at(plan: Plan, length: Array, capacity: int, dtype: jnp.dtype) -> Deco
     """A state `length` tokens into a text of zeros: a round from it costs what any other of that length does."""
     caches = new_caches(plan, capacity, dtype)
     feature, root = jnp.zeros(plan.config.hidden_size, dtype), jnp.int32(0)
-    return state_after(plan, caches, feature, root, length, jnp.int32(capacity))
+    return state_after(plan, caches, feature, root, length, Asked.of(Sampling(), seed=0, limit=capacity))
 
 
 def random_weights(config: ModelConfig, draft_vocab: int | None, dtype: jnp.dtype, key: Array) -> Weights:
@@ -62,9 +63,10 @@ def random_weights(config: ModelConfig, draft_vocab: int | None, dtype: jnp.dtyp
     target_key, draft_key = jax.random.split(key)
     target = _random(target_key, model_shapes(config, dtype))
     if draft_vocab is None:
-        return Weights(target, ())
+        return Weights(target, NO_WEIGHTS)
     params = _random(draft_key, EagleConfig.like(config).shapes(config, dtype))
-    return Weights(target, EagleWeights(params, crop(target.head, np.arange(draft_vocab))))
+    head = crop(target.head, np.arange(draft_vocab))
+    return Weights(target, EagleWeights(target.embedding, head, None, params))
 
 
 def _random(key: Array, shapes: Any) -> Any:

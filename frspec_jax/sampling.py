@@ -1,69 +1,158 @@
-"""From logits to tokens: temperature, top-k, top-p, and noise that depends on the position alone.
+"""From logits to tokens: temperature, top-k, top-p, min-p, and noise that depends on the position alone.
 
 A token is drawn as argmax(filtered logits + Gumbel noise), which is an exact draw from the softmax.
 The noise for the token at absolute position p is a function of (seed, sequence, p): whoever asks for
 that token, vanilla decoding or the verification of any tree, draws the same one.
+
+Every figure is an array, so another temperature is the same program. Static is only the `Rule`.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jax import Array, lax
 
 from frspec_jax.config import Sampling
 
 MASKED = -jnp.inf
+FEW = 64  # a top-k of no more than these looks at so many of the best logits instead of sorting all
+
+# How a pass's tokens are chosen. "greedy" draws no noise. "sampled" draws it, and takes the best token for a request
+# whose temperature is 0. "typical" samples too, and accepts by Medusa's rule, which is lossy.
+Rule = Literal["greedy", "sampled", "typical"]
+
+
+def argument(value: Any, dtype: Any) -> Any:
+    """A number or a list of them as an argument of a compiled program, which moves it to the device itself."""
+    return np.asarray(value, dtype)
+
+
+def rule_of(sampling: Sampling) -> Rule:
+    """The rule that a request needs."""
+    return "typical" if sampling.typical else "greedy" if sampling.greedy else "sampled"
+
+
+@struct.dataclass
+class SamplingArrays:
+    """The figures of a `Sampling`, as arguments of the compiled program."""
+
+    temperature: Array  # float32
+    top_k: Array  # int32; 0: off
+    top_p: Array  # float32; 1: off
+    min_p: Array  # float32; 0: off
+    typical: Array  # float32, e of typical acceptance; read under the rule "typical" alone
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> SamplingArrays:
+        return cls(
+            temperature=argument(sampling.temperature, np.float32),
+            top_k=argument(min(sampling.top_k, 2**31 - 1), np.int32),
+            top_p=argument(sampling.top_p, np.float32),
+            min_p=argument(sampling.min_p, np.float32),
+            typical=argument(sampling.typical, np.float32),
+        )
+
+
+def seed_words(seed: int) -> Any:
+    """A seed of 64 bits, -2^63 to 2^63 - 1, as the two words of a threefry key: uint32 [2], distinct for each seed.
+
+    Seeds of 32 bits have 0 as their first word, as `jax.random.key` gives them.
+    """
+    low = (seed + 2**31) % 2**32 - 2**31  # the last 32 bits, signed
+    return argument([((seed - low) >> 32) % 2**32, low % 2**32], np.uint32)
 
 
 def gumbel_rows(seed: Array, sequence: Array, positions: Array, vocab_size: int) -> Array:
     """Gumbel noise [P, V], float32, for the tokens at `positions` [P] of a sequence.
 
-    seed, sequence: int32 scalars; the sequence number tells apart the members of a batch.
+    seed: [2] uint32, of `seed_words`. sequence: int32 scalar, tells apart the members of a batch.
     """
-    key = jax.random.fold_in(jax.random.key(seed), sequence)
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), sequence)
     keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
     return jax.vmap(lambda k: jax.random.gumbel(k, (vocab_size,), jnp.float32))(keys)
 
 
-def warp(logits: Array, sampling: Sampling) -> Array:
-    """Temperature, then top-k, then top-p, as transformers' warpers: removed tokens become -inf.
+def warp(logits: Array, by: SamplingArrays) -> Array:
+    """Temperature, then top-k, then top-p, then min-p, as transformers' warpers: removed tokens become -inf.
 
     logits: [N, V] float32. Tokens that tie with the last kept one are kept too.
     """
-    logits = logits / sampling.temperature
-    cut, vocab_size = sampling.top_p < 1, logits.shape[-1]
-    if 0 < sampling.top_k < vocab_size:
-        ranked = lax.top_k(logits, sampling.top_k)[0][:, ::-1]  # top-p then has only these to look at
-        least = ranked[:, :1]
-    elif cut:
-        ranked = jnp.sort(logits, axis=-1)
-        least = ranked[:, :1]
-    else:
-        return logits
-    if cut:
-        tail = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)  # ascending: the tail that is cut comes first
-        keep = (tail > 1 - sampling.top_p).at[:, -1].set(True)  # the best token stays, whatever rounding says
-        least = jnp.min(jnp.where(keep, ranked, jnp.inf), axis=-1, keepdims=True)
+    logits = logits / by.temperature
+    vocab_size = logits.shape[-1]
+    few = min(FEW, vocab_size)
+    cuts = (by.top_p < 1) | ((by.top_k > 0) & (by.top_k < vocab_size))
+
+    def all_stay(logits: Array) -> Array:
+        return jnp.full((logits.shape[0], 1), MASKED)
+
+    def least_of_few(logits: Array) -> Array:
+        return least_kept(lax.top_k(logits, few)[0], by)
+
+    def least_of_all(logits: Array) -> Array:
+        return least_kept(-jnp.sort(-logits, axis=-1), by)
+
+    # Only a request that filters pays for looking at the order, and few for all of it.
+    way = jnp.where(cuts, jnp.where((by.top_k > 0) & (by.top_k <= few), 1, 2), 0)
+    least = lax.switch(way, [all_stay, least_of_few, least_of_all], logits)
+    # min-p asks after the best token alone, which no filter removes: log P below the best logit.
+    least = jnp.maximum(least, logits.max(-1, keepdims=True) + jnp.log(by.min_p))
     return jnp.where(logits < least, MASKED, logits)
 
 
-def typical(logits: Array, sampling: Sampling, tokens: Array, parent: Array) -> Array:
+def least_kept(ranked: Array, by: SamplingArrays) -> Array:
+    """The least logit that top-k and top-p keep, [N, 1], of the best logits [N, R] in descending order."""
+    place = jnp.arange(ranked.shape[-1], dtype=jnp.int32)
+    among = (by.top_k <= 0) | (place < by.top_k)
+    ranked = jnp.where(among, ranked, MASKED)  # top-p then has only these to look at
+    shares = jax.nn.softmax(ranked, axis=-1)[:, ::-1]
+    tail = jnp.cumsum(shares, axis=-1)[:, ::-1]  # a token's own share and those after it
+    stays = (by.top_p >= 1) | (tail > 1 - by.top_p) | (place == 0)  # the best token stays, whatever rounding says
+    return jnp.min(jnp.where(stays & among, ranked, jnp.inf), axis=-1, keepdims=True)
+
+
+def typical(logits: Array, by: SamplingArrays, tokens: Array, parent: Array) -> Array:
     """Which drafted tokens Medusa's typical acceptance takes: bool [N]. LOSSY: the text is no longer the target's law.
 
     A token passes if its probability after its parent is above min(e, sqrt(e) exp(-H)), where H is the entropy
-    there and e is `sampling.typical`: a flat distribution lets more pass (arXiv 2401.10774, section 2.3.1).
+    there and e is `by.typical`: a flat distribution lets more pass (arXiv 2401.10774, section 2.3.1).
 
     Args:
       logits: [N, V] float32, the target's after each node. tokens, parent: [N], the nodes' own, the root's ignored.
     """
-    logs = jax.nn.log_softmax(warp(logits, sampling), axis=-1)
+    logs = jax.nn.log_softmax(warp(logits, by), axis=-1)
     entropy = -jnp.where(logs > MASKED, jnp.exp(logs) * logs, 0.0).sum(-1)
-    bar = jnp.minimum(sampling.typical, sampling.typical**0.5 * jnp.exp(-entropy))
+    bar = jnp.minimum(by.typical, jnp.sqrt(by.typical) * jnp.exp(-entropy))
     return jnp.exp(logs[parent, tokens]) > bar[parent]
 
 
-def choose(logits: Array, sampling: Sampling, seed: Array, sequence: Array, positions: Array, row: Array) -> Array:
+@struct.dataclass
+class Draw:
+    """Whose draws: the figures they follow, and the noise that they meet."""
+
+    by: SamplingArrays
+    seed: Array  # [2] uint32, of `seed_words`
+    sequence: Array  # int32, tells apart the members of a batch in the noise
+
+    @classmethod
+    def of(cls, sampling: Sampling, seed: int, sequence: int = 0) -> Draw:
+        return cls(SamplingArrays.of(sampling), seed_words(seed), argument(sequence, np.int32))
+
+
+def scored(logits: Array, draw: Draw, positions: Array, row: Array) -> Array:
+    """What a sampled choice is the argmax of: [N, V] float32, filtered logits with their noise.
+
+    Args: as those of `choose`.
+    """
+    noise = gumbel_rows(draw.seed, draw.sequence, positions, logits.shape[-1])
+    return jnp.where(draw.by.temperature > 0, warp(logits, draw.by) + noise[row], logits)
+
+
+def choose(logits: Array, rule: Rule, draw: Draw, positions: Array, row: Array) -> Array:
     """The token that the target says after each of N nodes: int32 [N].
 
     Args:
@@ -73,7 +162,6 @@ def choose(logits: Array, sampling: Sampling, seed: Array, sequence: Array, posi
         their noise: only one of them can be on the emitted path, and drafting never sees it.
     """
     with jax.named_scope("choose"):
-        if not sampling.greedy:
-            noise = gumbel_rows(seed, sequence, positions, logits.shape[-1])
-            logits = warp(logits, sampling) + noise[row]
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if rule != "greedy":
+            logits = scored(logits, draw, positions, row)
+        return lax.argmax(logits, logits.ndim - 1, jnp.int32)

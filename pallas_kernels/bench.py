@@ -32,7 +32,7 @@ from pallas_kernels.dispatch import TUNED, Implementation, power_of_two
 from pallas_kernels.shapes import SHAPES, Shape
 from pallas_kernels.subvocab_head import subvocab_top_k
 from pallas_kernels.tree_attention import tree_attention
-from pallas_kernels.visibility import bit_words
+from pallas_kernels.visibility import Sees, causal
 
 TOKENS = (1, 10, 60)  # one token, a level of EAGLE's tree, a whole tree
 VOCABULARIES = (8192, 16384, 32768, 65536, None)  # None is the model's own
@@ -61,7 +61,7 @@ def attention_case(name: str, shape: Shape, tokens: int, context: int, dtype: jn
     rng = np.random.default_rng(0)
     specs = shape.attention(tokens, capacity, dtype)
     q, keys, values = (jnp.asarray(rng.normal(size=spec.shape).astype(np.float32), dtype) for spec in specs[:3])
-    committed, ancestors = jnp.int32(context), bit_words(jnp.tril(jnp.ones((tokens, tokens), bool)))
+    sees = Sees(jnp.int32(context), causal(tokens))
     rows = tokens * shape.heads // shape.kv_heads
     suited = tree_attention_pallas.Config.suited_to(rows, shape.kv_heads)
     splits = sorted({max(1, suited.splits // 2), suited.splits})
@@ -71,7 +71,7 @@ def attention_case(name: str, shape: Shape, tokens: int, context: int, dtype: jn
     ]
 
     def run(q: Array, keys: Array, values: Array, **how: Any) -> Array:
-        return tree_attention(q, keys, values, committed, ancestors, **how)
+        return tree_attention(q, keys, values, sees, **how)
 
     return Case(
         operation=f"tree_attention {keys.dtype}",

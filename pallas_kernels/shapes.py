@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.visibility import Sees, causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +24,14 @@ class Shape:
     vocabulary: int
     tied_head: bool = False
 
-    def attention(self, tokens: int, capacity: int, dtype: jnp.dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The arguments of `tree_attention`: q, keys, values, committed, ancestors."""
+    def attention(self, tokens: int, capacity: int, dtype: jnp.dtype) -> tuple[Any, ...]:
+        """The arguments of `tree_attention`: q, keys, values, sees."""
         rows = jax.ShapeDtypeStruct((self.kv_heads, capacity, self.head_dim), dtype)
         return (
             jax.ShapeDtypeStruct((tokens, self.heads, self.head_dim), dtype),
             rows,
             rows,
-            jax.ShapeDtypeStruct((), jnp.int32),
-            jax.ShapeDtypeStruct((tokens, -(-tokens // 32)), jnp.int32),
+            jax.eval_shape(lambda: Sees(jnp.int32(0), causal(tokens))),
         )
 
     def head(self, rows: int, vocabulary: int | None, dtype: jnp.dtype) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -1,8 +1,7 @@
 """Attention of a few tokens over a KV cache, where the newest rows form a tree.
 
-Row j of the cache is visible to query i if it is committed (j < committed), or if it is an ancestor
-of i in the tree whose rows follow the committed ones: bit j - committed of `ancestors[i]`. A chain
-of ancestors gives ordinary causal attention, so prefill, one token and a tree are one operation.
+A query sees the committed rows, and its ancestors in the tree whose rows follow them (`visibility.Sees`).
+A chain of ancestors gives ordinary causal attention, so prefill, one token and a tree are one operation.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pallas_kernels import tree_attention_pallas
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.products import einsum_f32
 from pallas_kernels.tree_attention_pallas import MASKED, Config
-from pallas_kernels.visibility import has_bit
+from pallas_kernels.visibility import Sees
 
 BLOCK = 256  # cache rows a step; capacities are multiples of it
 UNIT = 2.0**22  # of the integers that weights in [0, 1] are added up as: 512 of them fit 32 bits
@@ -29,8 +28,7 @@ def tree_attention(
     q: Array,
     keys: Array,
     values: Array,
-    committed: Array,
-    ancestors: Array,
+    sees: Sees,
     *,
     implementation: Implementation = "auto",
     config: Config | None = None,
@@ -42,8 +40,7 @@ def tree_attention(
       q: [T, heads, head_dim], rotated.
       keys, values: [kv_heads, S, head_dim], the tree's own rows included; S a multiple of BLOCK. Floats, or the bits of
         bfloat16 as uint16.
-      committed: int32 scalar, cache rows that every query sees.
-      ancestors: [T, W] int32 bit words over the rows from `committed` on, each query's own included.
+      sees: which rows each query sees, its own included.
       implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
       steady: see `_steady_mix`; matters for bfloat16 on a CPU alone.
 
@@ -57,15 +54,15 @@ def tree_attention(
     default = config or Config.suited_to(rows, kv_heads)
     implementation, chosen = choose(implementation, f"tree_attention {keys.dtype}", shape, default)
     if implementation == "xla":
-        return _xla(q, keys, values, committed, ancestors, steady)
+        return _xla(q, keys, values, sees, steady)
     interpret = implementation == "interpret"
     keys, values = _floats(keys), _floats(values)
     wide = q.astype(keys.dtype)
-    out = tree_attention_pallas.tree_attention(wide, keys, values, committed, ancestors, chosen, interpret)
+    out = tree_attention_pallas.tree_attention(wide, keys, values, sees, chosen, interpret)
     return out.astype(q.dtype)
 
 
-def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Array, steady: bool) -> Array:
+def _xla(q: Array, keys: Array, values: Array, sees: Sees, steady: bool) -> Array:
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads
@@ -82,8 +79,7 @@ def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Arra
             products = lax.optimization_barrier(
                 einsum_f32("hkd,hdq->hkq", _floats(k).astype(q.dtype), columns)
             ).swapaxes(1, 2)
-            row = first + jnp.arange(k.shape[1])
-            visible = (row < committed)[None] | has_bit(ancestors, row - committed)  # [T, k]
+            visible = sees.rows(first + jnp.arange(k.shape[1], dtype=jnp.int32))  # [T, k]
             masked = jnp.repeat(visible, group, axis=0)
             masked = jnp.pad(masked, ((0, spare), (0, 0)), constant_values=True)[None]
             return jnp.where(masked, products * head_dim**-0.5, MASKED)
@@ -94,7 +90,7 @@ def _xla(q: Array, keys: Array, values: Array, committed: Array, ancestors: Arra
         total, out = mix(jnp.exp(s - s.max(-1, keepdims=True)), values)
         out /= total[..., None]
     else:
-        out = _over_live_blocks(scores, mix, columns.shape[2], keys, values, committed + 32 * ancestors.shape[1])
+        out = _over_live_blocks(scores, mix, columns.shape[2], keys, values, sees.end)
     out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 

@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import power_of_two
 from pallas_kernels.products import precision_of
+from pallas_kernels.visibility import Sees
 
 MASKED = -1e30  # finite, so that a row which sees nothing in a share leaves no NaN behind
 PROGRAMS = 132  # what the splits aim at: one program for each multiprocessor of an H100
@@ -47,9 +48,7 @@ class Config:
         return cls(block_q=block_q, splits=min(16, power_of_two(-(-PROGRAMS // programs), least=1)))
 
 
-def tree_attention(
-    q: Array, keys: Array, values: Array, committed: Array, ancestors: Array, config: Config, interpret: bool
-) -> Array:
+def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Config, interpret: bool) -> Array:
     """`pallas_kernels.tree_attention.tree_attention`, by the kernel; arguments and result as there."""
     tokens, heads, head_dim = q.shape
     kv_heads = keys.shape[0]
@@ -58,9 +57,9 @@ def tree_attention(
     padded = -(-rows // config.block_q) * config.block_q
     folded = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, rows, head_dim)
     folded = jnp.pad(folded, ((0, 0), (0, padded - rows), (0, width - head_dim)))
-    words = jnp.pad(jnp.repeat(ancestors, group, axis=0).T, ((0, 0), (0, padded - rows)))  # [W, rows]
+    words = jnp.pad(jnp.repeat(sees.ancestors, group, axis=0).T, ((0, 0), (0, padded - rows)))  # [W, rows]
     kernel = functools.partial(
-        _kernel, config=config, tokens=tokens, words=ancestors.shape[1], head_dim=head_dim, width=width
+        _kernel, config=config, tokens=tokens, words=sees.ancestors.shape[1], head_dim=head_dim, width=width
     )
     block = pl.BlockSpec((None, config.block_q, width), lambda head, row, split: (head, row, 0))
     whole = pl.BlockSpec(memory_space=pl.ANY)
@@ -71,7 +70,7 @@ def tree_attention(
             block,
             whole,
             whole,
-            pl.BlockSpec((ancestors.shape[1], config.block_q), lambda head, row, split: (0, row)),
+            pl.BlockSpec((sees.ancestors.shape[1], config.block_q), lambda head, row, split: (0, row)),
             pl.BlockSpec((1,), lambda head, row, split: (0,)),
         ],
         out_specs=[
@@ -85,7 +84,7 @@ def tree_attention(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="tree_attention",
-    )(folded, keys, values, words, committed[None])
+    )(folded, keys, values, words, sees.committed[None])
     if config.splits > 1:
         share = jax.nn.softmax(weight, axis=0)
         mixed = (share[..., None] * mixed).sum(0)

@@ -47,6 +47,11 @@ class Sees:
     committed: Array  # int32 scalar, rows that every token sees
     ancestors: Array  # [T, W] int32 bit words over the rows from `committed` on, each token's own included
 
+    @property
+    def end(self) -> Array:
+        """The first cache row that no token sees, rounded up to a whole word: int32."""
+        return self.committed + 32 * self.ancestors.shape[1]
+
     def rows(self, row: Array) -> Array:
         """Whether each token sees the cache rows `row` [R] int32: booleans [T, R]."""
         return (row < self.committed)[None] | has_bit(self.ancestors, row - self.committed)

@@ -8,15 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
 from frspec_jax import engine
 from frspec_jax.config import VANILLA, ModelConfig, RopeScaling, Sampling, TreeConfig
-from frspec_jax.drafters.base import Accepted, Cacheless, Vanilla
+from frspec_jax.drafters.base import NO_WEIGHTS, DraftMemory, DraftWeights, Memoryless, Target, Turn, Vanilla
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params
 from frspec_jax.drafters.medusa import PUBLISHED_63, MedusaConfig, MedusaParams
 from frspec_jax.llama import LlamaParams
+from frspec_jax.sampling import rule_of
 from frspec_jax.shapes import model_shapes
 from frspec_jax.tree import DraftTree
 from pallas_kernels.dispatch import AUTO
@@ -87,47 +89,63 @@ def weights(
     params = target(cfg, seed)
     shape, draft_params = DRAFTS[kind](cfg, seed + 1)
     ids = np.arange(cfg.vocab_size) if ids is None else ids
-    drafter, draft_weights = shape.assemble(cfg, draft_params, params.head, ids, kernels=AUTO, int8=int8)
+    drafter, draft_weights = shape.assemble(Target(cfg, params), draft_params, ids, kernels=AUTO, int8=int8)
     return engine.Weights(params, draft_weights), drafter
 
 
-def vanilla_plan(cfg: ModelConfig, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> engine.Plan:
-    return engine.Plan(cfg, Vanilla(), VANILLA, sampling, stop_ids)
+def plan(
+    cfg: ModelConfig, drafter: Any, tree: TreeConfig, settings: Sampling = Sampling(), stop_ids: tuple[int, ...] = ()
+) -> engine.Plan:
+    """What is compiled for a drafter and these sampling settings."""
+    return engine.Plan(cfg, drafter, tree, stop_ids, rule_of(settings))
+
+
+def vanilla_plan(cfg: ModelConfig, settings: Sampling = Sampling(), stop_ids: tuple[int, ...] = ()) -> engine.Plan:
+    return plan(cfg, Vanilla(), VANILLA, settings, stop_ids)
 
 
 def decode(
-    plan: engine.Plan, w: engine.Weights, prompt: np.ndarray, limit: int = 24, *, seed: int = 0, chunk: int = 32,
+    plan: engine.Plan,
+    w: engine.Weights,
+    prompt: np.ndarray,
+    limit: int = 24,
+    settings: Sampling = Sampling(),
+    *,
+    seed: int = 0,
+    chunk: int = 32,
     capacity: int = 256,
-) -> tuple[list[int], engine.DecodeState]:  # fmt: skip
+) -> tuple[list[int], engine.DecodeState]:
     """The tokens that a plan emits after a prompt, and the last state."""
+    assert plan.rule == rule_of(settings), "a plan is decoded with the settings that it was made for"
     if isinstance(plan.drafter, Vanilla):
-        w = engine.Weights(w.target, ())
+        w = engine.Weights(w.target, NO_WEIGHTS)
     caches = engine.new_caches(plan, capacity, jnp.float32)
-    state = engine.start(plan, w, caches, np.asarray(prompt, np.int32), chunk=chunk, limit=limit, seed=seed)
+    asked = engine.Asked.of(settings, seed=seed, limit=limit)
+    state = engine.start(plan, w, caches, np.asarray(prompt, np.int32), asked, chunk=chunk)
     state = engine.run(plan, w, state, np.int32(10_000))
     return np.asarray(state.output)[: int(state.emitted)].tolist(), state
 
 
+@struct.dataclass
+class Told(DraftWeights):
+    """What `Oracle` reads."""
+
+    text: Array  # [T] int32, prompt and answer
+
+
 @dataclasses.dataclass(frozen=True)
-class Oracle(Cacheless):
+class Oracle(Memoryless):
     """A drafter that is told the answer: it proposes, as a chain, the tokens that are to come.
 
-    Its weights are the whole text [T] int32, prompt and answer; from `wrong_from` on it errs.
+    From `wrong_from` on it errs.
     """
 
     wrong_from: int = 10**6
 
     def propose(
-        self,
-        weights: Any,
-        embedding: Array,
-        tree: TreeConfig,
-        accepted: Accepted,
-        root: Array,
-        length: Array,
-        cache: Any,
-    ) -> tuple[DraftTree, Any]:
+        self, weights: Told, tree: TreeConfig, turn: Turn, memory: DraftMemory
+    ) -> tuple[DraftTree, DraftMemory]:
         nodes = jnp.arange(tree.size, dtype=jnp.int32)
-        tokens = weights[length + nodes]
-        tokens = jnp.where(length + nodes >= self.wrong_from, tokens + 1, tokens)
-        return DraftTree(tokens.at[0].set(root), jnp.maximum(nodes - 1, 0), nodes, causal(tree.size)), cache
+        tokens = weights.text[turn.length + nodes]
+        tokens = jnp.where(turn.length + nodes >= self.wrong_from, tokens + 1, tokens)
+        return DraftTree(tokens.at[0].set(turn.root), jnp.maximum(nodes - 1, 0), nodes, causal(tree.size)), memory

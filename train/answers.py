@@ -9,6 +9,7 @@ prompt, so that every pass stays full. The same command goes on where an interru
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,14 +23,15 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from frspec_jax import kv_cache, llama, sampling
-from frspec_jax.api import defaults
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig, Sampling
+from frspec_jax.defaults import defaults
 from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
+from frspec_jax.placement import Placement
+from frspec_jax.sampling import Draw, Rule, argument
 from pallas_kernels.dispatch import Kernels
-from pallas_kernels.visibility import causal
 from train.corpus import corpus_files, read_corpus
 from train.features import FeatureWriter
 
@@ -132,52 +134,58 @@ class Slots:
     source: Array  # [B] int32, the prompt's number: the `sequence` of its noise
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("slots",))
+@struct.dataclass
+class Prompted:
+    """A prompt for a slot."""
+
+    tokens: Array  # [T] int32, padded
+    count: Array  # int32, how many are real
+    slot: Array  # int32
+    source: Array  # int32, its number, which tells it apart in the sampling noise
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rule"), donate_argnames=("slots",))
 def _admit(
-    params: LlamaParams,
-    config: ModelConfig,
-    slots: Slots,
-    slot: Array,
-    tokens: Array,
-    count: Array,
-    source: Array,
-    seed: Array,
-    settings: Sampling,
+    params: LlamaParams, config: ModelConfig, rule: Rule, draw: Draw, slots: Slots, prompt: Prompted
 ) -> tuple[Slots, Array]:
-    """Run a padded prompt `tokens` [T], `count` of them real, into one slot; its features [T, H]."""
-    zero = jnp.int32(0)
+    """Run a padded prompt of T tokens into one slot; its features [T, H]."""
+    slot, count = prompt.slot, prompt.count
     own = jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, slot, keepdims=False), slots.cache)
-    positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    features, own = llama.forward(params, config, tokens, positions, own, zero, causal(tokens.shape[0]))
+    where = Placement.chain(jnp.int32(0), prompt.tokens.shape[0])
+    features, own = llama.forward(params, config, prompt.tokens, where, own)
     cache = jax.tree.map(lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, slot, 0), slots.cache, own)
     last = llama.logits(params, features[count - 1][None])
-    first = sampling.choose(last, settings, seed, source, count[None], jnp.zeros(1, jnp.int32))[0]
+    draw = dataclasses.replace(draw, sequence=prompt.source)
+    first = sampling.choose(last, rule, draw, count[None], jnp.zeros(1, jnp.int32))[0]
     slots = Slots(
-        cache, slots.length.at[slot].set(count), slots.last.at[slot].set(first), slots.source.at[slot].set(source)
+        cache,
+        slots.length.at[slot].set(count),
+        slots.last.at[slot].set(first),
+        slots.source.at[slot].set(prompt.source),
     )
     return slots, features
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "steps"), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("config", "rule", "steps"), donate_argnames=("slots",))
 def _decode(
-    params: LlamaParams, config: ModelConfig, slots: Slots, seed: Array, settings: Sampling, steps: int
+    params: LlamaParams, config: ModelConfig, rule: Rule, draw: Draw, slots: Slots, steps: int
 ) -> tuple[Slots, Array, Array]:
     """Feed `steps` tokens to every slot: the tokens fed [steps, B] and their features [steps, B, H]."""
 
     def one(cache: KVCache, token: Array, length: Array) -> tuple[Array, KVCache]:
-        features, cache = llama.forward(
-            params, config, token[None], length[None], cache, length, causal(1), Kernels("xla", "xla", steady=False)
-        )  # under vmap, which would give the kernel a grid of four axes
+        kernels = Kernels("xla", "xla", steady=False)  # under vmap, which would give the kernel a grid of four axes
+        features, cache = llama.forward(params, config, token[None], Placement.chain(length, 1), cache, kernels=kernels)
         return features[0], cache
 
     def step(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
         features, cache = jax.vmap(one)(slots.cache, slots.last, slots.length)
         scores = llama.logits(params, features)
 
-        def draw(row: Array, source: Array, position: Array) -> Array:
-            return sampling.choose(row[None], settings, seed, source, position[None], jnp.zeros(1, jnp.int32))[0]
+        def following(row: Array, source: Array, position: Array) -> Array:
+            mine = dataclasses.replace(draw, sequence=source)
+            return sampling.choose(row[None], rule, mine, position[None], jnp.zeros(1, jnp.int32))[0]
 
-        chosen = jax.vmap(draw)(scores, slots.source, slots.length + 1)
+        chosen = jax.vmap(following)(scores, slots.source, slots.length + 1)
         return Slots(cache, slots.length + 1, chosen, slots.source), (slots.last, features)
 
     slots, (tokens, features) = lax.scan(step, slots, None, length=steps)
@@ -224,6 +232,7 @@ def answer_prompts(
     waiting: Iterator[tuple[int, list[int]]] = iter(prompts)
     running: dict[int, _Answer] = {}
     free = list(range(slots))
+    rule, draw = sampling.rule_of(settings), Draw.of(settings, seed)
     while True:
         while free:
             following = next(waiting, None)
@@ -235,14 +244,12 @@ def answer_prompts(
             slot = free.pop()
             padded = np.zeros(min(-(-len(prompt) // ROW) * ROW, capacity), np.int32)
             padded[: len(prompt)] = prompt
-            state, features = _admit(
-                params, config, state, jnp.int32(slot), padded, jnp.int32(len(prompt)), jnp.int32(number),
-                jnp.int32(seed), settings,
-            )  # fmt: skip
+            admitted = Prompted(*(argument(x, np.int32) for x in (padded, len(prompt), slot, number)))
+            state, features = _admit(params, config, rule, draw, state, admitted)
             running[slot] = _Answer(number, list(prompt), len(prompt), [np.asarray(features[: len(prompt)])])
         if not running:
             return
-        state, tokens, features = _decode(params, config, state, jnp.int32(seed), settings, steps)
+        state, tokens, features = _decode(params, config, rule, draw, state, steps)
         fed, rows = np.asarray(tokens), np.asarray(features)
         # A free slot keeps decoding what it held: its length must not run past the capacity.
         ended = 0

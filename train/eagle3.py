@@ -19,10 +19,10 @@ import numpy as np
 from flax.training.train_state import TrainState
 from jax import Array
 
-from frspec_jax.api import draft_ids
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params, default_taps
+from frspec_jax.drafting import Draft, draft_ids
 from frspec_jax.errors import UserError
 from frspec_jax.layers import linear, rms_norm
 from frspec_jax.llama import LlamaParams
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if found is None:
         if config.num_layers < 3:
             raise UserError(f"--ckpt {args.ckpt} has {config.num_layers} layers; EAGLE-3 reads the last but two")
-        ids = np.sort(draft_ids(checkpoint, args.draft_vocab))
+        ids = np.sort(draft_ids(checkpoint, Draft(vocab=args.draft_vocab)))
         spec = new_draft(config, len(ids))
     elif args.draft_vocab is not None:
         raise UserError("--draft-vocab does not go with --start-from, whose draft has its vocabulary already")

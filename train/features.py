@@ -30,7 +30,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
-from pallas_kernels.visibility import causal
+from frspec_jax.placement import Placement
 from train.corpus import Record, corpus_files, read_corpus
 
 FORMAT = "frspec-jax features 1"
@@ -235,8 +235,7 @@ def _features(target: LlamaParams, config: ModelConfig, tokens: jax.Array, taps:
     """The target's features [T, (1 + taps) H] of one text."""
     count = tokens.shape[0]
     cache = kv_cache.empty(config, kv_cache.rounded_capacity(count), target.embedding.dtype)
-    positions = jnp.arange(count, dtype=jnp.int32)
-    return llama.forward(target, config, tokens, positions, cache, jnp.int32(0), causal(count), taps=taps)[0]
+    return llama.forward(target, config, tokens, Placement.chain(jnp.int32(0), count), cache, taps=taps)[0]
 
 
 def encode(record: Record, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from frspec_jax.api import draft_ids
 from frspec_jax.checkpoint import Checkpoint, amend_draft
 from frspec_jax.config import TREE_LIMIT
 from frspec_jax.drafters.medusa import Choices, MedusaConfig, MedusaParams
+from frspec_jax.drafting import Draft, draft_ids
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import crop
 from train.batches import Batch, Packing
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if not 1 <= args.nodes < TREE_LIMIT:
         raise UserError(f"--nodes {args.nodes} is out of range: 1 to {TREE_LIMIT - 1}")
-    ids = draft_ids(checkpoint, args.draft_vocab)
+    ids = draft_ids(checkpoint, Draft(vocab=args.draft_vocab))
     if not 1 <= args.ranks <= len(ids):
         raise UserError(f"--ranks {args.ranks} is out of range: 1 to {len(ids)}, the vocabulary of the draft")
     target = checkpoint.params()

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 
 from frspec_jax import engine
-from frspec_jax.api import Generator, Request, defaults
 from frspec_jax.checkpoint import Checkpoint
-from frspec_jax.drafters.base import DraftSpec
-from frspec_jax.kv_cache import rounded_capacity
+from frspec_jax.defaults import defaults
+from frspec_jax.drafters.base import DraftSpec, Target
+from frspec_jax.drafting import Drafting
+from frspec_jax.generator import Generator, Request, Runtime
 from frspec_jax.llama import LlamaParams
+from frspec_jax.method import Method
 from pallas_kernels.dispatch import AUTO
 from train import devices
 from train.batches import Packing
@@ -51,15 +53,13 @@ class Probe:
         draft = self._finished(_on_one_device(params))
         known = self._spec.vocabulary(draft)
         ids = np.arange(self._checkpoint.config.vocab_size, dtype=np.int32) if known is None else known
-        drafter, weights = self._spec.assemble(
-            self._checkpoint.config, draft, self._target.head, ids, kernels=AUTO, int8=False
-        )
+        target = Target(self._checkpoint.config, self._target)
+        drafter, weights = self._spec.assemble(target, draft, ids, kernels=AUTO)
         dtype = self._target.embedding.dtype
-        tree = self._spec.fit(defaults(dtype).tree)
-        model = Generator(
-            self._checkpoint, engine.Weights(self._target, weights), drafter, tree, len(ids), self._spec.kind, dtype,
-            rounded_capacity(LONGEST + TOKENS + 64), defaults(dtype).chunk,
-        )  # fmt: skip
+        best = defaults(dtype)
+        drafting = Drafting(drafter, self._spec.fit(best.tree), Method(self._spec.kind), len(ids))
+        runtime = Runtime(dtype, LONGEST + TOKENS, best.chunk)
+        model = Generator(self._checkpoint, drafting, engine.Weights(self._target, weights), runtime)
         results = [model.generate_ids(prompt, Request(TOKENS)) for prompt in self._prompts]
         rounds = sum(result.rounds for result in results)
         return round(sum(len(result.tokens) - 1 for result in results) / max(1, rounds), 4)

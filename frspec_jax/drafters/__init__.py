@@ -17,6 +17,12 @@ KINDS = {
 }
 
 
+def spec_class(kind: str) -> type[DraftSpec]:
+    """The class that describes drafts of a kind, one of `KINDS`."""
+    module, name = KINDS[kind]
+    return getattr(importlib.import_module(module), name)
+
+
 def spec_of(data: Mapping[str, Any], file: str) -> DraftSpec:
     """The draft that a config.json describes; "eagle" where it names no kind.
 
@@ -26,8 +32,7 @@ def spec_of(data: Mapping[str, Any], file: str) -> DraftSpec:
     kind = data.get("kind", "eagle")
     if kind not in KINDS:
         raise UserError(f"{file}: a draft of kind {kind!r} is not known; known are {', '.join(KINDS)}")
-    module, name = KINDS[kind]
     try:
-        return getattr(importlib.import_module(module), name).from_json(data)
+        return spec_class(kind).from_json(data)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}); convert the draft again") from None

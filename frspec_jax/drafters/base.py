@@ -12,6 +12,7 @@ from jax import Array
 
 from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.errors import UserError
+from frspec_jax.llama import LlamaParams
 from frspec_jax.tree import DraftTree
 from pallas_kernels.dispatch import Kernels
 
@@ -28,56 +29,79 @@ class Accepted:
     count: Array  # int32, 1 to D+1
 
 
-class Drafter(Protocol):
-    """Static and hashable: sizes only. Its weights and its cache are pytrees that the engine carries."""
+@struct.dataclass
+class Turn:
+    """What a round hands over to the drafter: it is its turn to propose."""
+
+    accepted: Accepted  # what it has not taken in yet
+    root: Array  # int32, the last emitted token
+    length: Array  # int32, n: the root's position, and the tokens committed before it
+
+
+@struct.dataclass
+class DraftWeights:
+    """The arrays that a drafter reads in each round; a drafter that reads some has a class of its own."""
+
+
+@struct.dataclass
+class DraftMemory:
+    """The arrays that a drafter keeps from round to round; a drafter that keeps some has a class of its own."""
+
+
+NO_WEIGHTS, NO_MEMORY = DraftWeights(), DraftMemory()
+
+W = TypeVar("W", bound=DraftWeights, contravariant=True)
+M = TypeVar("M", bound=DraftMemory)
+
+
+class Drafter(Protocol[W, M]):
+    """Static and hashable: sizes only. Its weights and its memory are pytrees that the engine carries."""
 
     @property
     def taps(self) -> tuple[int, ...]:
         """Layers of the target whose inputs it reads, which then stand beside each feature (`llama.forward`)."""
 
-    def new_cache(self, capacity: int, dtype: jnp.dtype) -> Any:
-        """The drafter's own cache for `capacity` positions."""
+    def new_memory(self, capacity: int, dtype: jnp.dtype) -> M:
+        """What it remembers before it has seen anything; for texts of up to `capacity` tokens."""
 
-    def prefill(
-        self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: Any
-    ) -> Any:
+    def prefill(self, weights: W, features: Array, next_tokens: Array, start: Array, memory: M) -> M:
         """Take in a chunk of a prompt.
 
-        embedding: [V, H], the target's. features: [T, (1 + taps) H] of the tokens at `start` .. `start + T - 1`.
+        features: [T, (1 + taps) H] of the tokens at `start` .. `start + T - 1`.
         next_tokens: [T]; the last real one is not known yet, so its row is taken in again by `propose`.
         """
 
-    def propose(
-        self,
-        weights: Any,
-        embedding: Array,
-        tree: TreeConfig,
-        accepted: Accepted,
-        root: Array,
-        length: Array,
-        cache: Any,
-    ) -> tuple[DraftTree, Any]:
-        """Take in what was accepted, then grow a tree below the root.
+    def propose(self, weights: W, tree: TreeConfig, turn: Turn, memory: M) -> tuple[DraftTree, M]:
+        """Take in what was accepted, then grow a tree below the root."""
 
-        root: int32 scalar, the last emitted token. length: int32 scalar, the root's position.
-        """
+    def each_pass(self, weights: W) -> tuple[Any, ...]:
+        """Those of the weights that are read whole each time that it predicts: what a floor in bytes counts."""
+
+    def passes(self, tree: TreeConfig) -> int:
+        """How often it predicts in a round."""
 
 
-class Cacheless:
+class Memoryless:
     """For drafters that remember nothing between rounds: what the prompt was, they read off the last feature."""
 
     taps: ClassVar[tuple[int, ...]] = ()
 
-    def new_cache(self, capacity: int, dtype: jnp.dtype) -> Any:
-        return ()
+    def new_memory(self, capacity: int, dtype: jnp.dtype) -> DraftMemory:
+        return NO_MEMORY
 
     def prefill(
-        self, weights: Any, embedding: Array, features: Array, next_tokens: Array, start: Array, cache: Any
-    ) -> Any:
-        return cache
+        self, weights: DraftWeights, features: Array, next_tokens: Array, start: Array, memory: DraftMemory
+    ) -> DraftMemory:
+        return memory
+
+    def each_pass(self, weights: DraftWeights) -> tuple[Any, ...]:
+        return (weights,)
+
+    def passes(self, tree: TreeConfig) -> int:
+        return 1
 
 
-class Vanilla(Cacheless):
+class Vanilla(Memoryless):
     """Proposes nothing: the tree is the root alone, and a round emits one token."""
 
     def __eq__(self, other: object) -> bool:
@@ -87,16 +111,20 @@ class Vanilla(Cacheless):
         return hash(Vanilla)
 
     def propose(
-        self,
-        weights: Any,
-        embedding: Array,
-        tree: TreeConfig,
-        accepted: Accepted,
-        root: Array,
-        length: Array,
-        cache: Any,
-    ) -> tuple[DraftTree, Any]:
-        return DraftTree.of_root(root), cache
+        self, weights: DraftWeights, tree: TreeConfig, turn: Turn, memory: DraftMemory
+    ) -> tuple[DraftTree, DraftMemory]:
+        return DraftTree.of_root(turn.root), memory
+
+    def passes(self, tree: TreeConfig) -> int:
+        return 0
+
+
+@struct.dataclass
+class Target:
+    """The target, as a draft that joins it sees it."""
+
+    config: ModelConfig = struct.field(pytree_node=False)
+    params: LlamaParams
 
 
 Spec = TypeVar("Spec", bound="DraftSpec")
@@ -112,7 +140,8 @@ def no_copies(spec: Spec, on: bool) -> Spec:
 class DraftSpec(Protocol):
     """A draft as its config.json describes it: frozen and hashable. One class a kind, named in `drafters.KINDS`."""
 
-    kind: ClassVar[str]  # what config.json says; also the method's name in results
+    kind: ClassVar[str]  # what config.json says
+    title: ClassVar[str]  # the method's usual name
 
     @property
     def hidden_size(self) -> int:
@@ -142,12 +171,13 @@ class DraftSpec(Protocol):
         """The tree that it grows where `tree` is asked for; a draft with a tree of its own may offer fewer nodes."""
 
     def assemble(
-        self, target: ModelConfig, params: Any, head: Array, ids: np.ndarray, *, kernels: Kernels, int8: bool
-    ) -> tuple[Drafter, Any]:
+        self, target: Target, params: Any, ids: np.ndarray, *, kernels: Kernels, int8: bool = False
+    ) -> tuple[Drafter[Any, Any], DraftWeights]:
         """The drafter, and the weights that it reads in each round.
 
         Args:
-          params: of `shapes`. head: [V, H], the target's LM head.
+          target: whose embedding it shares, and whose head, if it has none of its own.
+          params: of `shapes`.
           ids: [V'] int32, what the draft may propose: every head of it is cropped to them.
           kernels: which implementations run. int8: round the heads, as in `vocabulary.crop`.
         """

@@ -5,20 +5,33 @@ of a problem. A large draft finds it by attention; a draft of one layer that has
 It can be looked up: where the last tokens occurred earlier, what stood behind them is a good guess (prompt lookup
 decoding). Here it is no guess beside the draft's but part of its distribution, so that the tree's scores
 weigh both. A draft may say what it likes: the target alone decides, and the text stays the same.
+
+A drafter holds `Copying` or `NO_COPYING`. Each makes what is remembered of a text, and, below a root, what raises the
+scores of beams level by level: `Copies`, or `NoCopies`, which changes nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from frspec_jax.kv_cache import LayerKV
+from pallas_kernels.products import einsum_f32, take_rows
 
 LONGEST = 3  # tokens of a match that count: the last one, and up to two before it
 MATCHES = 16  # earlier places that a beam looks at: the longest matches, of equally long ones the latest
+
+
+@struct.dataclass
+class WholeHead:
+    """The target's LM head, where a draft copies: also from outside V'."""
+
+    weight: Array  # [V, H]
+    kept: Array  # [V] bool, which rows of it the draft's own head holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +43,89 @@ class Copying:
     reach: float = 200.0  # tokens: a place that lies so much further back weighs 1 / e
     doubt: float = 0.3  # the weight of "none of them"; a match of one token, right here, has 1
 
+    def whole_head(self, weight: Array, ids: np.ndarray) -> WholeHead | None:
+        """What is read of a head [V, H] of which the draft keeps the rows `ids` [V']."""
+        return WholeHead(weight, jnp.asarray(np.isin(np.arange(weight.shape[0]), ids)))
 
-@struct.dataclass
-class DraftCache:
-    """What a drafter of one layer remembers between rounds."""
+    def new_text(self, capacity: int) -> Array | None:
+        """The text so far, [S + 1] int32, while nothing is known of it (-1); the first token never is."""
+        return jnp.full(capacity + 1, -1, jnp.int32)
 
-    kv: LayerKV
-    tokens: Array | None  # [S + 1] int32, the tokens so far where copying looks at them; the first is not known (-1)
+    def noted(self, text: Array | None, next_tokens: Array, start: Array) -> Array | None:
+        """The text with `next_tokens` [T] at positions start + 1 .. start + T."""
+        assert text is not None
+        return lax.dynamic_update_slice(text, next_tokens, (start + 1,))
 
-    @classmethod
-    def new(cls, kv: LayerKV, remembers: bool) -> DraftCache:
-        return cls(kv, jnp.full(kv.capacity + 1, -1, jnp.int32) if remembers else None)
+    def below_root(self, text: Array | None, length: Array, whole: WholeHead | None) -> Copies:
+        """What raises the scores of a tree's beams; the root stands at position `length`."""
+        assert text is not None and whole is not None
+        return Copies(self, whole, text, length, recent(text, length)[None], length[None])
 
-    def noted(self, next_tokens: Array, start: Array) -> DraftCache:
-        """With `next_tokens` [T] at positions start + 1 .. start + T."""
-        if self.tokens is None:
-            return self
-        return dataclasses.replace(self, tokens=lax.dynamic_update_slice(self.tokens, next_tokens, (start + 1,)))
+
+@dataclasses.dataclass(frozen=True)
+class NoCopying:
+    """A drafter's own scores, as they are."""
+
+    def whole_head(self, weight: Array, ids: np.ndarray) -> WholeHead | None:
+        return None
+
+    def new_text(self, capacity: int) -> Array | None:
+        return None
+
+    def noted(self, text: Array | None, next_tokens: Array, start: Array) -> Array | None:
+        return None
+
+    def below_root(self, text: Array | None, length: Array, whole: WholeHead | None) -> NoCopies:
+        return NoCopies()
+
+
+NO_COPYING = NoCopying()
+
+
+class NoCopies:
+    """Raises nothing, at any level."""
+
+    def raised(self, rows: Array, scores: Array, tokens: Array) -> tuple[Array, Array]:
+        return scores, tokens
+
+    def below(self, tokens: Array, parents: Array) -> NoCopies:
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """What followed the last tokens of M beams, at one level of a tree in the making."""
+
+    copying: Copying
+    whole: WholeHead
+    text: Array  # [S + 1] int32
+    length: Array  # int32 scalar, the root's position
+    last: Array  # [M, LONGEST] int32, each beam's last tokens, the latest first
+    here: Array  # [M] int32, the positions of the latest
+
+    def raised(self, rows: Array, scores: Array, tokens: Array) -> tuple[Array, Array]:
+        """The beams' best tokens [M, K] and their log-probabilities, after what stands in the text has risen.
+
+        rows: [M, H], what the head reads. scores, tokens: [M, K], the draft's own best.
+        """
+        with jax.named_scope("copy"):
+            follows, longest, age = followers(self.text, self.length, self.last, self.here)
+            rise = rises(self.copying, follows, weighed(self.copying, longest, age))
+            # The best token's score and its logit tell what the logits have to be lowered by.
+            asked = jnp.concatenate([tokens[:, :1], jnp.maximum(follows, 0)], axis=-1)
+            said = einsum_f32("mh,mch->mc", rows, take_rows(self.whole.weight, asked).astype(rows.dtype))
+            said = said[:, 1:] - said[:, :1] + scores[:, :1]
+            return raised(scores, tokens, follows, said, self.whole.kept[jnp.maximum(follows, 0)], rise)
+
+    def below(self, tokens: Array, parents: Array) -> Copies:
+        """One level further down: beams `tokens` [K], which descend from the beams `parents` [K] of this one."""
+        last = jnp.column_stack([tokens, self.last[parents, :-1]])
+        return dataclasses.replace(self, last=last, here=jnp.broadcast_to(self.here[0] + 1, tokens.shape))
 
 
 def recent(tokens: Array, length: Array) -> Array:
     """The last tokens [LONGEST] up to position `length`, the latest first; -2, like no other, where none is known."""
-    at = length - jnp.arange(LONGEST)
+    at = length - jnp.arange(LONGEST, dtype=jnp.int32)
     return jnp.where(at < 1, -2, tokens[jnp.maximum(at, 0)])
 
 
@@ -67,7 +141,7 @@ def followers(tokens: Array, length: Array, last: Array, here: Array) -> tuple[A
       Tokens, how many tokens long their matches are, and how far back these lie: [K, MATCHES] int32 each. Where there
       is no further match, -1 and a length of 0.
     """
-    size, place = tokens.shape[0], jnp.arange(tokens.shape[0])
+    size, place = tokens.shape[0], jnp.arange(tokens.shape[0], dtype=jnp.int32)
     longest = jnp.zeros((last.shape[0], size), jnp.int32)
     so_far = jnp.broadcast_to(place < jnp.reshape(length, (-1, 1)), longest.shape)
     for back in range(LONGEST):

@@ -20,11 +20,13 @@ from jax import Array
 
 from frspec_jax import shapes
 from frspec_jax.config import ModelConfig, TreeConfig
-from frspec_jax.drafters.beam import BeamDrafter
-from frspec_jax.drafters.copying import Copying
+from frspec_jax.drafters.base import Target
+from frspec_jax.drafters.beam import BeamDrafter, BeamWeights
+from frspec_jax.drafters.copying import NO_COPYING, Copying, NoCopying
 from frspec_jax.kv_cache import LayerKV
-from frspec_jax.layers import LayerParams, decoder_layer, linear, rotation
-from frspec_jax.vocabulary import DraftHead, crop
+from frspec_jax.layers import LayerParams, Pass, decoder_layer, linear
+from frspec_jax.placement import Placement
+from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
 
 
@@ -37,77 +39,47 @@ class EagleParams:
     layer: LayerParams  # without an attention norm
 
 
-def extend(
-    params: EagleParams,
-    config: ModelConfig,
-    embeddings: Array,
-    features: Array,
-    positions: Array,
-    cache: LayerKV,
-    write_at: Array,
-    committed: Array,
-    ancestors: Array,
-    kernels: Kernels = AUTO,
-) -> tuple[Array, LayerKV]:
-    """Run T pairs through the draft.
-
-    Args:
-      config: `EagleConfig.layer_of(target)`.
-      embeddings: [T, H] of the tokens at positions + 1; features: [T, H], the target's or predicted.
-      positions: [T] int32. write_at, committed, ancestors: as in `decoder_layer`.
-
-    Returns:
-      Predicted features [T, H], and the cache.
-    """
-    with jax.named_scope("fc"):
-        x = linear(jnp.concatenate([embeddings, features.astype(embeddings.dtype)], axis=-1), params.fc, params.fc_bias)
-    by = rotation(config, positions)
-    return decoder_layer(params.layer, config, x, by, cache, write_at, committed, ancestors, kernels)
-
-
 @struct.dataclass
-class EagleWeights:
-    """Everything that EAGLE reads when it drafts, but for the target's embedding."""
+class EagleWeights(BeamWeights):
+    """Everything that EAGLE reads when it drafts."""
 
     params: EagleParams
-    head: DraftHead
-    whole: Array | None = None  # [V, H], the target's LM head, where the draft copies: also from outside V'
-    kept: Array | None = None  # [V] bool, which rows of it are in `head`
 
 
 @dataclasses.dataclass(frozen=True)
-class Eagle(BeamDrafter):
+class Eagle(BeamDrafter[EagleWeights]):
     """EAGLE-2 as the engine sees it (`base.Drafter`)."""
 
     config: ModelConfig  # the draft's one layer: `EagleConfig.layer_of(target)`
     kernels: Kernels = AUTO
-    copying: Copying | None = None
+    copying: Copying | NoCopying = NO_COPYING
     taps: ClassVar[tuple[int, ...]] = ()
 
     def fused(self, weights: EagleWeights, features: Array) -> Array:
         return features
 
     def extend(
-        self,
-        weights: EagleWeights,
-        embeddings: Array,
-        features: Array,
-        positions: Array,
-        cache: LayerKV,
-        write_at: Array,
-        committed: Array,
-        ancestors: Array,
+        self, weights: EagleWeights, embeddings: Array, features: Array, where: Placement, cache: LayerKV
     ) -> tuple[Array, LayerKV]:
-        return extend(
-            weights.params, self.config, embeddings, features, positions, cache, write_at, committed, ancestors,
-            self.kernels,
-        )  # fmt: skip
+        return run_pairs(weights.params, embeddings, features, Pass.of(self.config, where, self.kernels), cache)
 
-    def head(self, weights: EagleWeights, outputs: Array) -> tuple[Array, DraftHead]:
-        return outputs, weights.head
+    def head_input(self, weights: EagleWeights, outputs: Array) -> Array:
+        return outputs
 
-    def whole_head(self, weights: EagleWeights) -> tuple[Array, Array] | None:
-        return None if weights.whole is None or weights.kept is None else (weights.whole, weights.kept)
+    def layer_params(self, weights: EagleWeights) -> EagleParams:
+        return weights.params
+
+
+def run_pairs(
+    params: EagleParams, embeddings: Array, features: Array, here: Pass, cache: LayerKV
+) -> tuple[Array, LayerKV]:
+    """The draft's predicted features [T, H] of T pairs, and its cache.
+
+    embeddings: [T, H] of the tokens one position further on. features: [T, H], the target's or predicted.
+    """
+    with jax.named_scope("fc"):
+        x = linear(jnp.concatenate([embeddings, features.astype(embeddings.dtype)], axis=-1), params.fc, params.fc_bias)
+    return decoder_layer(params.layer, x, here, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +97,7 @@ class EagleConfig:
     copying: Copying | None = None  # how it copies, as fitted to it; None: not fitted
 
     kind: ClassVar[str] = "eagle"
+    title: ClassVar[str] = "EAGLE-2"
 
     @classmethod
     def like(cls, target: ModelConfig) -> EagleConfig:
@@ -183,10 +156,13 @@ class EagleConfig:
         return tree
 
     def assemble(
-        self, target: ModelConfig, params: EagleParams, head: Array, ids: np.ndarray, *, kernels: Kernels, int8: bool
+        self, target: Target, params: EagleParams, ids: np.ndarray, *, kernels: Kernels, int8: bool = False
     ) -> tuple[Eagle, EagleWeights]:
-        weights = EagleWeights(params, crop(head, ids, int8))
-        if self.copying is not None:
-            kept = np.isin(np.arange(target.vocab_size), ids)
-            weights = dataclasses.replace(weights, whole=head, kept=jnp.asarray(kept))
-        return Eagle(self.layer_of(target), kernels, self.copying), weights
+        copying, head = self.copying or NO_COPYING, target.params.head
+        weights = EagleWeights(
+            embedding=target.params.embedding,
+            head=crop(head, ids, int8),
+            whole=copying.whole_head(head, ids),
+            params=params,
+        )
+        return Eagle(self.layer_of(target.config), kernels, copying), weights

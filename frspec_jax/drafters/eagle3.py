@@ -20,11 +20,13 @@ from jax import Array
 
 from frspec_jax import shapes
 from frspec_jax.config import ModelConfig, RopeScaling, TreeConfig
-from frspec_jax.drafters.base import no_copies
-from frspec_jax.drafters.beam import BeamDrafter
+from frspec_jax.drafters.base import Target, no_copies
+from frspec_jax.drafters.beam import BeamDrafter, BeamWeights
+from frspec_jax.drafters.copying import NO_COPYING, NoCopying
 from frspec_jax.kv_cache import LayerKV
-from frspec_jax.layers import LayerParams, decoder_layer, linear, rms_norm, rotation
-from frspec_jax.vocabulary import DraftHead, crop
+from frspec_jax.layers import LayerParams, Pass, decoder_layer, linear, rms_norm
+from frspec_jax.placement import Placement
+from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
 
 
@@ -43,21 +45,20 @@ class Eagle3Params:
 
 
 @struct.dataclass
-class Eagle3Weights:
-    """Everything that EAGLE-3 reads when it drafts, but for the target's embedding."""
+class Eagle3Weights(BeamWeights):
+    """Everything that EAGLE-3 reads when it drafts."""
 
     params: Eagle3Params  # without its lm_head and ids
-    head: DraftHead
 
 
 @dataclasses.dataclass(frozen=True)
-class Eagle3(BeamDrafter):
+class Eagle3(BeamDrafter[Eagle3Weights]):
     """EAGLE-3 as the engine sees it (`base.Drafter`)."""
 
     config: ModelConfig  # the draft's one layer: `Eagle3Config.layer_of(target)`
     taps: tuple[int, ...]
     kernels: Kernels = AUTO
-    copying: None = None  # its head cannot read what lies outside its vocabulary
+    copying: NoCopying = NO_COPYING  # its head cannot read what lies outside its vocabulary
 
     def fused(self, weights: Eagle3Weights, features: Array) -> Array:
         params = weights.params
@@ -66,25 +67,18 @@ class Eagle3(BeamDrafter):
             return linear(taps.astype(params.fc.dtype), params.fc, params.fc_bias)
 
     def extend(
-        self,
-        weights: Eagle3Weights,
-        embeddings: Array,
-        features: Array,
-        positions: Array,
-        cache: LayerKV,
-        write_at: Array,
-        committed: Array,
-        ancestors: Array,
+        self, weights: Eagle3Weights, embeddings: Array, features: Array, where: Placement, cache: LayerKV
     ) -> tuple[Array, LayerKV]:
         params, eps = weights.params, self.config.rms_norm_eps
         parts = [rms_norm(embeddings, params.embedding_norm, eps), rms_norm(features, params.feature_norm, eps)]
-        return decoder_layer(
-            params.layer, self.config, features, rotation(self.config, positions), cache, write_at, committed,
-            ancestors, self.kernels, attend_from=jnp.concatenate(parts, axis=-1),
-        )  # fmt: skip
+        here = Pass.of(self.config, where, self.kernels)
+        return decoder_layer(params.layer, features, here, cache, attend_from=jnp.concatenate(parts, axis=-1))
 
-    def head(self, weights: Eagle3Weights, outputs: Array) -> tuple[Array, DraftHead]:
-        return rms_norm(outputs, weights.params.norm, self.config.rms_norm_eps), weights.head
+    def head_input(self, weights: Eagle3Weights, outputs: Array) -> Array:
+        return rms_norm(outputs, weights.params.norm, self.config.rms_norm_eps)
+
+    def layer_params(self, weights: Eagle3Weights) -> Eagle3Params:
+        return weights.params
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:
@@ -110,6 +104,7 @@ class Eagle3Config:
     attention_bias: bool = False
 
     kind: ClassVar[str] = "eagle3"
+    title: ClassVar[str] = "EAGLE-3"
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -153,13 +148,17 @@ class Eagle3Config:
         return tree
 
     def assemble(
-        self, target: ModelConfig, params: Eagle3Params, head: Array, ids: np.ndarray, *, kernels: Kernels, int8: bool
+        self, target: Target, params: Eagle3Params, ids: np.ndarray, *, kernels: Kernels, int8: bool = False
     ) -> tuple[Eagle3, Eagle3Weights]:
         """See `base.DraftSpec`; the head that is cropped is the draft's own, so `ids` must be among its vocabulary."""
         assert params.lm_head is not None
         known = self.vocabulary(params)
         order = np.argsort(known)
         rows = order[np.searchsorted(known, ids, sorter=order)]
-        kept = dataclasses.replace(crop(params.lm_head, rows, int8), ids=jnp.asarray(ids, jnp.int32))
-        bare = dataclasses.replace(params, lm_head=None, ids=None)
-        return Eagle3(self.layer_of(target), self.taps, kernels), Eagle3Weights(bare, kept)
+        weights = Eagle3Weights(
+            embedding=target.params.embedding,
+            head=dataclasses.replace(crop(params.lm_head, rows, int8), ids=jnp.asarray(ids, jnp.int32)),
+            whole=None,
+            params=dataclasses.replace(params, lm_head=None, ids=None),
+        )
+        return Eagle3(self.layer_of(target.config), self.taps, kernels), weights

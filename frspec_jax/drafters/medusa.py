@@ -20,7 +20,7 @@ from jax import Array
 
 from frspec_jax import shapes
 from frspec_jax.config import TREE_LIMIT, ModelConfig, TreeConfig
-from frspec_jax.drafters.base import Accepted, Cacheless, no_copies
+from frspec_jax.drafters.base import DraftMemory, DraftWeights, Memoryless, Target, Turn, no_copies
 from frspec_jax.layers import linear
 from frspec_jax.tree import DraftTree
 from frspec_jax.vocabulary import DraftHead, crop
@@ -66,7 +66,7 @@ class MedusaParams:
 
 
 @struct.dataclass
-class MedusaWeights:
+class MedusaWeights(DraftWeights):
     """What Medusa reads when it drafts."""
 
     blocks: tuple[tuple[BlockParams, ...], ...]  # of each head
@@ -121,32 +121,25 @@ def skeleton(choices: Choices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Medusa(Cacheless):
-    """Medusa as the engine sees it (`base.Drafter`): no cache, and nothing to take in but the last feature."""
+class Medusa(Memoryless):
+    """Medusa as the engine sees it (`base.Drafter`): no memory, and nothing to take in but the last feature."""
 
     choices: Choices
     kernels: Kernels = AUTO
 
     def propose(
-        self,
-        weights: MedusaWeights,
-        embedding: Array,
-        tree: TreeConfig,
-        accepted: Accepted,
-        root: Array,
-        length: Array,
-        cache: Any,
-    ) -> tuple[DraftTree, Any]:
+        self, weights: MedusaWeights, tree: TreeConfig, turn: Turn, memory: DraftMemory
+    ) -> tuple[DraftTree, DraftMemory]:
         choices = within(self.choices, tree)
         parent, depth, ancestors = skeleton(choices)
         levels, ranks = int(depth.max()), 1 + max(max(path) for path in choices)
         with jax.named_scope("medusa_heads"):
-            feature = accepted.features[accepted.count - 1][None]
+            feature = turn.accepted.features[turn.accepted.count - 1][None]
             index = best_rows(weights, feature, levels, ranks, self.kernels)
         index = index[depth[1:] - 1, np.array([path[-1] for path in choices])]
         tokens = weights.lm_heads[0].ids[index]  # the only place where a sub-vocabulary index becomes an id
-        tokens = jnp.concatenate([root[None], tokens])
-        return DraftTree(tokens, jnp.asarray(parent), jnp.asarray(depth), jnp.asarray(ancestors)), cache
+        tokens = jnp.concatenate([turn.root[None], tokens])
+        return DraftTree(tokens, jnp.asarray(parent), jnp.asarray(depth), jnp.asarray(ancestors)), memory
 
 
 def best_rows(weights: MedusaWeights, feature: Array, levels: int, ranks: int, kernels: Kernels) -> Array:
@@ -171,6 +164,7 @@ class MedusaConfig:
     choices: Choices  # the tree below the root
 
     kind: ClassVar[str] = "medusa"
+    title: ClassVar[str] = "Medusa"
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.num_layers < 1:
@@ -202,10 +196,10 @@ class MedusaConfig:
         return dataclasses.replace(tree, size=1 + len(within(self.choices, tree)))
 
     def assemble(
-        self, target: ModelConfig, params: MedusaParams, head: Array, ids: np.ndarray, *, kernels: Kernels, int8: bool
+        self, target: Target, params: MedusaParams, ids: np.ndarray, *, kernels: Kernels, int8: bool = False
     ) -> tuple[Medusa, MedusaWeights]:
         own = [h.lm_head for h in params.heads if h.lm_head is not None]
-        lm_heads = tuple(crop(rows, ids, int8) for rows in own or [head])
+        lm_heads = tuple(crop(rows, ids, int8) for rows in own or [target.params.head])
         return Medusa(self.choices, kernels), MedusaWeights(tuple(h.blocks for h in params.heads), lm_heads)
 
 

@@ -1,0 +1,50 @@
+"""What suits the device at hand, from measurements (docs/kernels.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from frspec_jax.config import TreeConfig
+
+CONTEXT = 4096  # tokens of prompt and answer, where none are asked for and the model was trained for as many
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What suits a kind of device."""
+
+    tree: TreeConfig
+    dtype: Any
+    chunk: int  # prompt tokens a pass
+
+
+DEFAULTS = {
+    # A pass over 4, 8 and 60 tokens costs a CPU about 1.5, 1.8 and 5 passes over one in float32; one with units for
+    # products of bfloat16 (AMX) about 1.1, 1.2 and 3; and a GPU about one.
+    "cpu": Defaults(TreeConfig(size=4, depth=2, top_k=2), jnp.float32, 64),
+    "cpu with amx": Defaults(TreeConfig(size=8, depth=3, top_k=4), jnp.bfloat16, 64),
+    "gpu": Defaults(TreeConfig(size=60, depth=6, top_k=10), jnp.bfloat16, 256),
+}
+
+
+def defaults(dtype: Any = None) -> Defaults:
+    """The defaults of the device at hand, where weights are `dtype`; None: in the dtype that suits it best."""
+    if jax.default_backend() != "cpu":
+        return DEFAULTS["gpu"]
+    wide = dtype is not None and jnp.dtype(dtype) != jnp.bfloat16
+    return DEFAULTS["cpu with amx" if has_amx() and not wide else "cpu"]
+
+
+@functools.cache
+def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 in hardware (Intel's Sapphire Rapids and later)."""
+    try:
+        return " amx_bf16" in cpuinfo.read_text()
+    except OSError:
+        return False  # not Linux

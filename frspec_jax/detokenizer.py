@@ -1,0 +1,79 @@
+"""Token ids to pieces of text as they come: joined, the pieces are what the tokenizer makes of all ids at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+UNFINISHED = "\ufffd"  # what a tokenizer shows of bytes that are no whole character (yet)
+# Decoders whose text only grows as ids come, but for what `Detokenizer` holds back.
+KNOWN = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What ids say, special tokens left out; spaces stand as the model wrote them, before a comma too."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Detokenizer:
+    """The text of one answer, in pieces. Each piece costs a look at the last few ids, however long the answer is.
+
+    Held back are bytes that may still become a character. A byte-fallback tokenizer (SentencePiece: Llama 2) makes
+    replacement characters of a whole run of bytes if its last one is wrong, so there a run is held back until it ends.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._decoders, self._bytes, self._special = _facts(tokenizer)
+        self._ids: list[int] = []
+        self._shown = 0  # ids whose text is out
+        self._anchor = 0  # ids from here to `_shown` are decoded again with new ones: what leads a text is stripped
+        self._anchor_text = ""  # their text
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Take in further ids: the text that is certain by now and has not been given out."""
+        self._ids += ids
+        if not self._decoders <= KNOWN:
+            return ""
+        end = len(self._ids)
+        while end > self._shown and self._ids[end - 1] in self._special | self._bytes:
+            end -= 1
+        if end == self._shown:
+            return ""
+        window = text_of(self._tokenizer, self._ids[self._anchor : end])
+        if window.endswith(UNFINISHED) or not window.startswith(self._anchor_text):
+            return ""
+        piece = window[len(self._anchor_text) :]
+        fresh = text_of(self._tokenizer, self._ids[self._shown : end])
+        # Only what says something can stand in for all that came before it: a leading space may be stripped from it.
+        self._anchor, self._anchor_text = (self._shown, fresh) if fresh else (self._anchor, window)
+        self._shown = end
+        return piece
+
+    def finish(self) -> str:
+        """The rest of the text, whatever its last bytes have become."""
+        window = text_of(self._tokenizer, self._ids[self._anchor :])
+        self._shown = len(self._ids)
+        return window[len(self._anchor_text) :]
+
+
+@functools.lru_cache(maxsize=8)
+def _facts(tokenizer: Any) -> tuple[set[str], set[int], set[int]]:
+    """The kinds of decoders at work, the ids that are single bytes where bytes run together, and the special ids."""
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
+    kinds = {part["type"] for part in _parts(decoder)}
+    vocabulary = tokenizer.get_vocab() if "ByteFallback" in kinds else {}
+    single = {number for token, number in vocabulary.items() if BYTE.fullmatch(token)}
+    return kinds, single, set(tokenizer.all_special_ids)
+
+
+def _parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [part for one in decoder["decoders"] for part in _parts(one)]
+    return [decoder]

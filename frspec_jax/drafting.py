@@ -1,0 +1,172 @@
+"""How a draft is asked for, and what becomes of it: a drafter with its weights, a tree, and the method's name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frspec_jax import tuned
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.config import VANILLA, TreeConfig
+from frspec_jax.defaults import defaults
+from frspec_jax.drafters.base import NO_WEIGHTS, Drafter, DraftSpec, DraftWeights, Target, Vanilla
+from frspec_jax.errors import UserError
+from frspec_jax.method import Method
+from frspec_jax.vocabulary import Ranking, control_ids, sub_vocabulary, tokenizer_hash
+from pallas_kernels.dispatch import AUTO, Kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """What drafts and how: what `load` takes, what flags make, and what `python -m eval tune` searches."""
+
+    name: str | None = None  # a draft's name or folder, "none" for vanilla decoding; None: the only one there is
+    # V', "full", or a share such as "1/4". None: what `eval tune` found best on this device, or a quarter of the
+    # vocabulary where there is a ranking.
+    vocab: int | str | None = None
+    tree: TreeConfig | None = None  # None: what `eval tune` found best, or what suits the device
+    ranking: str | Path | None = None  # the file that sub-vocabularies are taken from; None: the checkpoint's own
+    int8: bool = False  # round the draft's head: half the bytes of bfloat16, and the same text
+    copying: bool = False  # propose besides what followed the same tokens earlier in the text
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing is to draft."""
+        return self.name == "none"
+
+
+NO_DRAFT = Draft("none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """What proposes for a model, and what that is called."""
+
+    drafter: Drafter
+    tree: TreeConfig
+    method: Method
+    vocab: int | None = None  # V'; None where nothing drafts
+    folder: Path | None = None  # the draft's
+
+
+NOT_DRAFTING = Drafting(Vanilla(), VANILLA, Method())
+
+
+def draft_folder(checkpoint: Checkpoint, draft: Draft) -> Path | None:
+    """The folder of the draft that is asked for; None: vanilla decoding.
+
+    Raises:
+      UserError: it is not there, or something is asked of a draft where there is none.
+    """
+    folder = None if draft.off else checkpoint.draft_folder(draft.name)
+    if folder is not None:
+        return folder
+    why = 'draft "none" asks for none' if draft.off else f"{checkpoint.path} has none"
+    if draft.copying:
+        raise UserError(f"--copying on needs a draft, and {why}; drop the flag or add one")
+    if draft.vocab is not None:
+        raise UserError(f"--draft-vocab {draft.vocab} needs a draft, and {why}; drop the flag or add one")
+    return None
+
+
+def assembled(
+    checkpoint: Checkpoint, target: Target, draft: Draft, kernels: Kernels = AUTO
+) -> tuple[Drafting, DraftWeights]:
+    """A draft, read and joined to its target.
+
+    Raises:
+      UserError: with one sentence that says what to mend.
+    """
+    folder = draft_folder(checkpoint, draft)
+    dtype = target.params.embedding.dtype
+    draft = draft if folder is None else preferred(checkpoint, folder, draft, dtype)
+    if folder is None or draft.tree == VANILLA:
+        return NOT_DRAFTING, NO_WEIGHTS
+    spec, params = checkpoint.draft(folder, dtype)
+    known = spec.vocabulary(params)
+    ids = draft_ids(checkpoint, draft, known)
+    assert draft.tree is not None
+    if draft.tree.top_k > len(ids):
+        raise UserError(f"--draft-top-k {draft.tree.top_k} is larger than --draft-vocab {len(ids)}; lower it")
+    whole = checkpoint.config.vocab_size if known is None else len(known)
+    method = Method(spec.kind, cropped=len(ids) < whole, copying=draft.copying)
+    joined: DraftSpec = spec.copies(draft.copying)
+    drafter, weights = joined.assemble(target, params, ids, kernels=kernels, int8=draft.int8)
+    return Drafting(drafter, spec.fit(draft.tree), method, len(ids), folder), weights
+
+
+def preferred(checkpoint: Checkpoint, folder: Path, draft: Draft, dtype: Any) -> Draft:
+    """The draft with a tree, and with V' where `python -m eval tune` found one: what is not asked for is chosen.
+
+    Of a draft that was tuned here its setting is taken, where there is a ranking to take V' from; else what suits
+    the device.
+    """
+    setting = tuned.read(folder, dtype)
+    vocab, tree = draft.vocab, draft.tree
+    if vocab is None and setting is not None and ranking_file(checkpoint, draft).is_file():
+        vocab = setting.draft_vocab
+    if tree is None:
+        # A setting of no tree says that drafting does not pay here; who asks for a part of it still gets a draft.
+        asks = draft.vocab is not None or draft.copying
+        usual = setting is None or (setting.tree == VANILLA and asks)
+        tree = defaults(dtype).tree if setting is None or usual else setting.tree
+    return dataclasses.replace(draft, vocab=vocab, tree=tree)
+
+
+def preferred_tree(checkpoint: Checkpoint, draft: Draft, dtype: Any = None) -> TreeConfig:
+    """The tree where none is asked for, of a draft in `dtype` (None: what suits the device)."""
+    dtype = defaults().dtype if dtype is None else dtype
+    folder = None if draft.off else checkpoint.draft_folder(draft.name)
+    tree = None if folder is None else preferred(checkpoint, folder, draft, dtype).tree
+    return tree or defaults(dtype).tree
+
+
+def ranking_file(checkpoint: Checkpoint, draft: Draft) -> Path:
+    """Where sub-vocabularies are taken from."""
+    return checkpoint.path / "ranking.npz" if draft.ranking is None else Path(draft.ranking)
+
+
+def draft_ids(checkpoint: Checkpoint, draft: Draft, known: np.ndarray | None = None) -> np.ndarray:
+    """The ids [V'] int32 that the draft may propose.
+
+    known: ids that a draft with a vocabulary of its own is limited to. V' then counts among them.
+    """
+    vocab_size, file = checkpoint.config.vocab_size, ranking_file(checkpoint, draft)
+    every = np.arange(vocab_size, dtype=np.int32) if known is None else known
+    ranking = None if draft.ranking is None else _ranking(checkpoint, file)  # a file that is named has to be there
+    vocab = draft.vocab
+    if vocab is None:
+        vocab = min(vocab_size // 4, len(every)) if file.is_file() else "full"
+    if vocab == "full":
+        return every
+    size = vocab_of(vocab, vocab_size)
+    if size != len(every) and ranking is None:
+        if not file.is_file():
+            raise UserError(
+                f"--draft-vocab {size} needs a ranking, and {checkpoint.path} has none; "
+                f"count one: python -m train rank CORPUS --ckpt {checkpoint.path}"
+            )
+        ranking = _ranking(checkpoint, file)
+    always = control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size)
+    return sub_vocabulary(ranking, size, vocab_size, always, known)
+
+
+def _ranking(checkpoint: Checkpoint, file: Path) -> Ranking:
+    ranking = Ranking.load(file)
+    ranking.check(tokenizer_hash(checkpoint.tokenizer), checkpoint.config.vocab_size, file)
+    return ranking
+
+
+def vocab_of(vocab: int | str, vocab_size: int) -> int:
+    """V' of a number of tokens, or of a share of the vocabulary such as "1/4"."""
+    share = str(vocab).removeprefix("1/") if str(vocab).startswith("1/") else None
+    if isinstance(vocab, int) and not isinstance(vocab, bool):
+        return vocab
+    if share is not None and share.isdecimal() and int(share) > 0:
+        return vocab_size // int(share)
+    if isinstance(vocab, str) and vocab.isdecimal():
+        return int(vocab)
+    raise UserError(f"--draft-vocab {vocab!r} must be a number of tokens, full, or a share such as 1/4")

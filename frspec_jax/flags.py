@@ -1,0 +1,168 @@
+"""The flags that commands share, each defined once, and what they make. Nothing here imports JAX before it is used."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frspec_jax.config import VANILLA, Sampling, TreeConfig
+from frspec_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from frspec_jax.checkpoint import Checkpoint
+    from frspec_jax.drafting import Draft
+
+IMPLEMENTATIONS = ("auto", "pallas", "interpret", "xla")  # those of pallas_kernels.dispatch, without importing JAX
+DTYPES = ("float32", "bfloat16")
+
+
+# Sampling ----------------------------------------------------------------------------------------
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """--temperature, --top-k, --top-p, --min-p, --lossy-typical and --seed."""
+    group = parser.add_argument_group("sampling", "applied in this order, as in transformers")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="keep the K best tokens; 0 keeps all (default: 0)"
+    )
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest share P (default: 1)")
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="keep tokens at least P times as likely as the best one (default: 0)",
+    )
+    group.add_argument(
+        "--lossy-typical",
+        type=float,
+        default=0.0,
+        metavar="E",
+        help="Medusa's typical acceptance: faster, but the text is no longer the target's law; Medusa's own E is 0.09",
+    )
+    group.add_argument("--seed", type=int, default=0, help="same seed, same text, whatever drafts (default: 0)")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """What the sampling flags ask for."""
+    return Sampling(args.temperature, args.top_k, args.top_p, args.lossy_typical, args.min_p)
+
+
+# Drafting ----------------------------------------------------------------------------------------
+
+
+def add_tree_flags(parser: Any) -> None:
+    """--tree-size, --depth and --draft-top-k."""
+    parser.add_argument(
+        "--tree-size",
+        type=int,
+        metavar="N",
+        help="nodes of the draft tree, with the root (default: what suits the device)",
+    )
+    parser.add_argument("--depth", type=int, metavar="D", help="levels below the root")
+    parser.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
+
+
+def add_draft_flags(parser: argparse.ArgumentParser) -> None:
+    """What drafts, and how."""
+    group = parser.add_argument_group(
+        "drafting", "changes the speed, never the text; python -m eval tune sets the defaults for a device"
+    )
+    group.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder, or none (default: the only one there is)"
+    )
+    group.add_argument(
+        "--draft-vocab",
+        metavar="N",
+        help="V', tokens that the draft may propose, full, or a share such as 1/4 "
+        "(default: as tuned, or a quarter, if ranked)",
+    )
+    group.add_argument(
+        "--ranking",
+        type=Path,
+        metavar="FILE",
+        help="take the sub-vocabulary from this ranking (default: the checkpoint's)",
+    )
+    add_tree_flags(group)
+    group.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")
+    group.add_argument(
+        "--copying",
+        choices=("off", "on"),
+        default="off",
+        help="an EAGLE-2 draft also proposes what followed the same tokens earlier in the text (default: off)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftFlags:
+    """A draft as the flags ask for it: what is missing of its tree depends on the checkpoint and the device."""
+
+    args: argparse.Namespace
+
+    def resolved(self, checkpoint: Checkpoint, dtype: Any = None) -> Draft:
+        """What `frspec_jax.load` takes."""
+        from frspec_jax.drafting import Draft, preferred_tree
+
+        args = self.args
+        draft = Draft(args.draft, args.draft_vocab, None, args.ranking, args.draft_int8, args.copying == "on")
+        shaped = (args.tree_size, args.depth, args.draft_top_k) != (None, None, None)
+        return (
+            dataclasses.replace(draft, tree=tree_of(args, preferred_tree(checkpoint, draft, dtype)))
+            if shaped
+            else draft
+        )
+
+
+def draft_of(args: argparse.Namespace) -> DraftFlags:
+    """What the draft flags ask for, as far as it can be refused without a checkpoint."""
+    vocab = args.draft_vocab
+    if vocab not in (None, "full") and not vocab.removeprefix("1/").isdecimal():
+        raise UserError(f"--draft-vocab {vocab} must be a number of tokens, full, or a share such as 1/4")
+    if args.ranking is not None and not args.ranking.is_file():
+        raise UserError(f"--ranking {args.ranking} is no file; give a ranking that python -m train rank has written")
+    return DraftFlags(args)
+
+
+def tree_of(args: argparse.Namespace, default: TreeConfig) -> TreeConfig:
+    """The tree that the flags ask for; a flag that is not given keeps the default's figure, where it fits."""
+    if (args.tree_size in (None, 1) and args.depth == 0) or (args.tree_size == 1 and args.depth is None):
+        return VANILLA
+    depth = default.depth if args.depth is None else args.depth
+    top_k = default.top_k if args.draft_top_k is None else args.draft_top_k
+    if args.tree_size is not None:
+        return TreeConfig(args.tree_size, depth, top_k)
+    return TreeConfig(max(2, min(default.size, 1 + top_k + (depth - 1) * top_k**2)), depth, top_k)
+
+
+# The device --------------------------------------------------------------------------------------
+
+
+def add_dtype_flag(parser: Any, default: str | None = None) -> None:
+    """--dtype; default: None is what suits the device."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=default,
+        help=f"default: {default or 'bfloat16 on a GPU and on a CPU with AMX, else float32'}",
+    )
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """How the model runs."""
+    group = parser.add_argument_group("device")
+    add_dtype_flag(group)
+    group.add_argument(
+        "--context", type=int, metavar="N", help="tokens of prompt and answer together (default: at most 4096)"
+    )
+    group.add_argument(
+        "--chunk", type=int, metavar="N", help="prompt tokens a pass, a divisor of 256 (default: what suits the device)"
+    )
+    group.add_argument(
+        "--kernels",
+        choices=IMPLEMENTATIONS,
+        default="auto",
+        help="auto: Pallas kernels where they were measured to win (default); interpret: slowly, on any device",
+    )

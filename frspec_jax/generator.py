@@ -1,0 +1,366 @@
+"""A loaded model that answers: `Generator`, and `Text`, one answer in the making, which everything that decodes drives.
+
+with model.begin(ids, request) as text:
+    text.advance()          # to its end; or advance(1), a round at a time
+    print(text.tokens, text.result().text)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from frspec_jax import engine
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.config import Sampling, TreeConfig
+from frspec_jax.detokenizer import Detokenizer, text_of
+from frspec_jax.drafting import Drafting
+from frspec_jax.errors import UserError
+from frspec_jax.kv_cache import BLOCK, rounded_capacity
+from frspec_jax.sampling import rule_of
+from pallas_kernels.dispatch import AUTO, Kernels
+
+Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
+ALL_ROUNDS = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How a model runs, whatever drafts."""
+
+    dtype: Any  # of weights and caches
+    context: int  # tokens of prompt and answer together, at most
+    chunk: int  # prompt tokens a pass
+    kernels: Kernels = AUTO
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk <= BLOCK or BLOCK % self.chunk:
+            raise UserError(f"--chunk {self.chunk} must divide {BLOCK}: 1, 2, 4, ... or {BLOCK} prompt tokens a pass")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What may differ from one prompt to the next."""
+
+    max_new_tokens: int = 512
+    sampling: Sampling = Sampling()
+    seed: int = 0  # of 64 bits: -2^63 to 2^63 - 1
+    raw: bool = False  # no chat template
+    system: str | None = None  # the system message of a chat
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {self.max_new_tokens} must be a whole number of at least 1")
+        if not _is_int(self.seed) or not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed!r} must be a whole number from -2^63 to 2^63 - 1")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One answer, and how it came about."""
+
+    text: str
+    tokens: list[int]  # the stop id included, where one ended the answer
+    prompt_tokens: int
+    finish_reason: str | None  # "stop" or "length"; None while the answer goes on
+    method: str  # `Method.name`: "vanilla", "eagle", "eagle+fr" (cropped), "eagle+fr+copying"
+    draft_vocab: int | None  # V'; None where nothing drafts
+    rounds: int
+    accepted_length: float | None  # tokens a round, the bonus token counted; the first token is the prefill's
+    accepted_histogram: list[int]  # rounds that emitted 1, 2, ... D+1 tokens
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second of decoding; the first token is the prefill's."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def summary(self) -> str:
+        """One line for people."""
+        line = (
+            f"{len(self.tokens)} tokens ({self.finish_reason}); prefill {self.prefill_rate:.1f} tokens/s, "
+            f"decode {self.decode_rate:.1f} tokens/s"
+        )
+        if self.draft_vocab is not None and self.accepted_length is not None:
+            line += f"; accepted length {self.accepted_length:.2f} with bonus, V' = {self.draft_vocab:,}"
+        return f"{line} [{self.method}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A prompt that has been run through target and draft, and the first token chosen; any number of texts begin so."""
+
+    state: engine.DecodeState
+    prompt_tokens: int
+    seconds: float  # that it took
+    request: Request
+
+
+class Generator:
+    """A loaded model; `load` makes one.
+
+    Several threads may use it at once: each text in the making has caches of its own. Those of a text that has ended
+    serve the next one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, drafting: Drafting, weights: engine.Weights, runtime: Runtime) -> None:
+        self.checkpoint, self.drafting, self.weights, self.runtime = checkpoint, drafting, weights, runtime
+        self._lock = threading.Lock()  # over what follows
+        self._caches: engine.Caches | None = None  # of the last text that ended, for the next to begin in
+        self._warm: set[engine.Plan] = set()
+
+    @property
+    def tree(self) -> TreeConfig:
+        """The draft tree's shape."""
+        return self.drafting.tree
+
+    @property
+    def draft_vocab(self) -> int | None:
+        """V'; None where nothing drafts."""
+        return self.drafting.vocab
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of weights and products: "float32" or "bfloat16"."""
+        return jnp.dtype(self.runtime.dtype).name
+
+    @property
+    def capacity(self) -> int:
+        """Rows of a cache: the context, and what a round writes beyond it."""
+        return rounded_capacity(self.runtime.context + self.plan().margin)
+
+    def plan(self, sampling: Sampling = Sampling()) -> engine.Plan:
+        """What is compiled for these sampling settings: their figures do not matter, but whether anything samples."""
+        drafting, stop_ids = self.drafting, self.checkpoint.stop_ids
+        return engine.Plan(
+            self.checkpoint.config, drafting.drafter, drafting.tree, stop_ids, rule_of(sampling), self.runtime.kernels
+        )
+
+    def encode(self, prompt: Prompt, request: Request = Request()) -> np.ndarray:
+        """A prompt as token ids [T] int32: through the chat template, unless the request or the model is raw."""
+        tokenizer = self.checkpoint.tokenizer
+        text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+        raw = request.raw or not tokenizer.chat_template
+        if not (text if raw else text.strip()):
+            raise UserError("the prompt is empty; give some text with --prompt, --prompt-file or on standard input")
+        if raw:
+            if request.system is not None:
+                raise UserError("--system needs a chat template; the model has none, or --raw switches it off")
+            return np.asarray(tokenizer(text).input_ids, np.int32)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if request.system is not None:
+            messages = [{"role": "system", "content": request.system}, *messages]
+        return np.asarray(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), np.int32
+        )
+
+    def check(self, ids: Sequence[int] | np.ndarray, request: Request = Request()) -> int:
+        """How many tokens may be emitted after a prompt of ids [T].
+
+        Raises:
+          UserError: they are no token ids, or leave no room in the context.
+        """
+        context, vocab_size = self.runtime.context, self.checkpoint.config.vocab_size
+        given = np.asarray(ids)
+        if given.ndim != 1 or not given.size or not np.issubdtype(given.dtype, np.integer):
+            raise UserError(f"ids must be a list of at least one token id, and are {str(ids)[:60]}")
+        if given.min() < 0 or given.max() >= vocab_size:
+            wrong = given[(given < 0) | (given >= vocab_size)][0]
+            raise UserError(f"ids hold {wrong}, and the model's token ids are 0 to {vocab_size - 1}")
+        if len(given) >= context:
+            raise UserError(
+                f"the prompt has {len(given)} tokens, and --context {context} leaves room for at most {context - 1} "
+                "and an answer; shorten it or raise --context"
+            )
+        return min(request.max_new_tokens, context - len(given))
+
+    def warm_up(self, sampling: Sampling = Sampling()) -> None:
+        """Compile what requests with such sampling settings need, so that no request's time holds it."""
+        plan = self.plan(sampling)
+        if plan in self._warm:
+            return
+        with self._lock:  # a second thread waits for the program instead of compiling it too
+            if plan in self._warm:
+                return
+            caches = self._caches or self._new_caches(plan)
+            self._caches = None
+            asked = engine.Asked.of(sampling, seed=0, limit=2)
+            with jax.enable_x64(False):
+                state = engine.start(plan, self.weights, caches, np.zeros(1, np.int32), asked, chunk=self.runtime.chunk)
+                state = jax.block_until_ready(engine.run(plan, self.weights, state, np.int32(0)))
+            self._caches = state.caches
+            self._warm.add(plan)
+
+    def begin(self, prompt: Sequence[int] | np.ndarray | Reading, request: Request = Request()) -> Text:
+        """Read a prompt of token ids [T]; the text that begins is advanced within a `with` block.
+
+        prompt: or what this model, or one with the same `reads_as`, has read of it; its own request then holds.
+        """
+        if isinstance(prompt, Reading):
+            self.warm_up(prompt.request.sampling)
+            return Text(self, prompt.request, prompt)
+        limit = self.check(prompt, request)
+        self.warm_up(request.sampling)
+        plan, asked = self.plan(request.sampling), engine.Asked.of(request.sampling, seed=request.seed, limit=limit)
+        ids, caches = np.asarray(prompt, np.int32), self._take_caches()
+        begun = time.perf_counter()
+        with jax.enable_x64(False):
+            state = jax.block_until_ready(
+                engine.start(plan, self.weights, caches or self._new_caches(plan), ids, asked, chunk=self.runtime.chunk)
+            )
+        return Text(self, request, Reading(state, len(ids), time.perf_counter() - begun, request), own=True)
+
+    def generate(self, prompt: Prompt, request: Request = Request()) -> Result:
+        """Answer one prompt."""
+        return self.generate_ids(self.encode(prompt, request), request)
+
+    def generate_ids(self, ids: Sequence[int] | np.ndarray | Reading, request: Request = Request()) -> Result:
+        """Answer one prompt that is token ids [T] already, or read already."""
+        with self.begin(ids, request) as text:
+            text.advance()
+            return text.result()
+
+    def stream(self, prompt: Prompt, request: Request = Request()) -> Stream:
+        """Answer one prompt, text as it comes: iterate over the pieces, then read `.result`."""
+        return Stream(self, self.encode(prompt, request), request)
+
+    def reads_as(self, request: Request = Request()) -> Hashable:
+        """Models that agree in this read a prompt alike: what V' keeps matters only once a draft proposes."""
+        return id(self.weights.target), self.drafting.folder, self.plan(request.sampling), self.runtime
+
+    def _new_caches(self, plan: engine.Plan) -> engine.Caches:
+        # Bound to the device, as the caches that a program returns are: for others it would be compiled once more.
+        caches = engine.new_caches(plan, self.capacity, self.runtime.dtype)
+        return jax.device_put(caches, jax.local_devices()[0])
+
+    def _take_caches(self) -> engine.Caches | None:
+        with self._lock:
+            caches, self._caches = self._caches, None
+        return caches
+
+    def give_back(self, caches: engine.Caches) -> None:
+        """Take caches that a text no longer needs, for the next one to begin in."""
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(caches)):
+            with self._lock:
+                self._caches = caches
+
+
+class Text:
+    """An answer in the making, of one `Generator`. Leaving its `with` block gives the caches back, whatever happened.
+
+    In a compiled round the state is donated: after an error or Ctrl-C inside one, the text is lost, and only it.
+    """
+
+    def __init__(self, model: Generator, request: Request, reading: Reading, *, own: bool = False) -> None:
+        self._model, self._request = model, request
+        self._prompt_tokens, self._prefill_seconds, self._decode_seconds = reading.prompt_tokens, reading.seconds, 0.0
+        self.plan = model.plan(request.sampling)
+        self.state = reading.state if own else _copied(reading.state)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._model.give_back(self.state.caches)
+
+    @property
+    def weights(self) -> engine.Weights:
+        """What a round of this text reads."""
+        return self._model.weights
+
+    @property
+    def emitted(self) -> int:
+        """How many tokens there are so far."""
+        return int(self.state.emitted)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The answer so far; the stop id included, where one ended it."""
+        return np.asarray(self.state.output)[: self.emitted].tolist()
+
+    @property
+    def finished(self) -> bool:
+        """Whether a stop id or the limit ended it."""
+        return int(self.state.finished) != engine.RUNNING
+
+    def advance(self, rounds: int = ALL_ROUNDS) -> None:
+        """Decode until the text is finished, or so many more rounds are done."""
+        self.drive(lambda plan, weights, state: engine.run(plan, weights, state, np.int32(rounds)))
+
+    def drive(self, step: engine.Step) -> None:
+        """Decode with another driver of rounds, timed as `advance` is: it takes the state, and gives the next one."""
+        begun = time.perf_counter()
+        with jax.enable_x64(False):
+            self.state = jax.block_until_ready(step(self.plan, self.weights, self.state))
+        self._decode_seconds += time.perf_counter() - begun
+
+    def reading(self) -> Reading:
+        """The text as it stands, for others to begin with; this one goes on untouched."""
+        return Reading(_copied(self.state), self._prompt_tokens, self._prefill_seconds, self._request)
+
+    def result(self) -> Result:
+        """The answer so far, and how it came about."""
+        state, tokens, model = self.state, self.tokens, self._model
+        rounds, finished = int(state.rounds), int(state.finished)
+        method = dataclasses.replace(model.drafting.method, lossy=self.plan.rule == "typical")
+        return Result(
+            text=text_of(model.checkpoint.tokenizer, tokens),
+            tokens=tokens,
+            prompt_tokens=self._prompt_tokens,
+            finish_reason={engine.STOPPED: "stop", engine.FULL: "length"}.get(finished),
+            method=method.name,
+            draft_vocab=model.draft_vocab,
+            rounds=rounds,
+            accepted_length=(len(tokens) - 1) / rounds if rounds else None,
+            accepted_histogram=np.asarray(state.histogram).tolist(),
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+        )
+
+
+def _copied(state: engine.DecodeState) -> engine.DecodeState:
+    return jax.block_until_ready(jax.tree.map(jnp.copy, state))
+
+
+class Stream:
+    """An answer in the making: an iterator over pieces of text, about one a round; `result` once it has ended."""
+
+    def __init__(self, model: Generator, ids: np.ndarray, request: Request) -> None:
+        self._model, self._ids, self._request = model, ids, request
+        self.result: Result | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        detokenizer, shown = Detokenizer(self._model.checkpoint.tokenizer), 0
+        with self._model.begin(self._ids, self._request) as text:
+            while True:
+                fresh = text.tokens[shown:]
+                shown += len(fresh)
+                if piece := detokenizer.push(fresh):
+                    yield piece
+                if text.finished:
+                    break
+                text.advance(1)
+            self.result = text.result()
+        if rest := detokenizer.finish():  # what may be the beginning of a character
+            yield rest

@@ -1,0 +1,41 @@
+"""Where the tokens of one pass stand: their positions, the cache rows that they are written to, and what they see."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from frspec_jax.tree import Beam, DraftTree
+from pallas_kernels.visibility import Sees, bit_words, causal
+
+
+@struct.dataclass
+class Placement:
+    """Where T tokens stand. A prompt, one token, a draft tree and a level of one are all such a value."""
+
+    positions: Array  # [T] int32, of the rotary embedding
+    write_at: Array  # int32 scalar, the cache row of the first token; the others follow it
+    sees: Sees
+
+    @classmethod
+    def chain(cls, start: Array, tokens: int) -> Placement:
+        """`tokens` in a row from position `start` on: a chunk of a prompt, or one token."""
+        positions = start + jnp.arange(tokens, dtype=jnp.int32)
+        return cls(positions, start, Sees(start, causal(tokens)))
+
+    @classmethod
+    def of_tree(cls, tree: DraftTree, length: Array) -> Placement:
+        """A draft tree after `length` committed tokens: siblings share a position, and no node sees another branch."""
+        return cls(length + tree.depth, length, Sees(length, tree.ancestors))
+
+    @classmethod
+    def of_level(cls, beam: Beam, level: int, committed: Array) -> Placement:
+        """The K beams `level` levels below the root, after `committed` pairs in the draft's cache.
+
+        The draft's pair t stands at position t and holds the token at t + 1, so the first level's beams, which stand
+        at `committed + 1`, are pairs at `committed`.
+        """
+        k = beam.tokens.shape[0]
+        positions = jnp.full((k,), committed + level - 1, jnp.int32)
+        return cls(positions, committed + (level - 1) * k, Sees(committed, bit_words(beam.visible)))
