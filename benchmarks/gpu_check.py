@@ -36,7 +36,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
 
     def rounds(model: str, kernels: str, *more: str, name: str = "", xla_flags: str = "") -> Step:
         file = out / f"{model}-{name or kernels}"
-        command = ["-m", "eval", "speed", "--shapes", model, "--random-weights", "--kernels", kernels]
+        command = ["-m", "eval", "stages", model, "--kernels", kernels]
         command += ["--json", f"{file}.json", "--out", str(file), *more]
         return Step(f"rounds of {model}, {name or kernels}", 150, command, xla_flags)
 

@@ -19,7 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eval import options
+from eval.commands import flags
+from eval.runs import provenance
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.errors import reported
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="of a batch (default: 4)")
     parser.add_argument("--row", type=int, default=512, help="tokens of a row (default: 512)")
     parser.add_argument("--unroll", type=int, default=3, help="passes of a step (default: 3)")
-    options.add_json_argument(parser)
+    flags.add_json_argument(parser)
     args = parser.parse_args()
     config = model_config(args.shapes)
     batch, found = random_batch(config, args.rows, args.row), []
@@ -79,7 +80,7 @@ def main() -> None:
         table.add_row(compute, optimizer, f"{figures['seconds']:.2f}", f"{figures['tokens_per_second']:,}",
                       f"{figures['utilisation']:.0%}")  # fmt: skip
     Console().print(table)
-    options.save(
+    provenance.save(
         args.json, {"shapes": args.shapes, "batch": [args.rows, args.row], "unroll": args.unroll, "steps": found}
     )
 

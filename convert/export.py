@@ -81,13 +81,13 @@ def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int) -> None:
     """
     from safetensors.numpy import save
 
-    from frspec_jax.api import draft_ids
+    from frspec_jax.drafting import Draft, draft_ids
 
     try:
         import torch
     except ImportError:
         raise UserError("--draft-vocab writes a file of torch's; run: pip install torch") from None
-    ids = draft_ids(checkpoint, size)
+    ids = draft_ids(checkpoint, Draft(vocab=size))
     torch.save([int(number) for number in ids], out / f"freq_{size}.pt")
     d2t, t2d = maps_of(np.sort(ids), checkpoint.config.vocab_size)
     (out / "vocabulary_map.safetensors").write_bytes(save({"d2t": d2t, "t2d": t2d}))

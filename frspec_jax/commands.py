@@ -13,13 +13,20 @@ from rich.console import Console
 from frspec_jax.errors import reported
 
 
-def dispatch(package: str, description: str, commands: Mapping[str, str], argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and run `package.COMMAND`, a module with `add_arguments(parser)` and `run(args)`.
+def dispatch(
+    package: str,
+    description: str,
+    commands: Mapping[str, str],
+    argv: Sequence[str] | None = None,
+    *,
+    home: str | None = None,
+) -> None:
+    """Parse the command line and run `home.COMMAND`, a module with `add_arguments(parser)` and `run(args)`.
 
     A hyphen of a command is an underscore of its module.
 
-    commands: name and one line of help. Only the command at hand is imported, so that the others'
-    help need not wait for JAX.
+    commands: name and one line of help. Only the command at hand is imported, so that the others' help need not
+    wait for JAX. home: the package of the modules, if it is not `package`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
@@ -28,7 +35,7 @@ def dispatch(package: str, description: str, commands: Mapping[str, str], argv: 
     for name, text in commands.items():
         sub = choices.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         if argv[:1] == [name]:
-            module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
+            module = importlib.import_module(f"{home or package}.{name.replace('-', '_')}")
             sub.description = module.__doc__
             module.add_arguments(sub)
     with reported():

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 from hypothesis import settings
-from runs import chats
 
 from frspec_jax import api
 from frspec_jax.checkpoint import Checkpoint
+from tests.support.runs import chats
 
 # A busy machine is no fault of an example.
 settings.register_profile("suite", deadline=None)
@@ -76,7 +76,7 @@ def real_checkpoint() -> Checkpoint:
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model in Hugging Face's format."""
-    from tiny_hf import model_of, save
+    from tests.support.tiny_hf import model_of, save
 
     return save(model_of(), tmp_path_factory.mktemp("source") / "tiny")
 
@@ -84,7 +84,7 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_target(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The same, converted. Not to be written to."""
-    from tiny_hf import converted
+    from tests.support.tiny_hf import converted
 
     return converted("hf", tiny_source, tmp_path_factory.mktemp("target") / "ckpt")
 
@@ -98,7 +98,7 @@ def tiny_ckpt(tiny_target: Checkpoint, tmp_path: Path) -> Checkpoint:
 @pytest.fixture(scope="session")
 def deep_target(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A target of six layers, so that EAGLE-3's taps (2, 3 and 3) are layers of it. Not to be written to."""
-    from tiny_hf import converted, model_of, save
+    from tests.support.tiny_hf import converted, model_of, save
 
     folder = tmp_path_factory.mktemp("deep")
     return converted("hf", save(model_of(num_hidden_layers=6), folder / "hf"), folder / "ckpt")

@@ -85,7 +85,7 @@ class BeamDrafter(abc.ABC, Generic[W]):
         return self.grow(weights, tree, outputs[accepted.count - 1], turn, memory)
 
     def each_pass(self, weights: W) -> tuple[Any, ...]:
-        return weights.head, self.layer_params(weights)
+        return self.layer_params(weights), weights.head
 
     @abc.abstractmethod
     def layer_params(self, weights: W) -> Any:

@@ -1,0 +1,1 @@
+"""The commands: `python -m eval NAME`, a file each."""

@@ -1,0 +1,107 @@
+"""Flags that several evaluations share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eval.methods.side_by_side import methods, varied
+from eval.runs import output
+from frspec_jax import compile_cache
+from frspec_jax.api import Draft, Generator
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.config import TreeConfig
+from frspec_jax.drafting import preferred_tree, vocab_of
+from frspec_jax.errors import UserError
+from frspec_jax.flags import add_dtype_flag, add_tree_flags, tree_of
+
+COPYING = {"off": (False,), "on": (True,), "both": (False, True)}
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, vocabularies: str, required: bool = True, dtype: str | None = None
+) -> None:
+    """The flags of a checkpoint, its drafts and their trees. dtype: the default; None is what suits the device."""
+    parser.add_argument("--ckpt", type=Path, required=required, help="checkpoint folder")
+    parser.add_argument(
+        "--draft", metavar="NAME,...", help="names or folders of drafts to measure (default: the only one there is)"
+    )
+    parser.add_argument(
+        "--draft-vocab", default=vocabularies, metavar="N,N,...",
+        help=f"sub-vocabularies to measure: numbers, full, or shares such as 1/4 (default: {vocabularies})",
+    )  # fmt: skip
+    add_tree_flags(parser)
+    parser.add_argument(
+        "--copying", choices=COPYING, default="off",
+        help="EAGLE-2 drafts also propose what followed the same tokens earlier in the text; both: each method without "
+        "it and with it (default: off)",
+    )  # fmt: skip
+    add_dtype_flag(parser, dtype)
+
+
+def add_question_arguments(parser: argparse.ArgumentParser, questions: int | None, tokens: int) -> None:
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder or file of Spec-Bench and HumanEval (default: a small sample)"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=questions, metavar="N",
+        help=f"evenly over the tasks (default: {'all' if questions is None else questions})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=tokens, metavar="N", help=f"of an answer (default: {tokens})"
+    )
+
+
+def add_ranking_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ranking", nargs="+", type=Path, default=[], metavar="FILE",
+        help="take sub-vocabularies from each of these .npz files (default: the checkpoint's ranking)",
+    )  # fmt: skip
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error, with counts and times."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=output.file_of("--json"), metavar="FILE", help="write the figures here too")
+
+
+def add_out_argument(parser: argparse._ActionsContainer, text: str, required: bool = False) -> None:
+    """The folder of what is drawn."""
+    parser.add_argument("--out", type=output.folder_of("--out"), required=required, metavar="FOLDER", help=text)
+
+
+def models(
+    args: argparse.Namespace, rankings: Sequence[Path] = (), context: int | None = None
+) -> tuple[Checkpoint, dict[str, Generator]]:
+    """The checkpoint, and vanilla and the drafting methods that the flags ask for."""
+    compile_cache.enable()
+    checkpoint = Checkpoint.open(args.ckpt)
+    names = args.draft.split(",") if args.draft else [None]
+    if any(checkpoint.draft_folder(name) is None for name in names):
+        raise UserError(f"{args.ckpt} holds no draft to measure; add one with python -m train eagle or convert eagle")
+    for ranking in rankings:
+        if not ranking.is_file():
+            raise UserError(f"--ranking {ranking} is no file; give one that python -m train rank has written")
+    tree: TreeConfig = tree_of(args, preferred_tree(checkpoint, Draft(names[0]), args.dtype))
+    if tree.size == 1:
+        raise UserError("--tree-size 1 drafts nothing; vanilla decoding is measured anyhow, so ask for 2 or more")
+    sizes = sizes_of(args.draft_vocab, checkpoint.config.vocab_size)
+    drafts = varied(names, sizes, tree, rankings, COPYING[args.copying])
+    return checkpoint, methods(checkpoint, drafts, dtype=args.dtype, context=context)
+
+
+def sizes_of(text: str, vocab_size: int) -> list[int | str]:
+    """The sub-vocabularies that --draft-vocab lists: numbers of tokens, or "full"."""
+    return [_size(part.strip(), vocab_size) for part in text.split(",")]
+
+
+def _size(text: str, vocab_size: int) -> int | str:
+    return text if text == "full" else vocab_of(text, vocab_size)

@@ -1,0 +1,134 @@
+"""`python -m eval speed --ckpt CKPT`: vanilla, EAGLE-2 and FR-Spec side by side, in one run.
+
+Every prompt is answered by every method in turn; speeds are medians over the prompts, decoding alone.
+The floor is the bytes that a round must read over the memory bandwidth measured in the same run.
+With --peer, transformers decodes the same prompts too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from eval.commands.flags import add_json_argument, add_model_arguments, add_question_arguments, models
+from eval.data.questions import read_questions, spread
+from eval.methods import side_by_side, stages
+from eval.methods.floor import round_bytes
+from eval.methods.peers import Peer
+from eval.runs import provenance
+from eval.runs.provenance import save
+from frspec_jax.api import Generator, Request, Result
+from frspec_jax.commands import results_console
+from pallas_kernels.timing import bandwidth
+
+VOCABULARIES = "full,1/2,1/4,1/8"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, VOCABULARIES)
+    add_question_arguments(parser, questions=8, tokens=128)
+    add_json_argument(parser)
+    parser.add_argument("--peer", type=Path, metavar="PATH", help="the same model for transformers: HF folder or .gguf")
+
+
+def run(args: argparse.Namespace) -> None:
+    checkpoint, found = models(args)
+    vanilla = found["vanilla"]
+    peer = Peer(args.peer, checkpoint.stop_ids, vanilla.dtype_name) if args.peer else None
+    prompts = [vanilla.encode(q.turns[0]) for q in spread(read_questions(args.data), args.questions)]
+    figures = compare(found, prompts, Request(args.max_new_tokens), peer)
+    show(figures)
+    save(args.json, figures)
+
+
+def compare(
+    found: dict[str, Generator], prompts: list[np.ndarray], request: Request, peer: Peer | None = None
+) -> dict[str, Any]:
+    """Run the methods side by side; a list of figures by method, and the bandwidth they are held against."""
+    results: dict[str, list[Result]] = {name: [] for name in found}
+    peer_rates = []
+    console = Console(stderr=True)
+    rounds = side_by_side.interleaved(found, prompts, request)
+    for prompt, answers in zip(track(prompts, "prompts", console=console), rounds, strict=True):
+        for name, result in answers.items():
+            results[name].append(result)
+        if peer is not None:
+            peer_rates.append(peer.decode_rate(prompt, request.max_new_tokens))
+    speed = bandwidth()
+    context = int(np.mean([len(p) for p in prompts])) + request.max_new_tokens // 2
+    rows = [_row(name, found[name], results, prompts, request, speed, context) for name in found]
+    if peer_rates:
+        rows.insert(0, {"name": "transformers", "tokens_per_second": round(statistics.median(peer_rates), 2)})
+    tree = next(m.tree for m in found.values() if m.tree.size > 1)
+    return {
+        "tree": {"size": tree.size, "depth": tree.depth, "top_k": tree.top_k},
+        "prompts": len(prompts),
+        "max_new_tokens": request.max_new_tokens,
+        "bandwidth_gb_per_second": round(speed / 1e9, 1),
+        "methods": rows,
+    }
+
+
+def _row(
+    name: str, model: Generator, results: dict[str, list[Result]], prompts: list[np.ndarray], request: Request,
+    speed: float, context: int,
+) -> dict[str, Any]:  # fmt: skip
+    mine, base = results[name], results["vanilla"]
+    times = [stages.stage_times(model, prompt, request) for prompt in prompts[:3]]
+    tokens, rounds = sum(len(r.tokens) - 1 for r in mine), sum(r.rounds for r in mine)
+    floor = 1e3 * round_bytes(model, context) / speed
+    round_ms = statistics.median(1e3 * r.decode_seconds / max(1, r.rounds) for r in mine)
+    ratios = [r.decode_rate / b.decode_rate for r, b in zip(mine, base, strict=True) if b.decode_rate]
+    return {
+        "name": name,
+        "draft_vocab": model.draft_vocab,
+        "tokens_per_second": round(statistics.median(r.decode_rate for r in mine), 2),
+        "speed_up": round(statistics.median(ratios), 3),
+        "accepted_length": round(tokens / max(1, rounds), 3),
+        "draft_ms": round(statistics.median(s.draft for s in times), 2),
+        "verify_ms": round(statistics.median(s.verify for s in times), 2),
+        "round_ms": round(round_ms, 2),
+        "floor_ms": round(floor, 2),
+        "times_floor": round(round_ms / floor, 2),
+        "identical_to_vanilla": all(r.tokens == b.tokens for r, b in zip(mine, base, strict=True)),
+    }
+
+
+HEADINGS = {
+    "name": "method", "tokens_per_second": "tokens/s", "speed_up": "× vanilla", "accepted_length": "accepted",
+    "draft_ms": "draft ms", "verify_ms": "verify ms", "times_floor": "× floor", "identical_to_vanilla": "identical",
+}  # fmt: skip
+
+
+def show(figures: dict[str, Any]) -> None:
+    """The figures as a table."""
+    tree = figures["tree"]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=f"{provenance.machine()}; tree of {tree['size']}, depth {tree['depth']}, top-k {tree['top_k']}; "
+        f"{figures['bandwidth_gb_per_second']} GB/s",
+    )
+    for heading in HEADINGS.values():
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in figures["methods"]:
+        table.add_row(*(_cell(row.get(key)) for key in HEADINGS))
+    results_console().print(table)
+    print(
+        "tokens/s: median over the prompts, decoding alone; accepted: tokens a round, the bonus token counted;\n"
+        "× floor: a round against the time to read what it must; identical: to vanilla, on every prompt"
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""Questions and problems, and the paper's figures."""

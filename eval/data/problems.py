@@ -1,0 +1,97 @@
+"""Problems with known answers, as they are published: HumanEval (arXiv 2107.03374), GSM8K (arXiv 2110.14168)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eval.data.questions import CODE_PROMPT, PUBLISHED, read_text
+from frspec_jax import json_lines
+from frspec_jax.errors import UserError
+
+BENCHMARKS = ("HumanEval", "GSM8K")
+GSM8K = ("gsm8k/test.jsonl", "test.jsonl")
+MATHS_PROMPT = "{}\n\nThink step by step. End with a line that says: The answer is, and then the number."
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem: what is asked, and how an answer is judged."""
+
+    key: str  # "HumanEval/0" or "GSM8K/0"
+    task: str  # one of BENCHMARKS
+    prompt: str
+    answer: str = ""  # GSM8K: the number
+    stub: str = ""  # HumanEval: the function's head, with what stands before it
+    entry: str = ""  # HumanEval: the function's name
+    test: str = ""  # HumanEval: code that defines check(candidate)
+
+    def solved(self, text: str) -> bool:
+        """Whether an answer to a GSM8K problem ends with the right number."""
+        found = last_number(text)
+        return found is not None and float(found) == float(self.answer)
+
+    def program(self, text: str) -> str:
+        """What must run to its end if an answer to a HumanEval problem is right."""
+        code = code_of(text)
+        head = self.stub
+        if re.search(rf"^\s*def\s+{re.escape(self.entry)}\b", code, re.MULTILINE):
+            head = head[: head.rfind(f"def {self.entry}")]  # imports and helpers; the answer has the function whole
+        return f"{head}{code}\n\n{self.test}\n\ncheck({self.entry})\n"
+
+
+def code_of(text: str) -> str:
+    """The code of an answer: its first block between fences, closed or not; the whole answer where it has none."""
+    fenced = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    return fenced[1] if fenced else text
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, without the commas that part its thousands."""
+    found = NUMBER.findall(text)
+    return found[-1].replace(",", "") if found else None
+
+
+def read_problems(folder: Path) -> list[Problem]:
+    """The problems of a folder that holds HumanEval, GSM8K or both.
+
+    Raises:
+      UserError: it holds neither, or a line cannot be read.
+    """
+    found: list[Problem] = []
+    for names, parse in ((PUBLISHED[1], _human_eval), (GSM8K, _gsm8k)):
+        file = next((folder / name for name in names if (folder / name).is_file()), None)
+        if file is not None:
+            found += _parse(file, parse)
+    if not found:
+        raise UserError(f"--data {folder} holds neither {PUBLISHED[1][0]} nor {GSM8K[0]}; bring one of them")
+    return found
+
+
+def _parse(file: Path, parse: Callable[[int, Any], Problem]) -> list[Problem]:
+    found = []
+    for number, line in json_lines.numbered(read_text(file)):
+        try:
+            found.append(parse(number, json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--data {file}, line {number}: not of the published format ({error})") from None
+    return found
+
+
+def _human_eval(_: int, row: Any) -> Problem:
+    stub = row["prompt"]
+    return Problem(
+        f"HumanEval/{row['task_id'].rpartition('/')[2]}", "HumanEval", CODE_PROMPT.format(stub), stub=stub,
+        entry=row["entry_point"], test=row["test"],
+    )  # fmt: skip
+
+
+def _gsm8k(number: int, row: Any) -> Problem:
+    answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
+    float(answer)  # a line without its number is none of GSM8K's
+    return Problem(f"GSM8K/{number - 1}", "GSM8K", MATHS_PROMPT.format(row["question"]), answer=answer)

@@ -1,0 +1,1 @@
+"""Ways of decoding side by side, and their stages, floors and peers."""

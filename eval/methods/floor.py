@@ -1,0 +1,23 @@
+"""The floor of a round: the bytes that it must read, whatever it does with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from frspec_jax import kv_cache
+from frspec_jax.generator import Generator
+
+
+def round_bytes(model: Generator, context: int) -> int:
+    """Bytes that a round must read: target and head once, draft and cropped head at each level, live K/V rows."""
+
+    def size(tree: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    target, config, drafting = model.weights.target, model.checkpoint.config, model.drafting
+    row = 2 * config.num_kv_heads * config.head_dim * kv_cache.stored(target.embedding.dtype).itemsize
+    total = size(target.layers) + target.head.nbytes + config.num_layers * context * row
+    read = size(drafting.drafter.each_pass(model.weights.draft)) + context * row
+    return total + drafting.drafter.passes(model.tree) * read

@@ -1,0 +1,73 @@
+"""A round's stages as programs of their own: draft, verify and accept, to time them and to look between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from frspec_jax import engine
+from frspec_jax.generator import Generator, Request
+
+WARM_UP = 3  # rounds before stages are timed
+
+
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
+def draft_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> Any:
+    """The drafting half of a round as a program of its own: a `DraftTree`, and the state."""
+    tree, memory = engine.draft(plan, weights, state)
+    return tree, replace(state, caches=replace(state.caches, draft=memory))
+
+
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
+def verify_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
+    """The target's pass over a tree: the `engine.Verdict`, and the state."""
+    verdict, cache = engine.verify(plan, weights, state, tree)
+    return verdict, replace(state, caches=replace(state.caches, target=cache))
+
+
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
+def accept_step(plan: engine.Plan, state: engine.DecodeState, tree: Any, verdict: engine.Verdict) -> Any:
+    """The end of a round: the state with the accepted path emitted and committed."""
+    return engine.accept(plan, state, tree, verdict, state.caches)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageTimes:
+    """Median milliseconds of a round's stages, each run as a program of its own."""
+
+    draft: float
+    verify: float
+    accept: float
+
+
+def stage_times(model: Generator, prompt: np.ndarray, request: Request, rounds: int = 24) -> StageTimes:
+    """Time draft, verify and accept apart, over the rounds of one answer."""
+    depth = model.tree.depth
+    limit = min(model.check(prompt, request), (rounds + WARM_UP + 1) * (depth + 1))
+    times: list[tuple[float, float, float]] = []
+
+    def timed(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> engine.DecodeState:
+        start = time.perf_counter()
+        tree, state = jax.block_until_ready(draft_step(plan, weights, state))
+        drafted = time.perf_counter()
+        verdict, state = jax.block_until_ready(verify_step(plan, weights, state, tree))
+        verified = time.perf_counter()
+        state = jax.block_until_ready(accept_step(plan, state, tree, verdict))
+        times.append((drafted - start, verified - drafted, time.perf_counter() - verified))
+        return state
+
+    with model.begin(prompt, replace(request, max_new_tokens=limit)) as text:
+        while len(times) < rounds + WARM_UP and not text.finished:
+            text.drive(timed)
+    # An answer of one token has no round to time.
+    medians = [
+        1e3 * statistics.median(column) for column in zip(*times[WARM_UP:] or times or [(0.0, 0.0, 0.0)], strict=True)
+    ]
+    return StageTimes(*medians)

@@ -1,0 +1,1 @@
+"""What a run keeps: records, manifest, where figures came from."""

@@ -1,0 +1,50 @@
+"""Where figures come from: the machine, the versions, the date and the command."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from frspec_jax import tuned
+from frspec_jax.errors import UserError
+
+machine = tuned.machine
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a measurement depends on."""
+    names = ("frspec-jax", "jax", "jaxlib", "numpy", "transformers", "torch")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def command() -> str:
+    """The command line, for a reader elsewhere: of a path that is absolute only the name."""
+    program = Path(sys.argv[0])
+    start = "python -m eval" if program.name == "__main__.py" else f"python {program.parent.name}/{program.name}"
+    return " ".join([start, *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
+
+
+def save(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures as JSON, with the machine, the versions, the date and the command that they were measured with."""
+    if path is None:
+        return
+    about = {"machine": machine(), "versions": versions()}
+    about |= {"date": datetime.date.today().isoformat(), "command": command()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps(about | figures, indent=2) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}; name another file") from None

@@ -1,0 +1,1 @@
+"""Judging code that a model wrote, in a process of its own."""

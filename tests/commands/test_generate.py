@@ -1,0 +1,144 @@
+"""The command line and the Python API, on a toy model: same text whatever drafts, streamed or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import frspec_jax
+from frspec_jax import Request, Sampling, TreeConfig, api, generate
+from tests import conftest
+from tests.support.folders import VOCAB_SIZE, checkpoint_folder
+
+KEYS = {
+    "text", "tokens", "prompt_tokens", "finish_reason", "method", "draft_vocab", "rounds", "accepted_length",
+    "accepted_histogram", "prefill_seconds", "decode_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return checkpoint_folder(tmp_path_factory.mktemp("generate") / "toy")
+
+
+def answers(capsys, checkpoint, *flags) -> list[dict]:
+    generate.main(["--ckpt", str(checkpoint.path), "--json", "--max-new-tokens", "24", *map(str, flags)])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("sampled", [(), ("--temperature", "1", "--seed", "4", "--top-k", "40", "--top-p", "0.9")])
+def test_the_draft_changes_nothing(checkpoint, capsys, sampled):
+    found = {}
+    drafts = (("--draft", "none"), ("--draft-vocab", "full"), ("--draft-vocab", "32"), (), ("--copying", "on"),
+              ("--tree-size", "1"))  # fmt: skip
+    for flags in drafts:
+        (found[flags],) = answers(capsys, checkpoint, "--prompt", "the end", *flags, *sampled)
+    assert all(set(answer) == KEYS for answer in found.values())
+    assert len({tuple(answer["tokens"]) for answer in found.values()}) == 1
+    methods = ["vanilla", "eagle", "eagle+fr", "eagle+fr", "eagle+fr+copying", "vanilla"]
+    quarter = VOCAB_SIZE // 4
+    assert [answer["method"] for answer in found.values()] == methods
+    assert [answer["draft_vocab"] for answer in found.values()] == [None, VOCAB_SIZE, 32, quarter, quarter, None]
+    for answer in found.values():
+        assert answer["rounds"] == sum(answer["accepted_histogram"])
+        lengths = sum(n * (i + 1) for i, n in enumerate(answer["accepted_histogram"]))
+        assert lengths == len(answer["tokens"]) - 1
+        assert answer["finish_reason"] == ("stop" if answer["tokens"][-1] in checkpoint.stop_ids else "length")
+
+
+def test_text_and_figures_go_to_different_streams(checkpoint, capsys):
+    generate.main(["--ckpt", str(checkpoint.path), "--prompt", "hello", "--max-new-tokens", "9"])
+    captured = capsys.readouterr()
+    (answer,) = answers(capsys, checkpoint, "--prompt", "hello")
+    assert answer["text"].startswith(captured.out.rstrip("\n")[:4])
+    assert "tokens/s" in captured.err and "with bonus" in captured.err
+
+
+def test_prompt_files_and_standard_input(checkpoint, capsys, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "hello"}]
+    file.write_text(json.dumps({"prompt": "hello"}) + "\n\n" + json.dumps({"messages": messages}) + "\n")
+    first, second = answers(capsys, checkpoint, "--prompt-file", file)
+    assert first["tokens"] == second["tokens"]
+    file.write_text('{"prompt": "hello\u2028there\x85"}\n', "utf-8")  # no line ends inside a string
+    assert len(answers(capsys, checkpoint, "--prompt-file", file)) == 1
+    text = tmp_path / "prompt.txt"
+    text.write_text("hello")
+    assert answers(capsys, checkpoint, "--prompt-file", text)[0]["tokens"] == first["tokens"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    assert answers(capsys, checkpoint)[0]["tokens"] == first["tokens"]
+
+
+def test_the_chat_template_and_raw_text(checkpoint):
+    model = api.load(checkpoint)
+    decode = checkpoint.tokenizer.decode
+    assert decode(model.encode("hi")) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(model.encode("hi", Request(raw=True))) == "hi"
+    assert decode(model.encode("hi", Request(system="s"))).startswith("<|im_start|>system\ns<|im_end|>")
+
+
+def test_streamed_pieces_are_the_text(checkpoint):
+    """Random tokens make broken UTF-8 too: what is held back must come out whole, or as the replacement it is."""
+    model = frspec_jax.load(checkpoint.path, tree=TreeConfig(6, 2, 3))
+    for seed in range(8):
+        request = Request(max_new_tokens=40, sampling=Sampling(1.5), seed=seed)
+        whole = model.generate("wörd ✓", request)
+        stream = model.stream("wörd ✓", request)
+        assert "".join(stream) == whole.text
+        assert stream.result is not None
+        timeless = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
+        assert dataclasses.replace(stream.result, **timeless) == dataclasses.replace(whole, **timeless)
+
+
+def test_a_stream_that_is_left_alone_spoils_nothing(checkpoint):
+    model = api.load(checkpoint)
+    whole = model.generate("hello", Request(24))
+    next(iter(model.stream("hello", Request(24))))
+    assert model.generate("hello", Request(24)).tokens == whole.tokens
+
+
+def test_an_answer_that_fills_the_context_is_cut(checkpoint):
+    model = api.load(checkpoint, draft="none", context=256)
+    prompt = np.full(250, 40, np.int32)
+    result = model.generate_ids(prompt, Request(100))
+    assert len(result.tokens) <= 5 and result.finish_reason in ("length", "stop")
+    request = Request(100, Sampling(1.0))
+    roomy = api.load(checkpoint, draft="none", context=512).generate_ids(prompt, request).tokens
+    assert model.generate_ids(prompt, request).tokens == roomy[:5]
+
+
+def test_models_of_one_draft_share_a_reading(checkpoint):
+    """What V' keeps matters only once a draft proposes, so a prompt is read once; each answers as it would alone."""
+    prompt, request = np.arange(1, 40, dtype=np.int32), Request(12)
+    whole = api.load(checkpoint, draft_vocab="full")
+    cropped = api.load(checkpoint, draft_vocab=68, target=whole.weights.target)
+    vanilla = api.load(checkpoint, draft="none", target=whole.weights.target)
+    assert whole.reads_as(request) == cropped.reads_as(request) != vanilla.reads_as(request)
+    assert whole.reads_as(request) != api.load(checkpoint, draft_vocab="full").reads_as(request)  # weights of its own
+    reading = whole.read(prompt, request)
+    for model in (cropped, whole):
+        alone, after = model.generate_ids(prompt, request), model.answer(reading.copy())
+        assert (after.tokens, after.rounds, after.draft_vocab) == (alone.tokens, alone.rounds, alone.draft_vocab)
+        assert after.prefill_seconds == reading.seconds and after.prompt_tokens == len(prompt)
+
+
+def test_bfloat16_runs(checkpoint):
+    model = api.load(checkpoint, dtype=jnp.bfloat16)
+    assert model.weights.target.embedding.dtype == jnp.bfloat16
+    assert len(model.generate("hello", Request(12)).tokens) >= 1
+
+
+def test_the_dtype_suits_the_cpu(checkpoint, monkeypatch, tmp_path):
+    """bfloat16 where a CPU multiplies it in hardware, unless another is asked for; then the tree is another too."""
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f amx_bf16 amx_tile\n")
+    assert conftest.has_amx(tmp_path / "cpuinfo") and not conftest.has_amx(tmp_path / "none")
+    for amx, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(api, "has_amx", lambda amx=amx: amx)
+        model = api.load(checkpoint)
+        assert model.dtype_name == dtype and model.tree == api.defaults(dtype).tree
+        assert api.load(checkpoint, dtype=jnp.float32).tree == api.DEFAULTS["cpu"].tree

@@ -1,0 +1,89 @@
+"""`make gpu-check`: the script is sound, as far as a machine without a GPU can show it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = ["-m", "eval", "stages", "tiny"]
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+assert spec and spec.loader
+gpu_check = importlib.util.module_from_spec(spec)
+sys.modules["gpu_check"] = gpu_check  # where its dataclass looks itself up
+spec.loader.exec_module(gpu_check)
+
+
+def test_a_dry_run_does_every_step(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "--dry", "--out", tmp_path], capture_output=True, text=True)
+    report = (tmp_path / "report.md").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report.count("| passed |") == 3
+    kernels = json.loads((tmp_path / "kernels.json").read_text())
+    assert kernels["interpreted"] and len(kernels["cases"]) == 5
+    assert all(case["wrong"] == [] and case["pallas_us"] > 0 for case in kernels["cases"])
+    rounds = json.loads((tmp_path / "tiny-auto.json").read_text())
+    assert [row["name"] for row in rounds["rows"]] == ["vanilla", "EAGLE-2"]
+    stages = {stage["stage"]: stage["us"] for stage in rounds["rows"][1]["stages"]}
+    assert {"extend", "level: layer", "level: head, top-k", "verify: layers", "accept, compact"} < set(stages)
+    assert min(stages.values()) > 0 and rounds["random_weights"] is True
+    assert (tmp_path / "tiny-auto" / "stages.png").stat().st_size > 5000
+
+
+def test_a_failing_step_is_reported_and_a_slow_one_stopped(tmp_path):
+    failing = gpu_check.run(gpu_check.Step("a", 60, ["-c", "raise SystemExit(3)"]), 60, tmp_path / "a.log")
+    assert failing["outcome"] == "failed (exit status 3)"
+    slow = gpu_check.run(gpu_check.Step("b", 6, ["-c", "import time; time.sleep(60)"]), 60, tmp_path / "b.log")
+    assert slow["outcome"] == "stopped after 6 s" and slow["seconds"] < 30
+    late = gpu_check.run(gpu_check.Step("c", 60, ["-c", ""]), 3, tmp_path / "c.log")
+    assert late["outcome"] == "no time left"
+
+
+def test_the_report_holds_rounds_against_the_aims(tmp_path):
+    def row(name, round_us, times_floor, head_us):
+        stages = [
+            {"stage": "verify: layers", "us": 110.0, "floor_us": 100.0},
+            {"stage": "verify: head", "us": 12.0, "floor_us": 10.0},
+            {"stage": "level: layer", "us": 10.0, "floor_us": 8.0},
+            {"stage": "level: head, top-k", "us": head_us, "floor_us": 2.0},
+        ]
+        return {"name": name, "round_us": round_us, "times_floor": times_floor, "stages": stages}
+
+    assert "not measured" in gpu_check.targets(tmp_path)[0]
+    rows = [
+        row("vanilla", 5000.0, 1.05, 0.0),
+        row("EAGLE-2", 8800.0, 1.3, 20.0),
+        row("FR-Spec 32,768", 8000.0, 1.2, 6.0),
+    ]
+    (tmp_path / "llama3-8b-auto.json").write_text(json.dumps({"rows": rows}))
+    found = [line.split(" | ")[1:] for line in gpu_check.targets(tmp_path)]
+    figures = [(float(value), line.split(": ")[-1].strip(" |")) for value, line in found]
+    assert figures == [
+        (1.109, "reached"), (1.6, "missed"), (1.2, "reached"), (8.0, "missed"), (1.05, "reached"), (1.1, "missed"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["-m", "pallas_kernels.bench"], "no GPU is in sight"),
+        (["-m", "pallas_kernels.bench", "--dry", "--calls", "0"], "--calls 0 and --context 1024: give at least 1"),
+        (["-m", "pallas_kernels.bench", "--dry", "--json", "/proc/no/file"], "--json /proc/no/file cannot be written"),
+        (["-m", "eval", "speed", "--shapes", "tiny"], "--shapes MODEL and --random-weights go together"),
+        ([*TINY, "--rounds", "0"], "--rounds 0 and --context 512: give at least 1"),
+        ([*TINY, "--context", "64", "0"], "--rounds 20 and --context 0: give at least 1"),
+        ([*TINY, "--out", "/proc/no"], "--out /proc/no cannot be written"),
+        ([*TINY, "--draft-vocab", "8192"], "--draft-vocab 8192: tiny has 500 tokens; give fewer, or full"),
+        ([SCRIPT, "--dry", "--out", "/proc/no"], "--out /proc/no cannot be made"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(argv, said):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}  # a GPU is what one of the commands asks for
+    done = subprocess.run([sys.executable, *argv], cwd=SCRIPT.parent.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr

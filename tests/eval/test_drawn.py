@@ -1,0 +1,136 @@
+"""The commands that draw the paper's figures: token frequency, draft trees, and loops."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from eval.__main__ import COMMANDS
+from eval.commands import frequency, loops
+from eval.commands.draft_tree import PLAIN, grown, heights
+from frspec_jax import Request, TreeConfig, api
+from frspec_jax.commands import dispatch
+from frspec_jax.errors import UserError
+from frspec_jax.vocabulary import Ranking
+from tests.support.folders import VOCAB_SIZE, checkpoint_folder
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return checkpoint_folder(tmp_path_factory.mktemp("figures") / "toy").path
+
+
+def evaluate(*argv):
+    dispatch("eval", "", COMMANDS, [str(arg) for arg in argv])
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*argv)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and len(captured.err.strip().splitlines()) == 1
+    return captured.err
+
+
+# Figure 2 -----------------------------------------------------------------------------------------
+
+
+def test_shares_of_the_vocabulary():
+    ranking = Ranking(np.array([5, 0, 90, 3, 2, 0, 0, 0]), "t", ("c",))
+    assert frequency.cumulative(ranking).tolist() == [0.9, 0.95, 0.98, 1, 1, 1, 1, 1]
+    assert [frequency.needed(ranking, share) for share in (0.75, 0.90, 0.95, 0.99)] == [1, 1, 2, 4]
+    found = frequency.facts("x", ranking)
+    assert found["last_three_quarters"] == pytest.approx(0.05) and found["never_seen"] == 0.5
+    assert found["share_of_vocabulary_for"] == {"75%": 0.125, "90%": 0.125, "95%": 0.25, "99%": 0.5}
+
+
+def test_frequency_draws_rankings_and_checkpoints(ckpt, tmp_path, capsys):
+    Ranking(np.arange(50), "other", ("c",)).save(tmp_path / "other.npz")
+    evaluate("frequency", ckpt, tmp_path / "other.npz", "--out", tmp_path / "o", "--json", tmp_path / "f.json")
+    rows = json.loads((tmp_path / "f.json").read_text())["rankings"]
+    assert [(row["name"], row["vocabulary"]) for row in rows] == [("toy", VOCAB_SIZE), ("other", 50)]
+    assert (tmp_path / "o" / "token_frequency.svg").is_file()
+    assert "other" in capsys.readouterr().out
+    assert "two rankings are called toy" in refused(capsys, "frequency", ckpt, ckpt, "--out", tmp_path / "p")
+    assert "is no file" in refused(capsys, "frequency", tmp_path / "x.npz", "--out", tmp_path / "p")
+    Ranking(np.zeros(9, int), "t", ("c",)).save(tmp_path / "empty.npz")
+    assert "counts no token" in refused(capsys, "frequency", tmp_path / "empty.npz", "--out", tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+# Figures 3 and 4 ----------------------------------------------------------------------------------
+
+
+def test_a_tree_stands_with_parents_amid_their_children():
+    places = heights(np.array([0, 0, 0, 1, 1, 2]))
+    assert places.tolist() == [1.25, 0.5, 2.0, 0.0, 1.0, 2.0]
+
+
+def test_what_is_drawn_is_what_is_decoded(ckpt):
+    """The accepted path and the bonus are the target's own next tokens; the mask is the tree's."""
+    vanilla = api.load(ckpt, draft="none")
+    model = api.load(ckpt, draft_vocab="full", tree=TreeConfig(120, 3, 10), target=vanilla.weights.target)
+    text = vanilla.encode("the end")
+    longest = 0
+    for _ in range(60):
+        one = grown(model, text)
+        path = sorted(one.accepted, key=lambda node: one.depth[node])
+        expected = vanilla.generate_ids(text, Request(len(path) + 1)).tokens
+        assert [int(one.ids[node]) for node in path] == expected[: len(path)]
+        assert one.bonus == vanilla.checkpoint.tokenizer.decode([expected[len(path)]])
+        for node in range(120):
+            above = {node} | ({int(one.parent[node])} if node else set())
+            seen = set(np.flatnonzero(one.mask[node]).tolist())
+            assert above <= seen and len(seen) == one.depth[node] + 1
+        longest = max(longest, len(path))
+        if longest > 1:
+            break
+        text = np.append(text, np.int32(expected[0]))
+    assert longest > 1  # somewhere a draft was right, or the test above says little
+
+
+def test_the_tree_command(ckpt, tmp_path, capsys):
+    evaluate("tree", "--ckpt", ckpt, "--prompt", "the end", "--after", "3", "--out", tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("accepted") == 2 and f"V' = {VOCAB_SIZE}" in out and f"V' = {VOCAB_SIZE // 4}" in out
+    assert (tmp_path / "draft_tree.png").stat().st_size > 20000 and PLAIN in (tmp_path / "draft_tree.svg").read_text()
+    for flags, words in (
+        (("--after", "-1"), "--after -1"),
+        (("--tree-size", "99"), "--tree-size 99"),
+        (("--draft-vocab", "few"), "--draft-vocab few"),
+        (("--prompt", " "), "empty"),
+        (("--out", ckpt / "config.json" / "x"), "--out"),
+    ):
+        assert words in refused(capsys, "tree", "--ckpt", ckpt, "--out", tmp_path / "x", *flags)
+    assert not (tmp_path / "x").exists()
+
+
+# Figure 5 -----------------------------------------------------------------------------------------
+
+
+def test_every_drive_emits_the_same_tokens(ckpt):
+    model = api.load(ckpt)
+    prompt = model.encode("what is it")
+    results = [loops.timed(model, drive, prompt, Request(20)) for drive in loops.DRIVES]
+    assert all(tokens == results[0][0] and rounds == results[0][1] for tokens, rounds, _ in results)
+    assert results[0][0] == model.generate_ids(prompt, Request(20)).tokens and results[0][1] > 0
+
+
+def test_a_drive_that_is_wrong_is_noticed(ckpt, monkeypatch):
+    model = api.load(ckpt)
+    monkeypatch.setitem(loops.DRIVES, "a call a round", lambda plan, weights, state: state)
+    with pytest.raises(RuntimeError, match="different tokens"):
+        loops.compare({"m": model}, [model.encode("what is it")], Request(8))
+    with pytest.raises(UserError, match="one token"):
+        loops.compare({"m": model}, [model.encode("what is it")], Request(1))
+
+
+def test_the_loops_command(ckpt, tmp_path, capsys):
+    flags = ("--draft-vocab", "1/4", "--questions", "1", "--max-new-tokens", "8")
+    evaluate("loops", "--ckpt", ckpt, *flags, "--out", tmp_path, "--json", tmp_path / "f.json")
+    rows = json.loads((tmp_path / "f.json").read_text())["methods"]
+    assert [row["name"] for row in rows] == ["vanilla", "FR-Spec 68"]
+    assert all(set(row["round_ms"]) == set(loops.DRIVES) and min(row["round_ms"].values()) > 0 for row in rows)
+    assert (tmp_path / "loops.png").is_file() and "compiled loop" in capsys.readouterr().out

@@ -1,0 +1,92 @@
+"""Question sets, sizes of sub-vocabularies, and what is made of results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eval.__main__ import COMMANDS
+from eval.commands.accept import show, summary
+from eval.commands.flags import _size
+from eval.data.questions import TASKS, Question, read_questions, spread
+from frspec_jax.api import Result
+from frspec_jax.commands import dispatch
+from frspec_jax.errors import UserError
+
+
+def test_the_sample_holds_every_task():
+    questions = read_questions(None)
+    assert {q.task for q in questions} == set(TASKS)
+    assert {len(q.turns) for q in questions} == {1, 2}
+    assert all(q.turns and all(turn.strip() for turn in q.turns) for q in questions)
+
+
+def test_questions_are_read_and_refused_by_line(tmp_path):
+    file = tmp_path / "question.jsonl"
+    row = {"question_id": 7, "category": "coding", "turns": ["a", "b"]}
+    file.write_text(json.dumps(row) + "\n")
+    assert read_questions(tmp_path) == read_questions(file) == [Question(7, "Conv", ("a", "b"))]
+    file.write_text(json.dumps(row) + "\n{}\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_questions(file)
+    with pytest.raises(UserError, match="--data"):
+        read_questions(tmp_path / "absent.jsonl")
+
+
+def test_questions_are_spread_evenly_over_tasks():
+    questions = [Question(n, task, ("x",)) for n, task in enumerate(["MT"] * 10 + ["QA"] * 10 + ["RAG"] * 2)]
+    chosen = spread(questions, 8)
+    assert [q.task for q in chosen] == ["MT"] * 3 + ["QA"] * 3 + ["RAG"] * 2
+    assert [q.number for q in chosen[:3]] == [0, 3, 6]
+    assert len(spread(questions, 100)) == 22
+
+
+FIGURES = ("accept", "demo", "frequency", "identical", "loops", "speed", "tune")
+PLOTTED = ("frequency", "loops", "report", "speed", "tree", "tune")
+
+
+@pytest.mark.parametrize("command, flag", [*((c, "--json") for c in FIGURES), *((c, "--out") for c in PLOTTED)])
+def test_what_cannot_be_written_is_refused_first(command, flag, tmp_path, capsys):
+    """Before the checkpoint is looked at, and long before the measurement whose figures would be lost."""
+    (tmp_path / "file").write_text("")
+    rest = {"frequency": ["x.npz"], "report": ["RUN"], "tree": ["--prompt", "x"]}.get(command, [])
+    for place in (tmp_path / "file" / "below", "/proc/no/x"):
+        with pytest.raises(SystemExit) as stop:
+            dispatch("eval", "", COMMANDS, [command, *rest, flag, str(place)])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith(f"error: {flag} {place} cannot be written: ")
+    if flag == "--json":
+        with pytest.raises(SystemExit):
+            dispatch("eval", "", COMMANDS, [command, *rest, flag, str(tmp_path)])
+        assert f"--json {tmp_path} is a folder; name a file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_sizes():
+    assert [_size(text, 1200) for text in ("full", "1/4", "32")] == ["full", 300, 32]
+    for text in ("quarter", "1/0", "-3", ""):
+        with pytest.raises(UserError, match="--draft-vocab"):
+            _size(text, 1200)
+
+
+def result(histogram):
+    tokens = sum(n * (i + 1) for i, n in enumerate(histogram)) + 1
+    return Result("", [0] * tokens, 1, "stop", "eagle", 8, sum(histogram), None, histogram, 1.0, 1.0)
+
+
+def test_accepted_length_is_pooled_over_rounds():
+    found = summary({"QA": [result([1, 0, 1]), result([2, 0, 0])], "MT": [result([0, 4, 0])]})
+    assert found["accepted_length"] == {"QA": 1.5, "MT": 2.0}
+    assert found["average"] == 1.75
+    assert found["histogram"] == [3, 4, 1]
+    assert found["acceptance_by_depth"] == [0.625, 0.2]
+
+
+def test_tables_in_a_pipe_are_whole(monkeypatch, capsys):
+    """A file has no width: there, no cell may be cut to what would fit a terminal of 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    row = {"name": "FR-Spec 32,768 (conversation)", "average": 2.5, "coverage": 0.941}
+    show({"questions": 7, "methods": [row | {"accepted_length": dict.fromkeys(TASKS, 2.5)}]})
+    said = capsys.readouterr().out
+    assert row["name"] in said and "94.1%" in said and "…" not in said

@@ -1,0 +1,185 @@
+"""Attention over a KV cache and a tree, against the textbook formula in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.tree_attention import BLOCK, DENSE_LIMIT, tree_attention
+from pallas_kernels.visibility import bit_words, has_bit
+from tests import conftest
+
+WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
+attend = {how: jax.jit(functools.partial(tree_attention, implementation=how)) for how in WAYS}
+both = pytest.mark.parametrize("how", list(attend))
+
+# (tokens, KV heads, queries per KV head, head_dim, capacity); the last two walk the cache in blocks.
+SHAPES = [(8, 2, 3, 64, 256), (70, 2, 1, 80, 256), (5, 1, 3, 8, 512), (70, 2, 3, 64, 1024), (33, 3, 1, 8, 1024)]
+GARBAGE = 3e30  # finite, as everything is that stands in a cache; larger than any real entry
+
+
+def reference(q, keys, values, committed, line) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax attention query by query, over the rows that each one sees, in float64.
+
+    line: [T, T] booleans, which rows of the tree behind the committed ones each query sees.
+    Returns what it gives [T, heads, head_dim], and what it would give if all values were positive.
+    """
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    tokens, heads, head_dim = q.shape
+    group = heads // keys.shape[0]
+    out, size = np.zeros_like(q), np.zeros_like(q)
+    for t in range(tokens):
+        rows = np.concatenate([np.arange(committed), committed + np.flatnonzero(line[t])])
+        for head in range(heads):
+            scores = keys[head // group, rows] @ q[t, head] / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            out[t, head] = weights @ values[head // group, rows]
+            size[t, head] = weights @ np.abs(values[head // group, rows])
+    return out, size
+
+
+def case(shape, committed, kind, seed, spread=1.0):
+    """Queries, and a cache whose invisible rows hold what must not be seen."""
+    tokens, kv_heads, group, head_dim, capacity = shape
+    rng = np.random.default_rng(seed)
+    q = (spread * rng.normal(size=(tokens, kv_heads * group, head_dim))).astype(np.float32)
+    keys, values = rng.normal(size=(2, kv_heads, capacity, head_dim)).astype(np.float32)
+    keys[:, committed + tokens :] = values[:, committed + tokens :] = GARBAGE
+    line = np.eye(tokens, dtype=bool)
+    if kind == "chain":
+        line |= np.tri(tokens, dtype=bool)
+    elif kind == "tree":
+        for t in range(1, tokens):
+            line[t] |= line[rng.integers(0, t)]
+    elif kind == "any":  # tree_attention asks for no tree: only that a query sees itself
+        line |= rng.random((tokens, tokens)) < rng.random()
+    return q, keys, values, committed, line
+
+
+def ours(how, q, keys, values, committed, line) -> np.ndarray:
+    return np.asarray(attend[how](q, keys, values, jnp.int32(committed), bit_words(jnp.asarray(line))))
+
+
+def error(mine, exact) -> float:
+    """The largest difference, by the mean size of the values that were mixed (signs apart: they cancel in the mix)."""
+    mixed, size = exact
+    return float((np.abs(np.asarray(mine, np.float64) - mixed) / size).max())
+
+
+@both
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(SHAPES), st.floats(0, 1), st.sampled_from(["alone", "chain", "tree", "any"]),
+    st.integers(0, 2**32 - 1), st.sampled_from([(0.1, 2e-6), (1.0, 2e-6), (4.0, 2e-5)]),
+)  # fmt: skip
+def test_it_is_softmax_attention(how, shape, fill, kind, seed, spread):
+    """Wide spreads give scores beyond 20, whose own rounding in float32 is some 1e-6: weights carry it on."""
+    committed = round(fill * (shape[4] - shape[0]))  # from an empty cache to a full one
+    given = case(shape, committed, kind, seed, spread[0])
+    assert error(ours(how, *given), reference(*given)) < spread[1]
+
+
+@both
+@pytest.mark.parametrize("shape", SHAPES[::3])
+def test_at_every_edge_of_a_block(how, shape):
+    for edge in range(0, shape[4], BLOCK):
+        for committed in (edge - shape[0], edge - 1, edge, edge + 1):
+            if 0 <= committed <= shape[4] - shape[0]:
+                given = case(shape, committed, "tree", committed)
+                assert error(ours(how, *given), reference(*given)) < 2e-6
+
+
+@both
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_a_query_does_not_see_change_nothing(how, shape):
+    """Bit for bit: rows behind the tree, and siblings within it."""
+    tokens, _, _, _, capacity = shape
+    q, keys, values, committed, line = case(shape, min(300, capacity - tokens - 20), "alone", seed=1)
+    before = ours(how, q, keys, values, committed, line)
+    hidden = committed + np.arange(1, capacity - committed)  # all but the first tree row
+    rng = np.random.default_rng(2)
+    keys[:, hidden], values[:, hidden] = rng.normal(size=(2, *keys[:, hidden].shape))
+    assert np.array_equal(ours(how, q, keys, values, committed, line)[0], before[0])
+    keys[:, committed] += 1
+    assert not np.array_equal(ours(how, q, keys, values, committed, line)[0], before[0])
+
+
+def test_both_paths_agree():
+    """The same rows in a cache below the limit of the dense path and in one above it."""
+    assert SHAPES[2][4] <= DENSE_LIMIT < SHAPES[3][4]
+    q, keys, values, committed, line = case((8, 2, 3, 64, 512), 400, "tree", seed=3)
+    longer = [np.concatenate([x, np.full_like(x, GARBAGE)], axis=1) for x in (keys, values)]
+    exact = reference(q, keys, values, committed, line)
+    dense, blocks = ours("xla", q, keys, values, committed, line), ours("xla", q, *longer, committed, line)
+    assert error(dense, exact) < 2e-6 and error(blocks, exact) < 2e-6
+    assert error(blocks, (dense.astype(np.float64), exact[1])) < 2e-6
+
+
+@both
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]])
+def test_bfloat16_is_float32_but_for_rounding(how, shape):
+    q, keys, values, committed, line = case(shape, shape[4] - shape[0] - 3, "tree", seed=4)
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, keys, values)]
+    mine = ours(how, *rounded, committed, line)
+    assert mine.dtype == jnp.bfloat16
+    exact = reference(*(np.asarray(x, np.float32) for x in rounded), committed, line)
+    # Scores are float32; the weights are rounded once, by 2^-9, before they meet the values, and the output once more.
+    assert error(mine, exact) < 2.0**-8
+
+
+# Words of bits -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([1, 31, 32, 33, 64, 70]), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]))
+def test_bits_return_from_words(rows, seed, share):
+    visible = np.random.default_rng(seed).random((3, rows)) < share
+    words = bit_words(jnp.asarray(visible))
+    assert words.dtype == jnp.int32 and words.shape == (3, -(-rows // 32))
+    found = np.asarray(has_bit(words, jnp.arange(-70, 200)))
+    assert np.array_equal(found[:, 70 : 70 + rows], visible)
+    assert not found[:, :70].any() and not found[:, 70 + rows :].any()  # rows outside are unset
+    expected = [sum(1 << r for r in np.flatnonzero(row).tolist()) for row in visible]
+    assert [sum((int(w) & 0xFFFFFFFF) << 32 * n for n, w in enumerate(row)) for row in words] == expected
+
+
+def test_words_keep_leading_axes():
+    visible = np.random.default_rng(0).random((2, 3, 40)) < 0.5
+    words = bit_words(jnp.asarray(visible))
+    assert words.shape == (2, 3, 2) and np.array_equal(words[1], bit_words(jnp.asarray(visible[1])))
+    assert has_bit(words[0], jnp.arange(6).reshape(2, 3)).shape == (3, 2, 3)
+
+
+@pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
+@pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8)])
+@pytest.mark.parametrize("capacity", [BLOCK, 4 * BLOCK])
+def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
+    """On a CPU in bfloat16: `_steady_mix`. The path's keys stand with gaps in the tree, and without alone."""
+    kv_heads, group, head_dim = shape
+    rng = np.random.default_rng(0)
+
+    def bits(rows):
+        return jax.lax.bitcast_convert_type(jnp.asarray(rows, jnp.bfloat16), jnp.uint16)
+
+    for tokens in 8 * (4, 8, 60):
+        committed, depth = int(rng.integers(1, 150)), int(rng.integers(1, 4))
+        path = np.sort(rng.choice(tokens, depth, replace=False))
+        q = jnp.asarray(rng.normal(size=(tokens, kv_heads * group, head_dim)), jnp.bfloat16)
+        cache = rng.normal(size=(2, kv_heads, capacity, head_dim))
+        line = np.eye(tokens, dtype=bool) | (rng.random((tokens, tokens)) < 0.5)
+        line[path[-1]] = False
+        line[path[-1], path] = True
+        in_tree = ours("xla", q, *bits(cache), committed, line)[path[-1]]
+        alone = rng.normal(size=cache.shape)
+        alone[:, :, :committed] = cache[:, :, :committed]
+        alone[:, :, committed : committed + depth] = cache[:, :, committed + path]
+        # The tokens above it are committed by then.
+        by_itself = ours("xla", q[path[-1]][None], *bits(alone), committed + depth - 1, np.ones((1, 1), bool))[0]
+        np.testing.assert_array_equal(in_tree, by_itself)

@@ -1,0 +1,309 @@
+"""The promises of the decode loop: exact, compiled once, no copies."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from frspec_jax import engine, kv_cache, llama, sampling
+from frspec_jax.config import Sampling, TreeConfig
+from frspec_jax.drafters.base import NO_WEIGHTS
+from frspec_jax.placement import Placement
+from frspec_jax.sampling import Draw, SamplingArrays
+from tests import conftest
+from tests.support import toy
+
+PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
+TREES = [TreeConfig(2, 1, 1), TreeConfig(4, 3, 1), TreeConfig(8, 3, 4), TreeConfig(40, 4, 5), TreeConfig(5, 2, 3)]
+SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.8, top_k=7), Sampling(1.2, top_p=0.8), Sampling(0.9, 9, 0.9)]
+
+
+@pytest.fixture(params=toy.DRAFTS)
+def kind(request) -> str:
+    """Every kind of draft: each promise holds for all of them."""
+    return request.param
+
+
+def one_by_one(cfg, params, prompt, settings, seed, limit):
+    """Decoding in its plainest form: the whole text through the target for each token, without the engine."""
+
+    @jax.jit
+    def following(tokens, count):  # tokens [64], `count` of them real
+        cache = kv_cache.empty(cfg, 256, jnp.float32)
+        features, _ = llama.forward(params, cfg, tokens, Placement.chain(jnp.int32(0), 64), cache)
+        scores = llama.logits(params, features[count - 1][None])
+        rule, draw = sampling.rule_of(settings), Draw.of(settings, seed)
+        return sampling.choose(scores, rule, draw, count[None], jnp.zeros(1, jnp.int32))[0]
+
+    text = list(map(int, prompt))
+    for _ in range(limit):
+        padded = np.zeros(64, np.int32)
+        padded[: len(text)] = text
+        text.append(int(following(padded, jnp.int32(len(text)))))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("settings", SAMPLINGS[:2])
+def test_vanilla_is_the_target_token_by_token(settings):
+    cfg = toy.config()
+    w, _ = toy.weights(cfg)
+    tokens, state = toy.decode(toy.vanilla_plan(cfg, settings), w, PROMPT, 12, settings, seed=5)
+    assert tokens == one_by_one(cfg, w.target, PROMPT, settings, 5, 12)
+    assert int(state.finished) == engine.FULL
+
+
+@pytest.mark.parametrize(
+    ("tree", "settings"),
+    [*((tree, SAMPLINGS[0]) for tree in TREES), *((TREES[2], settings) for settings in SAMPLINGS[1:])],
+)
+def test_drafting_changes_nothing(kind, tree, settings):
+    """Promises 1 and 2: whatever drafts, the tokens are vanilla's, greedy and sampled, seed for seed."""
+    cfg = toy.config(vocab_size=12)
+    tree = toy.fitted(kind, cfg, tree)
+    full, drafter = toy.weights(cfg, kind=kind)
+    cropped, _ = toy.weights(cfg, np.array([5, 1, 9, 3, 11, 0, 7]), kind=kind)
+    vanilla, plan = toy.vanilla_plan(cfg, settings), toy.plan(cfg, drafter, tree, settings)
+    drafts = 0
+    for seed in range(4):
+        prompt = np.random.default_rng(seed).integers(0, 12, 9 + seed)
+        expected, _ = toy.decode(vanilla, full, prompt, 24, settings, seed=seed)
+        for w in (full, cropped):
+            tokens, state = toy.decode(plan, w, prompt, 24, settings, seed=seed)
+            assert tokens == expected
+            lengths = np.arange(1, tree.depth + 2)
+            assert int((np.asarray(state.histogram) * lengths).sum()) == len(tokens) - 1
+            assert int(state.histogram.sum()) == int(state.rounds)
+            drafts += len(tokens) - 1 - int(state.rounds)
+    assert drafts > 0 or tree.size < 5, "no draft was ever accepted: this test would prove nothing"
+
+
+def test_seeds_differ():
+    cfg = toy.config()
+    w, _ = toy.weights(cfg)
+    plan = toy.vanilla_plan(cfg, Sampling(1.0))
+    assert len({tuple(toy.decode(plan, w, PROMPT, 24, Sampling(1.0), seed=seed)[0]) for seed in range(6)}) == 6
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 31, 64, 65])
+def test_chunk_size_changes_nothing(kind, length):
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+    prompt = np.random.default_rng(length).integers(0, cfg.vocab_size, length)
+    plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling())
+    outputs = {chunk: toy.decode(plan, w, prompt, 12, chunk=chunk) for chunk in (8, 32, 256)}
+    assert len({tuple(tokens) for tokens, _ in outputs.values()}) == 1
+    # The drafter has seen the same too: it was right in the same rounds.
+    assert len({tuple(np.asarray(state.histogram)) for _, state in outputs.values()}) == 1
+
+
+def test_a_long_cache_changes_nothing(kind):
+    """Beyond a capacity of 512 attention walks blocks, and the text crosses two of their borders."""
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, 240)
+    plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(1.0))
+    short, _ = toy.decode(toy.vanilla_plan(cfg, Sampling(1.0)), w, prompt, 200, Sampling(1.0), capacity=512)
+    long, _ = toy.decode(plan, w, prompt, 200, Sampling(1.0), capacity=1024)
+    assert short == long
+
+
+@pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
+@pytest.mark.parametrize("tree", TREES)
+def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
+    """On a CPU a token's row rounds alike alone and in a tree, wherever its keys stand (README, on floating point)."""
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+    w = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
+    outputs = []
+    for plan in (toy.vanilla_plan(cfg, Sampling(1.0)), toy.plan(cfg, drafter, tree, Sampling(1.0))):
+        weights = w if plan.drafter is drafter else engine.Weights(w.target, NO_WEIGHTS)
+        caches = engine.new_caches(plan, 1024, jnp.bfloat16)
+        asked = engine.Asked.of(Sampling(1.0), seed=3, limit=150)
+        state = engine.start(plan, weights, caches, PROMPT, asked, chunk=8)
+        state = engine.run(plan, weights, state, np.int32(1000))
+        assert int(state.emitted) == 150 and state.accepted.features.dtype == jnp.bfloat16
+        outputs.append(np.asarray(state.output)[:150].tolist())
+    assert outputs[0] == outputs[1]
+
+
+def test_typical_acceptance_takes_what_is_likely_enough(kind):
+    """The lower the bar, the more of each tree is taken; and the text is another than the exact one."""
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+
+    def rounds(bar):
+        settings = Sampling(1.0, typical=bar)
+        plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), settings)
+        tokens, state = toy.decode(plan, w, PROMPT, 41, settings, seed=1)
+        return tokens, int(state.rounds)
+
+    exact, few, full = rounds(0.0), rounds(0.02), rounds(1e-12)
+    assert full[1] <= few[1] <= exact[1] and full[1] < exact[1] and full[0] != exact[0]
+
+
+# Stops and limits --------------------------------------------------------------------------------
+
+
+def oracle(cfg, w, settings, stop_ids=(), wrong_from=10**6, depth=4, prompt=PROMPT):
+    answer, _ = toy.decode(toy.vanilla_plan(cfg, settings), w, prompt, 40, settings)
+    text = jnp.asarray([*prompt, *answer, *([0] * 16)], jnp.int32)
+    plan = toy.plan(cfg, toy.Oracle(wrong_from), TreeConfig(depth + 1, depth, 1), settings, tuple(stop_ids))
+    return answer, plan, engine.Weights(w.target, toy.Told(text))
+
+
+def test_a_drafter_that_is_always_right_fills_every_round():
+    cfg = toy.config()
+    w, _ = toy.weights(cfg)
+    answer, plan, known = oracle(cfg, w, Sampling())
+    tokens, state = toy.decode(plan, known, PROMPT, 31)
+    assert tokens == answer[:31]
+    assert int(state.rounds) == 6 and np.asarray(state.histogram).tolist() == [0, 0, 0, 0, 6]
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_stop_id_inside_an_accepted_block_ends_the_answer_there(at):
+    cfg = toy.config(vocab_size=200)
+    w, _ = toy.weights(cfg)
+    answer, plan, known = oracle(cfg, w, Sampling(1.0))
+    first = answer.index(answer[at])  # the stop id may have come earlier
+    plan = dataclasses.replace(plan, stop_ids=(answer[at],))
+    tokens, state = toy.decode(plan, known, PROMPT, 31, Sampling(1.0))
+    assert tokens == answer[: first + 1]
+    assert int(state.finished) == engine.STOPPED
+
+
+@pytest.mark.parametrize("limit", range(1, 9))
+def test_the_limit_cuts_a_block(limit):
+    cfg = toy.config()
+    w, _ = toy.weights(cfg)
+    answer, plan, known = oracle(cfg, w, Sampling())
+    tokens, state = toy.decode(plan, known, PROMPT, limit)
+    assert tokens == answer[:limit]
+    assert int(state.finished) == engine.FULL
+
+
+def test_a_stop_id_beyond_the_limit_does_not_count():
+    cfg = toy.config(vocab_size=200)
+    w, _ = toy.weights(cfg)
+    answer, plan, known = oracle(cfg, w, Sampling(1.0))
+    plan = dataclasses.replace(plan, stop_ids=(answer[4],))
+    tokens, state = toy.decode(plan, known, PROMPT, 4, Sampling(1.0))
+    assert tokens == answer[:4] and int(state.finished) == engine.FULL
+
+
+def test_decoding_goes_on_rightly_after_a_draft_that_went_wrong():
+    cfg = toy.config()
+    w, _ = toy.weights(cfg)
+    for wrong_from in range(len(PROMPT) + 1, len(PROMPT) + 8):
+        answer, plan, known = oracle(cfg, w, Sampling(), wrong_from=wrong_from)
+        assert toy.decode(plan, known, PROMPT, 20)[0] == answer[:20]
+
+
+# The law of the samples --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [Sampling(1.0), Sampling(0.7, top_k=5)])
+def test_outputs_follow_the_targets_law(kind, settings):
+    """Three tokens of a model of eight, 6,000 sequences decoded side by side: chi-square against the exact law."""
+    cfg = toy.config(vocab_size=8)
+    w, drafter = toy.weights(cfg, seed=4, kind=kind)
+    plan = toy.plan(cfg, drafter, TreeConfig(6, 2, 3), settings)
+    prompt = np.array([2, 7, 1], np.int32)
+    count = 6000
+    asked = engine.Asked.of(settings, seed=11, limit=3)
+    read = engine.start(plan, w, engine.new_caches(plan, 256, jnp.float32), prompt, asked, chunk=4)
+    feature = read.accepted.features[0]
+    scores = llama.logits(w.target, feature[None])
+
+    def decode(sequence):
+        mine = asked.replace(draw=asked.draw.replace(sequence=sequence))
+        root = sampling.choose(scores, plan.rule, mine.draw, jnp.array([3]), jnp.zeros(1, jnp.int32))[0]
+        state = engine.state_after(plan, read.caches, feature, root, jnp.int32(3), mine)
+        return engine.decode_rounds(plan, w, state, jnp.int32(5)).output[:3]
+
+    outputs = np.asarray(jax.lax.map(decode, jnp.arange(count), batch_size=250))
+
+    law = {}
+    for tokens in itertools.product(range(8), repeat=2):
+        text = jnp.asarray([*prompt, *tokens], jnp.int32)
+        cache = kv_cache.empty(cfg, 256, jnp.float32)
+        features, _ = llama.forward(w.target, cfg, text, Placement.chain(jnp.int32(0), 5), cache)
+        scores = sampling.warp(llama.logits(w.target, features), SamplingArrays.of(settings))
+        share = np.asarray(jax.nn.softmax(scores, axis=-1), np.float64)
+        for last in range(8):
+            law[(*tokens, last)] = share[2, tokens[0]] * share[3, tokens[1]] * share[4, last]
+    assert abs(sum(law.values()) - 1) < 1e-5
+
+    seen = np.zeros(512)
+    np.add.at(seen, outputs @ np.array([64, 8, 1]), 1)
+    expected = count * np.array([law[key] for key in sorted(law)])
+    assert not seen[expected == 0].any(), "a token was drawn that the filters had removed"
+    common = expected >= 5
+    observed = np.append(seen[common], seen[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum())
+    if wanted[-1] == 0:
+        observed, wanted = observed[:-1], wanted[:-1]
+    assert stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
+
+
+# The compiled program ----------------------------------------------------------------------------
+
+
+def test_a_second_prompt_compiles_nothing(kind):
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+    plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(1.0))
+    toy.decode(plan, w, PROMPT, 8, Sampling(1.0))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **kw: compiled.append(event) if "backend_compile" in event else None
+    )
+    toy.decode(plan, w, np.arange(20) % cfg.vocab_size, 30, Sampling(1.0), seed=9)
+    toy.decode(plan, w, np.arange(70) % cfg.vocab_size, 5, Sampling(1.0), seed=2)
+    assert compiled == []
+    jax.jit(lambda x: x * 3.25 + 1)(jnp.ones(7))
+    assert compiled, "the listener hears nothing, so this test would prove nothing"
+
+
+@pytest.mark.parametrize("capacity", [512, 1024])
+def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity):
+    """Promise 5, read off the optimised HLO: caches are donated and updated in place."""
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+    plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling())
+    caches = engine.new_caches(plan, capacity, jnp.float32)
+    asked = engine.Asked.of(Sampling(), seed=0, limit=8)
+    chunk = engine.Chunk(np.zeros(33, np.int32), np.int32(0), np.int32(1), np.bool_(True))
+    prefill = engine.prefill.lower(plan, w, caches, chunk, asked).compile()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+    state = engine.start(plan, w, caches, PROMPT, asked, chunk=32)
+    run = engine.run.lower(plan, w, state, np.int32(5)).compile()
+    for program in (prefill, run):
+        text = program.as_text()
+        shape = rf"f32\[{cfg.num_kv_heads},{capacity},{cfg.head_dim}\]"
+        assert re.search(shape, text)
+        copies = [line for line in text.splitlines() if re.search(rf"= {shape}\S* copy(-start)?\(", line)]
+        assert copies == []
+        assert program.memory_analysis().alias_size_in_bytes >= size
+
+
+@pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs compute in float32, whatever the weights are")
+def test_no_weight_is_widened_in_the_compiled_round(kind):
+    """Handed rows or ids amiss, XLA's CPU backend makes float32 copies of bfloat16 weights at each call."""
+    cfg = toy.config()
+    w, drafter = toy.weights(cfg, kind=kind)
+    w = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
+    plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling())
+    asked = engine.Asked.of(Sampling(), seed=0, limit=8)
+    state = engine.start(plan, w, engine.new_caches(plan, 512, jnp.bfloat16), PROMPT, asked, chunk=32)
+    text = engine.run.lower(plan, w, state, np.int32(5)).compile().as_text()
+    matrices = {leaf.shape for leaf in jax.tree.leaves(w) if leaf.ndim == 2 and leaf.dtype == jnp.bfloat16}
+    assert all(f"bf16[{rows},{columns}]" in text for rows, columns in matrices)
+    assert [shape for shape in matrices if f"f32[{shape[0]},{shape[1]}]" in text] == []
