@@ -10,7 +10,7 @@ import jax
 import pytest
 from hypothesis import settings
 
-from frspec_jax import api
+from frspec_jax import defaults
 from frspec_jax.checkpoint import Checkpoint
 from tests.support.runs import chats
 
@@ -19,9 +19,9 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 # Tests mean float32 unless they name a dtype: the default of a CPU with AMX would make them depend on the machine.
-has_amx = api.has_amx
+has_amx = defaults.has_amx
 HAS_AMX = has_amx()
-api.has_amx = lambda: False
+defaults.has_amx = lambda: False
 
 ROOT = Path(__file__).parent.parent
 MATERIAL = ROOT / "material" / "SmolLM2-135M-Instruct.Q4_1.gguf"

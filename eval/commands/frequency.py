@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from eval.commands.flags import add_json_argument, add_out_argument
+from eval.runs.provenance import save
 from eval.show import plots
 from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError

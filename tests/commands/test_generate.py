@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import frspec_jax
-from frspec_jax import Request, Sampling, TreeConfig, api, generate
+from frspec_jax import Request, Sampling, TreeConfig, api, defaults, generate
 from tests import conftest
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
 
@@ -84,7 +84,7 @@ def test_the_chat_template_and_raw_text(checkpoint):
 
 def test_streamed_pieces_are_the_text(checkpoint):
     """Random tokens make broken UTF-8 too: what is held back must come out whole, or as the replacement it is."""
-    model = frspec_jax.load(checkpoint.path, tree=TreeConfig(6, 2, 3))
+    model = frspec_jax.load(checkpoint.path, frspec_jax.Draft(tree=TreeConfig(6, 2, 3)))
     for seed in range(8):
         request = Request(max_new_tokens=40, sampling=Sampling(1.5), seed=seed)
         whole = model.generate("wörd ✓", request)
@@ -103,26 +103,28 @@ def test_a_stream_that_is_left_alone_spoils_nothing(checkpoint):
 
 
 def test_an_answer_that_fills_the_context_is_cut(checkpoint):
-    model = api.load(checkpoint, draft="none", context=256)
+    model = api.load(checkpoint, "none", context=256)
     prompt = np.full(250, 40, np.int32)
     result = model.generate_ids(prompt, Request(100))
-    assert len(result.tokens) <= 5 and result.finish_reason in ("length", "stop")
+    assert len(result.tokens) <= 6 and result.finish_reason in ("length", "stop")
     request = Request(100, Sampling(1.0))
-    roomy = api.load(checkpoint, draft="none", context=512).generate_ids(prompt, request).tokens
-    assert model.generate_ids(prompt, request).tokens == roomy[:5]
+    roomy = api.load(checkpoint, "none", context=512).generate_ids(prompt, request).tokens
+    assert model.generate_ids(prompt, request).tokens == roomy[:6]
 
 
 def test_models_of_one_draft_share_a_reading(checkpoint):
     """What V' keeps matters only once a draft proposes, so a prompt is read once; each answers as it would alone."""
     prompt, request = np.arange(1, 40, dtype=np.int32), Request(12)
-    whole = api.load(checkpoint, draft_vocab="full")
-    cropped = api.load(checkpoint, draft_vocab=68, target=whole.weights.target)
-    vanilla = api.load(checkpoint, draft="none", target=whole.weights.target)
+    whole = api.load(checkpoint, api.Draft(vocab="full"))
+    cropped = api.load(checkpoint, api.Draft(vocab=68), target=whole.weights.target)
+    vanilla = api.load(checkpoint, "none", target=whole.weights.target)
     assert whole.reads_as(request) == cropped.reads_as(request) != vanilla.reads_as(request)
-    assert whole.reads_as(request) != api.load(checkpoint, draft_vocab="full").reads_as(request)  # weights of its own
-    reading = whole.read(prompt, request)
+    other = api.load(checkpoint, api.Draft(vocab="full"))  # with weights of its own
+    assert whole.reads_as(request) != other.reads_as(request)
+    with whole.begin(prompt, request) as text:
+        reading = text.reading()
     for model in (cropped, whole):
-        alone, after = model.generate_ids(prompt, request), model.answer(reading.copy())
+        alone, after = model.generate_ids(prompt, request), model.generate_ids(reading)
         assert (after.tokens, after.rounds, after.draft_vocab) == (alone.tokens, alone.rounds, alone.draft_vocab)
         assert after.prefill_seconds == reading.seconds and after.prompt_tokens == len(prompt)
 
@@ -138,7 +140,7 @@ def test_the_dtype_suits_the_cpu(checkpoint, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f amx_bf16 amx_tile\n")
     assert conftest.has_amx(tmp_path / "cpuinfo") and not conftest.has_amx(tmp_path / "none")
     for amx, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(api, "has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(defaults, "has_amx", lambda amx=amx: amx)
         model = api.load(checkpoint)
-        assert model.dtype_name == dtype and model.tree == api.defaults(dtype).tree
-        assert api.load(checkpoint, dtype=jnp.float32).tree == api.DEFAULTS["cpu"].tree
+        assert model.dtype_name == dtype and model.tree == defaults.defaults(dtype).tree
+        assert api.load(checkpoint, dtype=jnp.float32).tree == defaults.DEFAULTS["cpu"].tree

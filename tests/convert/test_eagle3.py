@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 from convert.__main__ import main
+from eval.methods import side_by_side
 from frspec_jax import api
 from frspec_jax.api import Request
 from frspec_jax.checkpoint import Checkpoint
@@ -35,10 +36,10 @@ def rank(ckpt: Checkpoint) -> Ranking:
 def test_an_imported_draft_changes_nothing_and_its_vocabulary_is_cropped_further(ckpt, tmp_path):
     ranking = rank(ckpt)
     imported(published_eagle3(tmp_path / "draft", ckpt, IDS), ckpt, "eagle3", command="eagle3")
-    vanilla, prompt = api.load(ckpt, draft="none"), np.array([5, 80, 33, 9], np.int32)
+    vanilla, prompt = api.load(ckpt, "none"), np.array([5, 80, 33, 9], np.int32)
     expected = vanilla.generate_ids(prompt, Request(24)).tokens
     for size, method, kept in (("full", "eagle3", 60), (None, "eagle3+fr", 40), (20, "eagle3+fr", 20)):
-        model = api.load(ckpt, draft_vocab=size)
+        model = api.load(ckpt, api.Draft(vocab=size))
         result = model.generate_ids(prompt, Request(24))
         assert result.tokens == expected
         assert (result.method, result.draft_vocab) == (method, kept)
@@ -48,7 +49,7 @@ def test_an_imported_draft_changes_nothing_and_its_vocabulary_is_cropped_further
         best = [i for i in ranking.order if i in set(IDS)][: kept - len(always)]
         assert set(best) <= set(ids)
     with pytest.raises(UserError, match=r"--draft-vocab 61 is larger than the draft's own vocabulary \(60 tokens\)"):
-        api.load(ckpt, draft_vocab=61)
+        api.load(ckpt, api.Draft(vocab=61))
 
 
 def test_a_head_over_the_whole_vocabulary_needs_no_map(ckpt, tmp_path):
@@ -173,5 +174,6 @@ def test_an_evaluation_has_each_vocabulary_once(ckpt, tmp_path):
     """A head of 60 tokens is whole at "full" and at 60: the same method."""
     rank(ckpt)
     imported(published_eagle3(tmp_path / "draft", ckpt, IDS), ckpt, "eagle3", command="eagle3")
-    found = measure.methods(ckpt, ["eagle3"], ["full", 60, 20], None, [ckpt.path / "ranking.npz"])
+    drafts = side_by_side.varied(["eagle3"], ["full", 60, 20], None, [ckpt.path / "ranking.npz"])
+    found = side_by_side.methods(ckpt, drafts)
     assert list(found) == ["vanilla", "EAGLE-3", "EAGLE-3 + FR 20 (ranking)"]

@@ -53,7 +53,7 @@ def test_the_tensors_decide_on_the_number_of_heads(tiny_ckpt, tmp_path, capsys):
 
 def test_an_imported_draft_is_loaded_by_its_kind_and_changes_nothing(tiny_ckpt, tmp_path):
     imported(published_medusa(tmp_path / "draft", tiny_ckpt, own=False), tiny_ckpt, "medusa", command="medusa")
-    model, vanilla = api.load(tiny_ckpt), api.load(tiny_ckpt, draft="none")
+    model, vanilla = api.load(tiny_ckpt), api.load(tiny_ckpt, "none")
     prompt = np.array([5, 80, 33, 9], np.int32)
     result = model.generate_ids(prompt, Request(24))
     assert result.tokens == vanilla.generate_ids(prompt, Request(24)).tokens

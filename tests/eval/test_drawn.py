@@ -70,8 +70,8 @@ def test_a_tree_stands_with_parents_amid_their_children():
 
 def test_what_is_drawn_is_what_is_decoded(ckpt):
     """The accepted path and the bonus are the target's own next tokens; the mask is the tree's."""
-    vanilla = api.load(ckpt, draft="none")
-    model = api.load(ckpt, draft_vocab="full", tree=TreeConfig(120, 3, 10), target=vanilla.weights.target)
+    vanilla = api.load(ckpt, "none")
+    model = api.load(ckpt, api.Draft(vocab="full", tree=TreeConfig(120, 3, 10)), target=vanilla.weights.target)
     text = vanilla.encode("the end")
     longest = 0
     for _ in range(60):

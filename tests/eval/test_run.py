@@ -21,7 +21,7 @@ from eval.data.questions import Question, alternated, digest, of_tasks, read_que
 from eval.methods import contest, side_by_side
 from eval.methods.contest import Contest, parting
 from eval.methods.peers import PeerResult
-from frspec_jax import Request, api
+from frspec_jax import Request, api, defaults
 from frspec_jax.api import Generator
 from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError
@@ -93,7 +93,7 @@ def test_the_records_hold_every_question_method_and_turn(whole, ckpt):
     found = timeless(whole)
     assert [row["question"] for row in found] == ["Conv/81", "MT/161", "QA/321", "Code/0", "Conv/82"]
     assert [len(row["turns"]) for row in found] == [2, 1, 1, 1, 2]
-    model = api.load(ckpt, draft_vocab=VOCAB_SIZE // 4)
+    model = api.load(ckpt, api.Draft(vocab=VOCAB_SIZE // 4))
     ids = set(side_by_side.draft_ids(model).tolist())
     for row in found:
         for turn in row["turns"]:
@@ -110,7 +110,7 @@ def test_the_records_hold_every_question_method_and_turn(whole, ckpt):
 
 
 def test_the_second_turn_sees_the_first_answer(whole, ckpt):
-    model = api.load(ckpt, draft="none")
+    model = api.load(ckpt, "none")
     first, second = timeless(whole)[0]["turns"]
     tokens = first["methods"]["vanilla"]["tokens"]
     answer = model.checkpoint.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -125,7 +125,7 @@ def test_the_manifest_says_what_was_measured(whole):
     manifest = json.loads((whole / "manifest.json").read_text())
     cropped = manifest["methods"]["FR-Spec 68"]
     assert (cropped["kind"], cropped["draft_vocab"]) == ("eagle+fr", 68)
-    assert cropped["tree"] == dataclasses.asdict(api.defaults().tree)
+    assert cropped["tree"] == dataclasses.asdict(defaults.defaults().tree)
     assert manifest["rankings"]["ranking"]["corpora"] == ["toy.txt"]
     assert manifest["questions"]["tasks"] == {"Conv": 2, "MT": 1, "QA": 1, "Code": 1}
     assert manifest["--max-new-tokens"] == 12 and "jax" in manifest["versions"] and manifest["machine"]
@@ -189,7 +189,7 @@ def test_a_finished_run_answers_nothing_again(ckpt, data, whole, tmp_path, monke
 
 
 def test_repeats_and_rankings(ckpt, data, tmp_path):
-    checkpoint = api.load(ckpt, draft="none").checkpoint
+    checkpoint = api.load(ckpt, "none").checkpoint
     files = []
     for number, name in enumerate(("talk", "books")):
         counts = np.random.default_rng(number).integers(0, 99, VOCAB_SIZE)
@@ -225,7 +225,7 @@ class FakePeer:
 
 
 def test_answers_are_held_against_vanilla(ckpt):
-    vanilla = api.load(ckpt, draft="none")
+    vanilla = api.load(ckpt, "none")
     question = Question(1, "QA", ("who was it",))
     honest = vanilla.generate("who was it", Request(8)).tokens
     other = (honest[-1] + 1) % VOCAB_SIZE
@@ -245,14 +245,12 @@ def reference_logits(model, ids):
     import jax.numpy as jnp
 
     from frspec_jax import kv_cache, llama
-    from pallas_kernels.visibility import causal
+    from frspec_jax.placement import Placement
 
     config = model.checkpoint.config
     cache = kv_cache.empty(config, 256, jnp.float32)
-    positions = jnp.arange(len(ids), dtype=jnp.int32)
-    features, _ = llama.forward(
-        model.weights.target, config, jnp.asarray(ids), positions, cache, jnp.int32(0), causal(len(ids))
-    )
+    where = Placement.chain(jnp.int32(0), len(ids))
+    features, _ = llama.forward(model.weights.target, config, jnp.asarray(ids), where, cache)
     return np.asarray(llama.logits(model.weights.target, features))[-1]
 
 
@@ -270,7 +268,7 @@ def refused(capsys, *argv):
     ("flags", "words"),
     [
         (("--max-new-tokens", "16"), "--max-new-tokens 12, and this command has 16"),
-        (("--tree-size", "5"), f"methods EAGLE-2 tree size {api.defaults().tree.size}, and this command has 5"),
+        (("--tree-size", "5"), f"methods EAGLE-2 tree size {defaults.defaults().tree.size}, and this command has 5"),
         (("--seed", "1"), "--seed 0"),
         (("--questions", "3"), "questions asked 5, and this command has 3"),
         (("--draft-vocab", "full"), "methods FR-Spec 68"),

@@ -11,7 +11,7 @@ import pytest
 from eval.__main__ import COMMANDS
 from eval.commands.tune import point
 from eval.methods.search import Choice, Point, climb
-from frspec_jax import TreeConfig, api, generate, tuned
+from frspec_jax import TreeConfig, api, defaults, generate, tuned
 from frspec_jax.api import Result
 from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError
@@ -119,9 +119,9 @@ def test_load_and_generate_take_it_and_flags_win(copy, capsys):
     tuned.write(copy / "drafts" / "eagle", jnp.float32, tuned.Setting(32, TreeConfig(6, 2, 3)), {})
     model = api.load(copy)
     assert (model.draft_vocab, model.tree) == (32, TreeConfig(6, 2, 3))
-    assert api.load(copy, draft_vocab=64).draft_vocab == 64
-    assert api.load(copy, tree=TreeConfig(4, 3, 2)).tree == TreeConfig(4, 3, 2)
-    assert api.load(copy, draft="none").draft_vocab is None
+    assert api.load(copy, api.Draft(vocab=64)).draft_vocab == 64
+    assert api.load(copy, api.Draft(tree=TreeConfig(4, 3, 2))).tree == TreeConfig(4, 3, 2)
+    assert api.load(copy, "none").draft_vocab is None
 
     def answered(*flags):
         generate.main(["--ckpt", str(copy), "--json", "--max-new-tokens", "8", "--prompt", "hi", *flags])
@@ -153,7 +153,7 @@ def test_the_command_writes_setting_plots_and_figures(copy, tmp_path, capsys):
     setting = tuned.read(folder, jnp.float32)
     figures = json.loads((tmp_path / "figures.json").read_text())
     measured = {(p["draft_vocab"], p["size"]) for p in figures["points"]}
-    size = api.defaults().tree.size  # from the default tree on
+    size = defaults.defaults().tree.size  # from the default tree on
     assert {(VOCAB_SIZE // 4, size), (VOCAB_SIZE, size)} <= measured
     assert setting is not None and setting.draft_vocab in (VOCAB_SIZE, VOCAB_SIZE // 4)
     best = figures["side_by_side"]["best"]

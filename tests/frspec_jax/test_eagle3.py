@@ -10,9 +10,9 @@ import torch
 
 from frspec_jax import drafters, kv_cache, llama
 from frspec_jax.config import TreeConfig
-from frspec_jax.drafters.base import Accepted
+from frspec_jax.drafters.base import Accepted, Target, Turn
+from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO
-from pallas_kernels.visibility import causal
 from tests.support import toy
 from tests.support.drafts import imported, published_eagle3
 from tests.support.tiny_hf import converted, edit_json, model_of, save
@@ -121,12 +121,11 @@ def test_taps_are_the_streams_that_transformers_layers_read(tmp_path):
     ckpt = converted("hf", save(model, tmp_path / "hf"), tmp_path / "ckpt")
     config, params = ckpt.config, ckpt.params()
     cache = kv_cache.empty(config, 256, jnp.float32)
-    features, _ = llama.forward(
-        params, config, tokens, jnp.arange(12), cache, jnp.int32(0), causal(12), AUTO, (0, 2, 3)
-    )
+    where = Placement.chain(jnp.int32(0), 12)
+    features, _ = llama.forward(params, config, tokens, where, cache, taps=(0, 2, 3))
     expected = np.concatenate([final, *(inner[n][0].numpy() for n in (0, 2, 3))], axis=-1)
     np.testing.assert_allclose(np.asarray(features), expected, atol=1e-4)
-    plain, _ = llama.forward(params, config, tokens, jnp.arange(12), cache, jnp.int32(0), causal(12))
+    plain, _ = llama.forward(params, config, tokens, where, cache)
     np.testing.assert_array_equal(np.asarray(llama.logits(params, features)), np.asarray(llama.logits(params, plain)))
 
 
@@ -141,16 +140,15 @@ def test_proposals_are_ids_of_the_vocabulary_that_is_left(order):
     known = known if order else np.sort(known)
     spec, params = toy.eagle3(cfg, ids=known)
     ids = np.random.default_rng(3).permutation(known)[:20].astype(np.int32)
-    drafter, weights = spec.assemble(cfg, params, None, ids, kernels=AUTO, int8=False)
+    drafter, weights = spec.assemble(Target(cfg, toy.target(cfg)), params, ids, kernels=AUTO)
     assert np.array_equal(weights.head.ids, ids)
     rows = {int(i): np.asarray(params.lm_head)[n] for n, i in enumerate(known)}
     assert np.array_equal(weights.head.weight, np.stack([rows[int(i)] for i in ids]))
     rng = np.random.default_rng(4)
     features = jnp.asarray(rng.normal(size=(3, 4 * cfg.hidden_size)), jnp.float32)
     accepted = Accepted(features, jnp.array([4, 9, 1], jnp.int32), jnp.int32(2))
-    embedding = toy.target(cfg).embedding
-    cache = drafter.new_cache(256, jnp.float32)
-    tree, _ = drafter.propose(weights, embedding, TreeConfig(20, 3, 4), accepted, jnp.int32(9), jnp.int32(2), cache)
+    turn = Turn(accepted, jnp.int32(9), jnp.int32(2))
+    tree, _ = drafter.propose(weights, TreeConfig(20, 3, 4), turn, drafter.new_memory(256, jnp.float32))
     assert set(np.asarray(tree.tokens[1:]).tolist()) <= set(ids.tolist())
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from frspec_jax import drafters
 from frspec_jax.config import TreeConfig
-from frspec_jax.drafters.base import Accepted
+from frspec_jax.drafters.base import NO_MEMORY, Accepted, Target, Turn
 from frspec_jax.drafters.medusa import PUBLISHED_63, MedusaConfig, published_choices, residual, skeleton, within
 from frspec_jax.errors import UserError
 from frspec_jax.tree import DraftTree
@@ -108,13 +108,14 @@ def test_proposals_are_the_best_of_each_head(own, ids):
     cfg = toy.config(vocab_size=200)
     spec, params = toy.medusa(cfg, own=own)
     kept = np.arange(200) if ids is None else np.array(ids)
-    head = toy.target(cfg).head
-    drafter, weights = spec.assemble(cfg, params, head, kept, kernels=toy.AUTO, int8=False)
+    target = toy.target(cfg)
+    head = target.head
+    drafter, weights = spec.assemble(Target(cfg, target), params, kept, kernels=toy.AUTO)
     features = np.random.default_rng(6).normal(size=(5, cfg.hidden_size)).astype(np.float32)
     accepted = Accepted(jnp.asarray(features), jnp.zeros(5, jnp.int32), jnp.int32(3))
     shape = TreeConfig(64, 4, 10)
-    tree, cache = drafter.propose(weights, head, shape, accepted, jnp.int32(42), jnp.int32(8), ())
-    assert isinstance(tree, DraftTree) and cache == ()
+    tree, memory = drafter.propose(weights, shape, Turn(accepted, jnp.int32(42), jnp.int32(8)), NO_MEMORY)
+    assert isinstance(tree, DraftTree) and memory is NO_MEMORY
     expected = reference(published(spec, params), np.array(head), features[2:3], 1)
     ranked = [kept[np.argsort(-logits[0][kept], kind="stable")] for logits in expected]
     assert tree.tokens.tolist() == [42, *(ranked[len(path) - 1][path[-1]] for path in PUBLISHED_63)]
@@ -122,13 +123,13 @@ def test_proposals_are_the_best_of_each_head(own, ids):
 
 def test_own_heads_are_cropped_and_a_shared_one_is_shared():
     cfg = toy.config(vocab_size=200)
-    head, ids = toy.target(cfg).head, np.arange(0, 200, 4)
+    target, ids = Target(cfg, toy.target(cfg)), np.arange(0, 200, 4)
     spec, params = toy.medusa(cfg, own=True)
-    _, weights = spec.assemble(cfg, params, head, ids, kernels=toy.AUTO, int8=False)
+    _, weights = spec.assemble(target, params, ids, kernels=toy.AUTO)
     assert [rows.weight.shape for rows in weights.lm_heads] == [(50, cfg.hidden_size)] * 4
     spec, params = toy.medusa(cfg, own=False)
-    _, weights = spec.assemble(cfg, params, head, np.arange(200), kernels=toy.AUTO, int8=False)
-    assert len(weights.lm_heads) == 1 and weights.lm_heads[0].weight is head
+    _, weights = spec.assemble(target, params, np.arange(200), kernels=toy.AUTO)
+    assert len(weights.lm_heads) == 1 and weights.lm_heads[0].weight is target.params.head
 
 
 # Configs -----------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_the_drafter_is_static():
     """Two of the same make are one compiled program."""
     cfg = toy.config()
     spec, params = toy.medusa(cfg)
-    head, ids = toy.target(cfg).head, np.arange(cfg.vocab_size)
-    one, other = (spec.assemble(cfg, params, head, ids, kernels=toy.AUTO, int8=False)[0] for _ in range(2))
+    target, ids = Target(cfg, toy.target(cfg)), np.arange(cfg.vocab_size)
+    one, other = (spec.assemble(target, params, ids, kernels=toy.AUTO)[0] for _ in range(2))
     assert one == other and hash(one) == hash(other) and dataclasses.is_dataclass(one)
-    assert jax.tree.leaves(one.new_cache(256, jnp.float32)) == []
+    assert jax.tree.leaves(one.new_memory(256, jnp.float32)) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +12,17 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
-from frspec_jax.sampling import choose, gumbel_rows, typical, warp
+from frspec_jax.sampling import Draw, SamplingArrays, choose, gumbel_rows, rule_of, seed_words, typical, warp
 
 WARPS = [
     Sampling(1.0), Sampling(0.3), Sampling(1.7, top_k=1), Sampling(1.0, top_k=5), Sampling(0.8, top_k=50),
     Sampling(1.0, top_p=0.3), Sampling(0.7, top_p=0.9), Sampling(1.3, top_k=20, top_p=0.8), Sampling(1.0, 3, 0.01),
-    Sampling(0.05, top_k=400, top_p=0.999),
+    Sampling(0.05, top_k=400, top_p=0.999), Sampling(0.7, top_k=90, top_p=0.6), Sampling(1.2, min_p=0.1),
+    Sampling(0.9, 30, 0.95, min_p=0.02), Sampling(1.0, min_p=0.9),
 ]  # fmt: skip
 
 
@@ -32,12 +32,16 @@ def transformers_warp(logits: np.ndarray, how: Sampling) -> np.ndarray:
         scores = TopKLogitsWarper(how.top_k)(None, scores)
     if how.top_p < 1:
         scores = TopPLogitsWarper(how.top_p)(None, scores)
+    if how.min_p:
+        scores = MinPLogitsWarper(how.min_p)(None, scores)
     return scores.numpy()
 
 
-@functools.partial(jax.jit, static_argnames="how")
+jitted_warp = jax.jit(warp)  # one program for all settings
+
+
 def warped(logits, how):
-    return warp(logits, how)
+    return jitted_warp(logits, SamplingArrays.of(how))
 
 
 @settings(max_examples=120, deadline=None)
@@ -46,9 +50,11 @@ def test_warp_is_transformers(how, seed, spread):
     logits = (spread * np.random.default_rng(seed).normal(size=(4, 200))).astype(np.float32)
     mine, theirs = np.asarray(warped(logits, how)), transformers_warp(logits, how)
     # A token on the very edge of top-p may fall either way by rounding.
-    before = transformers_warp(logits, dataclasses.replace(how, top_p=1.0))
+    before = transformers_warp(logits, dataclasses.replace(how, top_p=1.0, min_p=0.0))
     share = np.cumsum(np.sort(jax.nn.softmax(before)), axis=-1)
     assume(how.top_p == 1 or np.abs(share - (1 - how.top_p)).min() > 1e-6)
+    gaps = np.exp(before - before.max(-1, keepdims=True)) - how.min_p  # and one on the edge of min-p
+    assume(how.min_p == 0 or np.abs(gaps).min() > 1e-6)
     assert np.array_equal(np.isneginf(mine), np.isneginf(theirs))
     np.testing.assert_allclose(mine, theirs, rtol=1e-6)
 
@@ -84,9 +90,7 @@ def test_flat_logits_keep_all_and_peaked_ones_keep_the_peak():
 # Choosing ----------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def chosen(logits, how, seed, sequence, positions, row):
-    return choose(logits, how, seed, sequence, positions, row)
+chosen = jax.jit(choose, static_argnames="rule")
 
 
 def drawn(logits, how=Sampling(1.0), seed=0, sequence=0, positions=None, row=None) -> np.ndarray:
@@ -95,7 +99,7 @@ def drawn(logits, how=Sampling(1.0), seed=0, sequence=0, positions=None, row=Non
     row = np.arange(len(logits)) if row is None else np.asarray(row)
     return np.asarray(
         chosen(
-            jnp.asarray(logits, jnp.float32), how, jnp.int32(seed), jnp.int32(sequence),
+            jnp.asarray(logits, jnp.float32), rule_of(how), Draw.of(how, seed, sequence),
             positions.astype(np.int32), row.astype(np.int32),
         )
     )  # fmt: skip
@@ -131,7 +135,7 @@ def test_nodes_of_one_depth_share_their_noise():
 
 def test_noise_differs_by_seed_sequence_and_position():
     def row(seed=3, sequence=4, position=5):
-        return tuple(np.asarray(gumbel_rows(jnp.int32(seed), jnp.int32(sequence), jnp.array([position]), 64)[0]))
+        return tuple(np.asarray(gumbel_rows(seed_words(seed), jnp.int32(sequence), jnp.array([position]), 64)[0]))
 
     rows = [
         row(),
@@ -144,7 +148,7 @@ def test_noise_differs_by_seed_sequence_and_position():
         row(0, 0, 0),
     ]
     assert len(set(rows)) == len(rows) and row() == rows[0]
-    far = gumbel_rows(jnp.int32(-1), jnp.int32(2**31 - 1), jnp.array([2**31 - 2, 2**31 - 1]), 64)
+    far = gumbel_rows(seed_words(-1), jnp.int32(2**31 - 1), jnp.array([2**31 - 2, 2**31 - 1]), 64)
     assert np.isfinite(far).all() and not np.array_equal(far[0], far[1])
 
 
@@ -167,9 +171,9 @@ def test_draws_follow_the_law(how, law, over):
 
     def draw(n):
         fixed = {"positions": jnp.int32(3), "seeds": jnp.int32(1), "sequences": jnp.int32(2)} | {over: n}
-        return choose(logits[None], how, fixed["seeds"], fixed["sequences"], fixed["positions"][None], jnp.array([0]))[
-            0
-        ]
+        seed = jnp.stack([jnp.uint32(0), fixed["seeds"].astype(jnp.uint32)])
+        mine = Draw(SamplingArrays.of(how), seed, fixed["sequences"])
+        return choose(logits[None], rule_of(how), mine, fixed["positions"][None], jnp.array([0]))[0]
 
     tokens = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(count)))
     law = law / law.sum()
@@ -190,6 +194,8 @@ def test_draws_follow_the_law(how, law, over):
         ({"top_k": -1}, "--top-k -1"),
         ({"top_p": 0.0}, "--top-p 0.0"),
         ({"top_p": 1.1}, "--top-p 1.1"),
+        ({"min_p": -0.1}, "--min-p -0.1"),
+        ({"min_p": 1.0}, "--min-p 1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(bad, said):
@@ -203,12 +209,12 @@ def test_typical_acceptance_is_medusas_rule(settings):
     logits = rng.normal(size=(9, 40)).astype(np.float32) * 4
     tokens, parent = rng.integers(0, 40, 9), np.array([0, 0, 0, 1, 1, 2, 3, 3, 5])
     tokens[1:4] = logits.argmax(-1)[parent[1:4]]  # some that are likely
-    share = np.asarray(jax.nn.softmax(warp(jnp.asarray(logits), settings), axis=-1), np.float64)
+    share = np.asarray(jax.nn.softmax(warped(logits, settings), axis=-1), np.float64)
     expected = []
     for token, above in zip(tokens, parent, strict=True):
         entropy = -sum(p * np.log(p) for p in share[above] if p > 0)
         expected.append(share[above, token] > min(settings.typical, np.sqrt(settings.typical) * np.exp(-entropy)))
-    found = typical(jnp.asarray(logits), settings, jnp.asarray(tokens), jnp.asarray(parent))
+    found = typical(jnp.asarray(logits), SamplingArrays.of(settings), jnp.asarray(tokens), jnp.asarray(parent))
     assert np.asarray(found).tolist() == expected and 0 < sum(expected) < 9
 
 
@@ -218,3 +224,23 @@ def test_typical_acceptance_is_medusas_rule(settings):
 def test_typical_acceptance_is_refused_where_it_makes_no_sense(settings, sentence):
     with pytest.raises(UserError, match=sentence):
         Sampling(*settings)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(-(2**63), 2**63 - 1))
+def test_every_seed_of_64_bits_is_another(one, other):
+    assert (seed_words(one).tolist() == seed_words(other).tolist()) == (one == other)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, -1, -(2**31)])
+def test_seeds_of_32_bits_are_jaxs_own(seed):
+    """So a text that was sampled with one before seeds had 64 bits is sampled again."""
+    assert seed_words(seed).tolist() == jax.random.key_data(jax.jit(jax.random.key)(np.int32(seed))).tolist()
+
+
+def test_a_request_that_is_greedy_among_sampled_ones_takes_the_best_token():
+    """A batch has one rule: temperature 0 then stands for no noise."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 300)), jnp.float32)
+    where = jnp.arange(6, dtype=jnp.int32)
+    tokens = chosen(logits, "sampled", Draw.of(Sampling(), 3), where, where)
+    assert np.array_equal(tokens, logits.argmax(-1))

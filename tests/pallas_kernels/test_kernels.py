@@ -26,7 +26,7 @@ from pallas_kernels.dispatch import Kernels
 from pallas_kernels.shapes import SHAPES
 from pallas_kernels.subvocab_head import quantised, subvocab_top_k
 from pallas_kernels.tree_attention import tree_attention
-from pallas_kernels.visibility import bit_words
+from pallas_kernels.visibility import Sees, bit_words
 from tests.pallas_kernels import test_subvocab_head, test_tree_attention
 from tests.support import toy
 
@@ -46,7 +46,7 @@ def test_attention_is_the_same_however_it_is_split(block_q, block_k, splits, com
     config = tree_attention_pallas.Config(block_q, block_k, splits)
     attend = jax.jit(functools.partial(tree_attention, implementation="interpret", config=config))
     q, keys, values, committed, line = test_tree_attention.case((40, 2, 3, 64, 1024), committed, "tree", seed=committed)
-    mine = attend(q, keys, values, jnp.int32(committed), bit_words(jnp.asarray(line)))
+    mine = attend(q, keys, values, Sees(jnp.int32(committed), bit_words(jnp.asarray(line))))
     exact = test_tree_attention.reference(q, keys, values, committed, line)
     assert test_tree_attention.error(mine, exact) < 2e-6
 
@@ -95,7 +95,7 @@ def test_attention_on_a_gpu(num_warps, num_stages, head_dim):
         q, keys, values, committed, line = test_tree_attention.case(
             (60, 2, 4, head_dim, 1024), committed, "tree", seed=committed
         )
-        mine = attend(q, keys, values, jnp.int32(committed), bit_words(jnp.asarray(line)))
+        mine = attend(q, keys, values, Sees(jnp.int32(committed), bit_words(jnp.asarray(line))))
         exact = test_tree_attention.reference(q, keys, values, committed, line)
         assert test_tree_attention.error(mine, exact) < 2e-6
 
@@ -124,11 +124,11 @@ def test_a_round_with_kernels_emits_the_same_tokens(kind, settings, int8):
     cfg, ids = toy.config(), np.array([5, 1, 9, 3, 11, 0, 7, 20, 21, 2, 4])
     w, drafter = toy.weights(cfg, ids, kind=kind)
     prompt = np.arange(9) % cfg.vocab_size
-    plan = engine.Plan(cfg, drafter, TreeConfig(8, 2, 4), settings, (), Kernels("xla", "xla"))
-    expected, before = toy.decode(plan, w, prompt, seed=3)
+    plan = dataclasses.replace(toy.plan(cfg, drafter, TreeConfig(8, 2, 4), settings), kernels=Kernels("xla", "xla"))
+    expected, before = toy.decode(plan, w, prompt, 24, settings, seed=3)
     w, _ = toy.weights(cfg, ids, kind=kind, int8=int8)
     plan = dataclasses.replace(plan, drafter=dataclasses.replace(drafter, kernels=INTERPRET), kernels=INTERPRET)
-    tokens, after = toy.decode(plan, w, prompt, seed=3)
+    tokens, after = toy.decode(plan, w, prompt, 24, settings, seed=3)
     assert tokens == expected
     assert int8 or np.array_equal(before.histogram, after.histogram)
 
@@ -141,26 +141,25 @@ def test_a_round_on_a_gpu_emits_the_same_tokens(settings):
     cfg = toy.config()
     w, eagle = toy.weights(cfg, np.array([5, 1, 9, 3, 11, 0, 7, 20, 21, 2, 4]))
     prompt = np.arange(9) % cfg.vocab_size
-    expected, _ = toy.decode(toy.vanilla_plan(cfg, settings), w, prompt, seed=3)
-    plan = engine.Plan(cfg, dataclasses.replace(eagle, kernels=PALLAS), TreeConfig(60, 6, 10), settings, (), PALLAS)
-    assert toy.decode(plan, w, prompt, seed=3)[0] == expected
+    expected, _ = toy.decode(toy.vanilla_plan(cfg, settings), w, prompt, 24, settings, seed=3)
+    plan = toy.plan(cfg, dataclasses.replace(eagle, kernels=PALLAS), TreeConfig(60, 6, 10), settings)
+    plan = dataclasses.replace(plan, kernels=PALLAS)
+    assert toy.decode(plan, w, prompt, 24, settings, seed=3)[0] == expected
 
 
 @pytest.mark.material
 def test_kernels_on_the_real_model(real_checkpoint):
     """SmolLM2, a short prompt: interpreted kernels and XLA give the same text in the same rounds."""
     prompt, request = "Name three colours.", api.Request(max_new_tokens=8)
-    plain = api.load(real_checkpoint, draft="eagle", context=256, kernels=Kernels("xla", "xla")).generate(
-        prompt, request
-    )
-    kernels = api.load(real_checkpoint, draft="eagle", context=256, kernels=INTERPRET).generate(prompt, request)
+    plain = api.load(real_checkpoint, "eagle", context=256, kernels=Kernels("xla", "xla")).generate(prompt, request)
+    kernels = api.load(real_checkpoint, "eagle", context=256, kernels=INTERPRET).generate(prompt, request)
     assert (kernels.tokens, kernels.accepted_histogram) == (plain.tokens, plain.accepted_histogram)
 
 
 def test_kernels_need_a_gpu_unless_they_are_interpreted(real_checkpoint, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.raises(UserError, match="--kernels pallas needs a CUDA GPU"):
-        api.load(real_checkpoint, draft="eagle", kernels=PALLAS)
+        api.load(real_checkpoint, "eagle", kernels=PALLAS)
 
 
 # Lowering to Triton at production shapes, without a GPU ------------------------------------------
@@ -207,7 +206,7 @@ def test_the_whole_round_lowers_at_the_shapes_of(name, monkeypatch):
     monkeypatch.setattr(kv_cache, "stored", lambda dtype: dtype)  # as on the GPU that it is lowered for
     config = model_config(name)
     tree, vocabulary = TreeConfig(60, 6, 10), min(32768, config.vocab_size)
-    plan = engine.Plan(config, eagle_of(config, PALLAS), tree, Sampling(), (2,), PALLAS)
+    plan = engine.Plan(config, eagle_of(config, PALLAS), tree, (2,), kernels=PALLAS)
     make = functools.partial(random_weights, config, vocabulary, jnp.bfloat16)
     weights = jax.eval_shape(make, jax.random.key(0))
     state = jax.eval_shape(functools.partial(state_at, plan, capacity=2048, dtype=jnp.bfloat16), jnp.int32(100))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.tree_attention import BLOCK, DENSE_LIMIT, tree_attention
-from pallas_kernels.visibility import bit_words, has_bit
+from pallas_kernels.visibility import Sees, bit_words, has_bit
 from tests import conftest
 
 WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
@@ -64,7 +64,7 @@ def case(shape, committed, kind, seed, spread=1.0):
 
 
 def ours(how, q, keys, values, committed, line) -> np.ndarray:
-    return np.asarray(attend[how](q, keys, values, jnp.int32(committed), bit_words(jnp.asarray(line))))
+    return np.asarray(attend[how](q, keys, values, Sees(jnp.int32(committed), bit_words(jnp.asarray(line)))))
 
 
 def error(mine, exact) -> float:

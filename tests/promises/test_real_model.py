@@ -7,7 +7,7 @@ import pytest
 
 from eval.data.questions import read_questions
 from eval.methods.peers import Peer
-from frspec_jax import Request, Sampling, api
+from frspec_jax import Request, Sampling, api, drafting
 from frspec_jax.config import TreeConfig
 from tests import conftest
 
@@ -17,12 +17,12 @@ QUESTIONS = [question.turns[0] for question in read_questions(None)]
 
 @pytest.fixture(scope="module")
 def vanilla(real_checkpoint):
-    return api.load(real_checkpoint, draft="none")
+    return api.load(real_checkpoint, "none")
 
 
 @pytest.fixture(scope="module")
 def fr_spec(real_checkpoint, vanilla):
-    return api.load(real_checkpoint, draft="eagle", target=vanilla.weights.target)
+    return api.load(real_checkpoint, "eagle", target=vanilla.weights.target)
 
 
 def test_greedy_output_is_that_of_transformers(vanilla, fr_spec, gguf_path):
@@ -40,7 +40,7 @@ def test_greedy_output_is_that_of_transformers(vanilla, fr_spec, gguf_path):
 @pytest.mark.parametrize("draft_vocab", ["full", 12288, 4096])
 def test_sampling_with_a_seed_is_vanillas(real_checkpoint, vanilla, draft_vocab):
     tree = TreeConfig(8, 3, 4)
-    model = api.load(real_checkpoint, draft="eagle", draft_vocab=draft_vocab, tree=tree, target=vanilla.weights.target)
+    model = api.load(real_checkpoint, api.Draft("eagle", vocab=draft_vocab, tree=tree), target=vanilla.weights.target)
     request = Request(max_new_tokens=24, sampling=Sampling(1.0), seed=3)
     for text in QUESTIONS[:2]:
         assert model.generate(text, request).tokens == vanilla.generate(text, request).tokens
@@ -51,10 +51,12 @@ def test_bfloat16_is_vanillas_too(real_checkpoint, settings):
     """On a CPU with AMX, where it is the default, a token rounds alike alone and in a tree (docs/kernels.md)."""
     if not conftest.HAS_AMX:
         pytest.skip("without AMX a CPU rounds bfloat16 otherwise, and float32 is its default (docs/kernels.md)")
-    vanilla = api.load(real_checkpoint, draft="none", dtype=jnp.bfloat16)
+    vanilla = api.load(real_checkpoint, "none", dtype=jnp.bfloat16)
     request = Request(max_new_tokens=96, sampling=settings, seed=1)
     for tree in (TreeConfig(8, 3, 4), TreeConfig(24, 5, 8)):
-        model = api.load(real_checkpoint, draft="eagle", tree=tree, target=vanilla.weights.target, dtype=jnp.bfloat16)
+        model = api.load(
+            real_checkpoint, api.Draft("eagle", tree=tree), target=vanilla.weights.target, dtype=jnp.bfloat16
+        )
         for text in QUESTIONS[:2]:
             assert model.generate(text, request).tokens == vanilla.generate(text, request).tokens
 
@@ -67,7 +69,7 @@ def test_the_draft_that_ships_is_of_use(fr_spec):
 
 
 def test_the_sub_vocabulary_covers_the_answers(real_checkpoint, vanilla):
-    ids = set(api.draft_ids(real_checkpoint, 12288).tolist())
+    ids = set(drafting.draft_ids(real_checkpoint, api.Draft(vocab=12288)).tolist())
     assert len(ids) == 12288 and set(real_checkpoint.stop_ids) <= ids
     tokens = [t for text in QUESTIONS[:3] for t in vanilla.generate(text, Request(max_new_tokens=32)).tokens]
     assert sum(t in ids for t in tokens) / len(tokens) > 0.85

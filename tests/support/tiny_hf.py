@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from convert.__main__ import main
 from frspec_jax import llama
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.kv_cache import empty
-from pallas_kernels.visibility import causal
+from frspec_jax.placement import Placement
 
 SIZES = {
     "vocab_size": 160,
@@ -86,8 +87,7 @@ def ours(checkpoint: Checkpoint, tokens: np.ndarray, chunks: tuple[int, ...] = (
     cache, done, features = empty(config, 256, np.float32), 0, []
     for length in chunks or (len(tokens),):
         part = np.asarray(tokens[done : done + length], np.int32)
-        positions = done + np.arange(length, dtype=np.int32)
-        rows, cache = forward(params, config, part, positions, cache, np.int32(done), causal(length))
+        rows, cache = forward(params, config, part, Placement.chain(jnp.int32(done), length), cache)
         features.append(rows)
         done += length
     assert done == len(tokens)

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frspec_jax import api, kv_cache, llama
+from frspec_jax import api, drafting, kv_cache, llama
 from frspec_jax.api import Request
+from frspec_jax.drafters.base import Target
+from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO
-from pallas_kernels.visibility import causal
+from pallas_kernels.visibility import Sees, causal
 from tests.support import toy
 from tests.support.folders import checkpoint_folder
 from tests.support.runs import chats, drafted, refusal, same
@@ -47,8 +49,8 @@ def row() -> Batch:
 def draft():
     """A draft with its drafter, the weights that drafts, and the target's embedding and head."""
     spec, params = toy.eagle3(CFG, ids=IDS)
-    drafter, weights = spec.assemble(CFG, params, None, IDS, kernels=AUTO, int8=False)
     target = toy.target(CFG)
+    drafter, weights = spec.assemble(Target(CFG, target), params, IDS, kernels=AUTO)
     return spec, params, drafter, weights, target.embedding, target.head
 
 
@@ -69,23 +71,21 @@ def test_passes_are_self_fed_steps_through_the_cache(row, draft):
     passes = of_one_row(params, spec.layer_of(CFG), embedding, row, 4)
     for pairs in (slice(0, COUNT), slice(COUNT, 15)):
         count = pairs.stop - pairs.start
-        own, cache = extend(
-            weights, inputs[pairs], drafter.fused(weights, jnp.asarray(row.features[pairs])), row.position[pairs],
-            drafter.new_cache(256, jnp.float32).kv, jnp.int32(0), jnp.int32(0), causal(count),
-        )  # fmt: skip
-        assert close(passes[0][pairs], drafter.head(weights, own)[0])
+        where = Placement(jnp.asarray(row.position[pairs]), jnp.int32(0), Sees(jnp.int32(0), causal(count)))
+        features = drafter.fused(weights, jnp.asarray(row.features[pairs]))
+        own, cache = extend(weights, inputs[pairs], features, where, drafter.new_memory(256, jnp.float32).kv)
+        assert close(passes[0][pairs], drafter.head_input(weights, own))
         if pairs.start:
             continue
         for committed in range(1, COUNT - 2):
             feature, drafted_cache = own[committed - 1], cache
             for step in range(1, 4):
                 pair = committed + step - 1
-                rows, drafted_cache = extend(
-                    weights, inputs[pair : pair + 1], feature[None], jnp.array([pair]), drafted_cache,
-                    jnp.int32(pair), jnp.int32(committed), jnp.array([[2**step - 1]]),
-                )  # fmt: skip
+                sees = Sees(jnp.int32(committed), jnp.array([[2**step - 1]], jnp.int32))
+                where = Placement(jnp.array([pair], jnp.int32), jnp.int32(pair), sees)
+                rows, drafted_cache = extend(weights, inputs[pair : pair + 1], feature[None], where, drafted_cache)
                 feature = rows[0]
-                assert close(passes[step][pair], drafter.head(weights, rows)[0][0])
+                assert close(passes[step][pair], drafter.head_input(weights, rows)[0])
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -175,12 +175,12 @@ def test_a_run_makes_a_draft_that_changes_nothing(ckpt, whole):
     spec, params = drafted(ckpt, "whole")
     ids = np.asarray(params.ids)
     assert (spec.taps, spec.draft_vocab_size, spec.rope_theta) == (TAPS, 64, ckpt.config.rope_theta)
-    assert np.array_equal(ids, np.sort(api.draft_ids(ckpt, 64)))
+    assert np.array_equal(ids, np.sort(drafting.draft_ids(ckpt, api.Draft(vocab=64))))
     assert not np.array_equal(params.lm_head, ckpt.params().head[ids]), "the head is trained too"
     prompt = np.array([5, 80, 33, 9], np.int32)
-    expected = api.load(ckpt, draft="none").generate_ids(prompt, Request(24)).tokens
+    expected = api.load(ckpt, "none").generate_ids(prompt, Request(24)).tokens
     for size, method in (("full", "eagle3"), (32, "eagle3+fr")):
-        result = api.load(ckpt, draft="whole", draft_vocab=size).generate_ids(prompt, Request(24))
+        result = api.load(ckpt, api.Draft("whole", vocab=size)).generate_ids(prompt, Request(24))
         assert result.tokens == expected and result.method == method
 
 
@@ -188,10 +188,8 @@ def test_features_have_the_targets_streams_beside_them(ckpt, whole):
     store, h = FeatureStore(whole / "features", ckpt, TAPS), ckpt.config.hidden_size
     tokens, _, features = store.sequence(3)
     cache = kv_cache.empty(ckpt.config, 256, jnp.float32)
-    positions = jnp.arange(len(tokens), dtype=jnp.int32)
-    expected, _ = llama.forward(
-        ckpt.params(), ckpt.config, tokens, positions, cache, jnp.int32(0), causal(len(tokens)), taps=TAPS
-    )
+    where = Placement.chain(jnp.int32(0), len(tokens))
+    expected, _ = llama.forward(ckpt.params(), ckpt.config, tokens, where, cache, taps=TAPS)
     assert features.shape == (len(tokens), 4 * h)
     np.testing.assert_allclose(features, np.asarray(expected), rtol=2e-3, atol=2e-3)  # stored as float16
 

@@ -168,10 +168,10 @@ def test_a_run_makes_a_draft_that_changes_nothing(ckpt, whole):
     assert not same(params, initial_params(spec, ckpt.config))
     about = json.loads((ckpt.draft_folder("whole") / "config.json").read_text())["about"]
     assert about["held_out"]["step"] == 6 and len(about["held_out"]["top1"]) == 3
-    vanilla, prompt = api.load(ckpt, draft="none"), np.array([5, 80, 33, 9], np.int32)
+    vanilla, prompt = api.load(ckpt, "none"), np.array([5, 80, 33, 9], np.int32)
     expected = vanilla.generate_ids(prompt, Request(24)).tokens
     for tree in (TreeConfig(60, 6, 10), TreeConfig(8, 3, 4)):
-        result = api.load(ckpt, draft="whole", draft_vocab=32, tree=tree).generate_ids(prompt, Request(24))
+        result = api.load(ckpt, api.Draft("whole", vocab=32, tree=tree)).generate_ids(prompt, Request(24))
         assert result.tokens == expected and result.method == "medusa+fr"
 
 
@@ -223,10 +223,10 @@ def test_the_tree_is_fitted_to_the_heads_and_drafts_with_it_change_nothing(ckpt,
     assert spec.choices[0] == (0,) and len(spec.choices) == 12
     assert same(params, drafted(ckpt, "whole")[1])
     assert json.loads((folder / "config.json").read_text())["about"]["held_out"]["step"] == 6
-    model = api.load(ckpt, draft="fitted", draft_vocab=64, tree=TreeConfig(60, 6, 10))
+    model = api.load(ckpt, api.Draft("fitted", vocab=64, tree=TreeConfig(60, 6, 10)))
     assert model.tree.size == 13
     prompt = np.array([5, 80, 33, 9], np.int32)
-    expected = api.load(ckpt, draft="none").generate_ids(prompt, Request(24)).tokens
+    expected = api.load(ckpt, "none").generate_ids(prompt, Request(24)).tokens
     assert model.generate_ids(prompt, Request(24)).tokens == expected
 
 

@@ -25,10 +25,13 @@ from frspec_jax import kv_cache
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
 from frspec_jax.drafters import eagle as drafter
-from frspec_jax.drafters.copying import DraftCache
+from frspec_jax.drafters.base import Accepted, Turn
+from frspec_jax.drafters.beam import BeamMemory
 from frspec_jax.errors import UserError
+from frspec_jax.layers import Pass
+from frspec_jax.placement import Placement
 from frspec_jax.vocabulary import DraftHead, Ranking
-from pallas_kernels.visibility import causal
+from pallas_kernels.visibility import Sees, causal
 from tests.support import toy
 from tests.support.folders import checkpoint_folder
 from tests.support.runs import refusal, same
@@ -237,7 +240,7 @@ def test_all_of_a_text_counts_and_nothing_of_a_chat_without_answers(ckpt):
 
 CFG = toy.config(vocab_size=40)
 WIDTH = CFG.hidden_size
-extend = jax.jit(drafter.extend, static_argnames="config")
+extend = jax.jit(drafter.run_pairs)
 
 
 class Drafting:
@@ -268,11 +271,10 @@ class Drafting:
     def committed(self, pairs: slice) -> tuple[np.ndarray, kv_cache.LayerKV]:
         """The drafter's own way to take in pairs whose features are the target's."""
         count = pairs.stop - pairs.start
-        return extend(
-            self.params, self.layer, self.embedding[self.row.next_tokens[pairs]], self.row.features[pairs],
-            self.row.position[pairs], kv_cache.empty(self.layer, 256, jnp.float32)[0], jnp.int32(0), jnp.int32(0),
-            causal(count),
-        )  # fmt: skip
+        embeddings, features = self.embedding[self.row.next_tokens[pairs]], self.row.features[pairs]
+        where = Placement(jnp.asarray(self.row.position[pairs]), jnp.int32(0), Sees(jnp.int32(0), causal(count)))
+        cache = kv_cache.empty(self.layer, 256, jnp.float32)[0]
+        return extend(self.params, embeddings, features, Pass.of(self.layer, where), cache)
 
 
 passes = jax.jit(unrolled_passes, static_argnums=(1, 4))
@@ -294,6 +296,12 @@ def test_the_first_pass_is_the_drafters_own(drafting):
         assert close(first[pairs], drafting.committed(pairs)[0])
 
 
+def self_fed(pair: int, committed: int, step: int) -> Placement:
+    """Where the pair of a chain's level `step` stands: it sees what is committed, and the levels before it."""
+    sees = Sees(jnp.int32(committed), jnp.array([[2**step - 1]], jnp.int32))
+    return Placement(jnp.array([pair], jnp.int32), jnp.int32(pair), sees)
+
+
 def test_further_passes_are_self_fed_steps_through_the_cache(drafting):
     """As `propose` does them: a pair of its own feature behind the committed ones, each seeing those before it."""
     row, outputs = drafting.row, drafting.outputs(drafting.row)
@@ -302,10 +310,9 @@ def test_further_passes_are_self_fed_steps_through_the_cache(drafting):
         feature, drafted = own[committed - 1], cache
         for step in range(1, 4):
             pair = committed + step - 1
-            rows, drafted = extend(
-                drafting.params, drafting.layer, drafting.embedding[row.next_tokens[pair : pair + 1]], feature[None],
-                jnp.array([pair]), drafted, jnp.int32(pair), jnp.int32(committed), jnp.array([[2**step - 1]]),
-            )  # fmt: skip
+            embedding = drafting.embedding[row.next_tokens[pair : pair + 1]]
+            here = Pass.of(drafting.layer, self_fed(pair, committed, step))
+            rows, drafted = extend(drafting.params, embedding, feature[None], here, drafted)
             feature = rows[0]
             assert close(outputs[step][pair], feature)
 
@@ -314,13 +321,15 @@ def test_passes_say_the_tokens_that_drafting_does(drafting):
     """The drafter itself drafts a chain; on a row that goes on with that chain, the passes read off the same tokens."""
     _, cache = drafting.committed(slice(0, drafting.count))
     own = drafting.outputs(drafting.row)[0]
-    weights = drafter.EagleWeights(drafting.params, DraftHead(drafting.head, jnp.arange(40)))
+    head = DraftHead(drafting.head, jnp.arange(40))
+    weights = drafter.EagleWeights(drafting.embedding, head, None, drafting.params)
     grow = jax.jit(drafter.Eagle(drafting.layer).grow, static_argnames="tree")
     for committed in range(1, drafting.count - 2):
         root = jnp.int32(drafting.row.next_tokens[committed - 1])
         feature, shape = own[committed - 1], TreeConfig(4, 3, 1)
-        remembered = DraftCache.new(cache, False)
-        tree, _ = grow(weights, drafting.embedding, shape, feature, root, jnp.int32(committed), remembered)
+        accepted = Accepted(feature[None], root[None], jnp.int32(1))
+        turn = Turn(accepted, root, jnp.int32(committed))
+        tree, _ = grow(weights, shape, feature, turn, BeamMemory(cache, None))
         assert int(tree.tokens[0]) == int(root)
         chain = np.asarray(tree.tokens[1:])
         next_tokens = drafting.row.next_tokens.copy()
