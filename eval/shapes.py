@@ -40,8 +40,8 @@ from frspec_jax.tree import Beam, accepted_path, rerank
 from frspec_jax.vocabulary import crop
 from pallas_kernels import timing
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.models import SHAPES
 from pallas_kernels.products import einsum_f32
-from pallas_kernels.shapes import SHAPES
 from pallas_kernels.subvocab_head import subvocab_top_k
 from pallas_kernels.timing import nudged
 from pallas_kernels.visibility import bit_words, causal

@@ -14,8 +14,9 @@ from frspec_jax import kv_cache
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import LayerKV
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.products import rows_f32
+from pallas_kernels.products import linear, mean_square
 from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.visibility import Sees
 
 
 @struct.dataclass
@@ -38,18 +39,9 @@ class LayerParams:
     down_bias: Array | None  # [H]
 
 
-STEADY_SUM = 4096  # XLA's CPU backend sums fewer numbers than these with other instructions
-
-
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Scale to unit mean square, in float32, and back to x's dtype before the learned weight."""
-    x32 = x.astype(jnp.float32)
-    square = x32 * x32
-    if x.dtype == jnp.bfloat16:  # one token must round as a tree of many does
-        spare = max(0, -(-STEADY_SUM // x.shape[-1]) - x.shape[0])
-        square = jnp.pad(square, ((0, spare), *[(0, 0)] * (x.ndim - 1)))
-    normed = x32 * lax.rsqrt(square.mean(-1, keepdims=True)[: x.shape[0]] + eps)
-    return normed.astype(x.dtype) * weight
+    return (x.astype(jnp.float32) * lax.rsqrt(mean_square(x) + eps)).astype(x.dtype) * weight
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -107,23 +99,6 @@ def rotate(x: Array, by: Rotation) -> Array:
     return jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1).astype(x.dtype)
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """x [T, in] times weight [out, in], plus bias [out], in x's dtype."""
-    if x.dtype == jnp.float32:
-        y = rows_f32(x, weight)
-    else:  # a GPU rounds a float32 sum as it stores it; XLA's CPU backend is slow at that
-        y = lax.platform_dependent(x, weight, cpu=_through_float32, default=_product)
-    return y if bias is None else y + bias
-
-
-def _product(x: Array, weight: Array) -> Array:
-    return jnp.einsum("ti,oi->to", x, weight)
-
-
-def _through_float32(x: Array, weight: Array) -> Array:
-    return rows_f32(x, weight).astype(x.dtype)
-
-
 def project_qkv(layer: LayerParams, config: ModelConfig, x: Array, by: Rotation) -> tuple[Array, Array, Array]:
     """Rotated queries [T, heads, head_dim], rotated keys and plain values [T, kv_heads, head_dim]."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -165,8 +140,9 @@ def decoder_layer(
             attend_from = x if layer.attention_norm is None else rms_norm(x, layer.attention_norm, config.rms_norm_eps)
         q, k, v = project_qkv(layer, config, attend_from, by)
         cache = kv_cache.write(cache, k, v, write_at)
+        sees = Sees(committed, ancestors)
         mixed = tree_attention(
-            q, cache.keys, cache.values, committed, ancestors, implementation=kernels.attention, steady=kernels.steady
+            q, cache.keys, cache.values, sees, implementation=kernels.attention, steady=kernels.steady
         )
         x = x + linear(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias)
     with jax.named_scope("mlp"):

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.dispatch import power_of_two
+from pallas_kernels.dispatch import check_blocks, power_of_two
 from pallas_kernels.products import precision_of
 
 MASKED = -1e30  # the score of rows past the end of the head: below every real one, above what is taken already
@@ -31,6 +31,9 @@ class Config:
     block_h: int = 128
     num_warps: int = 4
     num_stages: int = 4
+
+    def __post_init__(self) -> None:
+        check_blocks(self, "block_v", "block_h")
 
     @classmethod
     def suited_to(cls, hidden: int) -> Config:
@@ -84,12 +87,12 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
     scores_ref, index_ref, peak_ref, total_ref = refs[-4:]
     block_v, block_h, columns = config.block_v, config.block_h, x_ref.shape[0]
     start = pl.program_id(0) * block_v
-    row = start + jnp.arange(block_v)
+    row = start + lax.iota(jnp.int32, block_v)
     precision = precision_of(x_ref)
     ragged = size % block_v != 0 or hidden % block_h != 0
 
     def step(number: Array, total: Array) -> Array:
-        column = number * block_h + jnp.arange(block_h)
+        column = number * block_h + lax.iota(jnp.int32, block_h)
         tile = head_ref.at[pl.ds(start, block_v), pl.ds(number * block_h, block_h)]
         real = (row < size)[:, None] & (column < hidden)[None]
         weight = plt.load(tile, mask=real, other=0) if ragged else plt.load(tile)
@@ -112,7 +115,7 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
     rows = lax.broadcasted_iota(jnp.int32, (block_v, columns), 0)
     best, index = jnp.full((kept, columns), MASKED, jnp.float32), jnp.zeros((kept, columns), jnp.int32)
     for number in range(min(k, block_v)):
-        at = jnp.argmax(scores, axis=0).astype(jnp.int32)  # the lower of equal ones
+        at = lax.argmax(scores, 0, jnp.int32)  # the lower of equal ones
         best = jnp.where(slot == number, scores.max(0)[None], best)
         index = jnp.where(slot == number, start + at[None], index)
         scores = jnp.where(rows == at[None], -jnp.inf, scores)
