@@ -226,13 +226,13 @@ def test_the_whole_round_lowers_at_the_shapes_of(name, monkeypatch):
 
 
 def wide_types(jaxpr, found=()) -> set[str]:
-    """Dtypes of 64 bits among all values of a program and of the programs within it."""
-    names = {str(v.aval.dtype) for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "dtype")}
+    """Operations of a program, and of the programs within it, that give numbers of 64 bits."""
+    names = {f"{eqn.primitive}: {v.aval}" for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "dtype")}
     for eqn in jaxpr.eqns:
         for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 names |= wide_types(getattr(inner, "jaxpr", inner))
-    return {name for name in names if name in ("int64", "uint64", "float64", "complex128")}
+    return {name for name in names if re.search(r"\b[iuf]64\b|\b(int|uint|float)64\b", name)}
 
 
 def in_64_bits(function, *arguments):

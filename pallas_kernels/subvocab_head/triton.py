@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -91,7 +92,8 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
     precision = precision_of(x_ref)
     ragged = size % block_v != 0 or hidden % block_h != 0
 
-    def step(number: Array, total: Array) -> Array:
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        number, total = carry
         column = number * block_h + lax.iota(jnp.int32, block_h)
         tile = head_ref.at[pl.ds(start, block_v), pl.ds(number * block_h, block_h)]
         real = (row < size)[:, None] & (column < hidden)[None]
@@ -101,9 +103,11 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
             weight.astype(x.dtype), x, (((1,), (1,)), ((), ())), precision=precision,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        return total + product
+        return (number + 1, total + product), None
 
-    scores = lax.fori_loop(0, x_ref.shape[1] // block_h, step, jnp.zeros((block_v, columns), jnp.float32))
+    begin = np.int32(0), jnp.zeros((block_v, columns), jnp.float32)
+    # Counted here, in 32 bits: a fori_loop of a known length counts in as many as JAX is set to.
+    (_, scores), _ = lax.scan(step, begin, length=x_ref.shape[1] // block_h)
     if len(refs) == 5:
         scale = plt.load(refs[0].at[pl.ds(start, block_v)], mask=row < size, other=0.0)
         scores = scores * scale[:, None]

@@ -151,8 +151,8 @@ def _kernel(
         )  # fmt: skip
         return new_peak, total * old + weights.sum(-1), mixed * old[:, None] + mix
 
-    blocks = pl.cdiv(committed + tokens, step)
-    share = pl.cdiv(blocks, config.splits)
+    blocks = (committed + tokens + step - 1) // step
+    share = (blocks + config.splits - 1) // config.splits
     first = jnp.minimum(split * share, blocks)
     last = jnp.minimum(first + share, blocks)
     whole = jnp.clip(committed // step, first, last)  # blocks below it are committed as a whole

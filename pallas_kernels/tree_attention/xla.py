@@ -96,9 +96,7 @@ def _over_live_blocks(
 
     def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
-        at = (0, block * BLOCK, 0)
-        k = lax.dynamic_slice(keys, at, (kv_heads, BLOCK, head_dim))
-        v = lax.dynamic_slice(values, at, (kv_heads, BLOCK, head_dim))
+        k, v = (lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=1) for rows in (keys, values))
         s = scores(block * BLOCK, k)
         new_peak = jnp.maximum(peak, s.max(-1))
         weights = jnp.exp(s - new_peak[..., None])
