@@ -30,7 +30,7 @@ from frspec_jax.presets import eagle_of, model_config, random_weights, state_at
 from pallas_kernels import bench, dispatch, measured, subvocab_head, tree_attention
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.models import SHAPES
-from pallas_kernels.products import linear, mean_square, turned
+from pallas_kernels.products import linear, mean_square, take_rows, turned
 from pallas_kernels.subvocab_head import cases as head_cases
 from pallas_kernels.subvocab_head import quantised, subvocab_top_k
 from pallas_kernels.tree_attention import cases as attention_cases
@@ -267,6 +267,7 @@ OPERATIONS = {
     "linear, bfloat16": (linear, (some(1, 16, dtype=jnp.bfloat16), some(9, 16, dtype=jnp.bfloat16))),
     "mean square": (mean_square, (some(2, 16, dtype=jnp.bfloat16),)),
     "turned": (turned, (some(2, 16),)),
+    "rows of a table": (take_rows, (some(30, 8, dtype=jnp.bfloat16), jnp.array([3, 29], jnp.int32))),
 }
 
 
@@ -282,6 +283,16 @@ def test_nothing_turns_to_64_bits(name):
     for mine, other in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
         assert mine.dtype == other.dtype
         np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(other, np.float32), rtol=1e-6, atol=1e-6)
+
+
+@cross_lowering
+def test_kernels_lower_where_64_bits_are_the_default():
+    model = SHAPES["smollm2-135m"]
+    attend = functools.partial(tree_attention.tree_attention, implementation="pallas")
+    head = functools.partial(subvocab_top_k, k=10, implementation="pallas")
+    with jax.enable_x64(True):
+        assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, jnp.bfloat16))) == 1
+        assert kernels_in(lowered(head, *head_cases.arguments(model, 10, 8193, jnp.bfloat16))) == 1
 
 
 def test_who_sees_whom_stays_in_32_bits():

@@ -105,7 +105,7 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
         )  # fmt: skip
         return (number + 1, total + product), None
 
-    begin = np.int32(0), jnp.zeros((block_v, columns), jnp.float32)
+    begin: tuple[Any, Array] = np.int32(0), jnp.zeros((block_v, columns), jnp.float32)
     # Counted here, in 32 bits: a fori_loop of a known length counts in as many as JAX is set to.
     (_, scores), _ = lax.scan(step, begin, length=x_ref.shape[1] // block_h)
     if len(refs) == 5:
