@@ -159,16 +159,19 @@ def main(argv: list[str] | None = None) -> None:
                 figures = about | more | {"bandwidth_gb_per_second": round(speed / 1e9, 1), "cases": rows}
                 args.json.write_text(json.dumps(figures, indent=1) + "\n")
             if tables and not args.dry:
-                keep(tables, about, rows[-1])
+                keep(tables, about, rows[-1], type(case.configs[0]))
     show(rows, device, speed)
 
 
-def keep(folder: Path, about: dict[str, str], row: dict[str, Any]) -> None:
-    """Put what `measure` found into this device's table of the operation; nothing where no config was right."""
-    if row["config"]:
-        figures = {name: row[name] for name in ("dtype", "shape", "config", "pallas_us", "xla_us")}
-        path = measured.table_path(folder, about["device"], row["operation"])
-        measured.write(path, about, [measured.Row(**figures)])
+def keep(folder: Path, about: dict[str, str], found: dict[str, Any], kind: type) -> None:
+    """Put what `measure` found into this device's table of the operation; nothing where no config was right.
+
+    kind: the class of the kernel's configs.
+    """
+    if found["config"]:
+        times = {name: found[name] for name in ("pallas_us", "xla_us")}
+        row = measured.Row(found["dtype"], found["shape"], kind(**found["config"]), **times)
+        measured.write(measured.table_path(folder, about["device"], found["operation"]), about, row)
 
 
 def _tables(parser: argparse.ArgumentParser, where: str, device: str) -> Path:

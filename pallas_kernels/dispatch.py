@@ -55,17 +55,8 @@ def choose(
         return implementation, default
     if jax.default_backend() != "gpu":
         return "xla", default
-    for table in measured.tables(jax.devices()[0].device_kind, operation):
-        row = table.nearest(jnp.dtype(dtype).name, shape)
-        if row is None:
-            continue
-        try:
-            config = dataclasses.replace(default, **row.config)  # type: ignore[type-var]
-        except (TypeError, ValueError) as error:  # a field that the kernel has not, or a value that it cannot take
-            measured.warn(table.path, str(error))
-            continue
-        return ("pallas", config) if row.pallas_us < row.xla_us else ("xla", default)
-    return "xla", default
+    row = measured.nearest(jax.devices()[0].device_kind, operation, jnp.dtype(dtype).name, shape, type(default))
+    return ("pallas", row.config) if row and row.pallas_us < row.xla_us else ("xla", default)
 
 
 def power_of_two(size: int, least: int = 16) -> int:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,12 @@ class Row:
 
     dtype: str
     shape: Mapping[str, int]  # sizes, by name
-    config: Mapping[str, int]  # of the kernel, by field
+    config: Any  # the kernel's, a dataclass
     pallas_us: float
     xla_us: float
 
     def __post_init__(self) -> None:
-        whole = [*self.shape.values(), *self.config.values()]
+        whole = [*self.shape.values(), *vars(self.config).values()]
         if not self.shape or not all(type(size) is int and size > 0 for size in whole):
             raise ValueError("a size or a setting is no positive whole number")
         if not all(isinstance(us, int | float) and us > 0 for us in (self.pallas_us, self.xla_us)):
@@ -74,7 +74,6 @@ class Row:
 class Table:
     """What was measured of one operation on one kind of device."""
 
-    path: Path
     rows: tuple[Row, ...]
 
     def nearest(self, dtype: str, shape: Mapping[str, int]) -> Row | None:
@@ -83,51 +82,49 @@ class Table:
         return min(rows, key=lambda row: row.distance(shape), default=None)
 
 
-def tables(device: str, operation: str) -> list[Table]:
-    """The user's own table, then the package's: those of them that are there."""
-    folders = [folder for folder in (own_folder(), PACKAGED) if folder]
-    return [table for folder in folders if (table := read(table_path(folder, device, operation)))]
+def nearest(device: str, operation: str, dtype: str, shape: Mapping[str, int], kind: type) -> Row | None:
+    """The nearest row of the user's own table, or else of the package's; kind: the class of the kernel's config."""
+    for folder in (own_folder(), PACKAGED):
+        table = folder and read(table_path(folder, device, operation), kind)
+        if table and (row := table.nearest(dtype, shape)):
+            return row
+    return None
 
 
 @functools.cache
-def read(path: Path) -> Table | None:
+def read(path: Path, kind: type) -> Table | None:
     """The table at `path`, or None where there is none.
 
     A damaged one is told of in one sentence, once, and counts as none: a program runs without it, if less quickly.
     """
     try:
         found = json.loads(path.read_bytes())
-        return Table(path, tuple(Row(**row) for row in found["rows"]))
+        return Table(tuple(Row(**row | {"config": kind(**row["config"])}) for row in found["rows"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # not as `write` leaves it
-        warn(path, str(error).splitlines()[0])
+        said = "%s is no table of kernel times (%s), so it is left out; `%s` writes it anew"
+        logging.getLogger(__name__).warning(said, path, str(error).splitlines()[0], TUNE)
         return None
 
 
-def warn(path: Path, reason: str) -> None:
-    """Say that a table is left out, and how it is mended."""
-    logging.getLogger(__name__).warning(
-        "%s is no table of kernel times (%s), so it is left out; `%s` writes it anew", path, reason, TUNE
-    )
-
-
-def write(path: Path, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
-    """Put rows into the table at `path`, in place of those that it had of the same shapes; a damaged one is replaced.
+def write(path: Path, about: Mapping[str, Any], row: Row) -> None:
+    """Put a row into the table at `path`, in place of one that it had of the same shape; a damaged table is replaced.
 
     Args:
-      about: where the rows come from (device, version of JAX, date): it heads the file.
+      about: where the row comes from (device, version of JAX, date): it heads the file.
 
     Raises:
       OSError: the file cannot be written.
     """
     read.cache_clear()
-    rows, before = list(rows), read(path)
-    measured = [(row.dtype, row.shape) for row in rows]
-    kept = [row for row in (before.rows if before else ()) if (row.dtype, row.shape) not in measured]
-    lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in [*kept, *rows])
+    kind: type = type(row.config)
+    before = read(path, kind)
+    kept = [old for old in (before.rows if before else ()) if (old.dtype, old.shape) != (row.dtype, row.shape)]
+    lines = ",\n".join(json.dumps(dataclasses.asdict(each)) for each in [*kept, row])
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(dict(about))[:-1] + f', "rows": [\n{lines}\n]}}\n')
+    head = json.dumps({**about, "rows": []}).removesuffix("]}")
+    unfinished.write_text(f"{head}\n{lines}\n]}}\n")  # a line a row, so that versions compare well
     unfinished.replace(path)
     read.cache_clear()

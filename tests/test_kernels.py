@@ -397,8 +397,8 @@ def test_a_damaged_table_is_one_sentence_and_tune_replaces_it(name, gpu, caplog)
     said = record.getMessage()
     assert str(path) in said and "left out; `python -m pallas_kernels.bench --tune` writes it anew" in said
     assert "\n" not in said and record.exc_info is None
-    figures = {name: ROW[name] for name in ("dtype", "shape", "pallas_us", "xla_us")}
-    bench.keep(own.parent, {"device": DEVICE}, {"operation": "a", "config": {"splits": 2}, "label": "", **figures})
+    found = ROW | {"operation": "a", "config": {"splits": 2}, "label": ""}
+    bench.keep(own.parent, {"device": DEVICE}, found, tree_attention.Config)
     caplog.clear()
     assert chosen() == 2 and not caplog.records
     assert json.loads(path.read_text())["device"] == DEVICE and [p.name for p in own.iterdir()] == ["a.json"]
@@ -408,9 +408,9 @@ def test_a_table_keeps_the_shapes_that_were_not_measured_again(gpu):
     own, _ = gpu
     far = {"rows": 4096, "heads": 8}
     put(own, ROW, ROW | {"shape": far})
-    measured.write(own / "a.json", {"device": DEVICE}, [measured.Row(**ROW | {"config": {"splits": 8}})])
+    measured.write(own / "a.json", {}, measured.Row(**ROW | {"config": tree_attention.Config(splits=8)}))
     assert chosen() == 8 and chosen(**far) == 4
-    bench.keep(own.parent, {"device": DEVICE}, {"operation": "a", "config": None})  # no config was right
+    bench.keep(own.parent, {}, {"operation": "a", "config": None}, tree_attention.Config)  # no config was right
     assert chosen() == 8
 
 
