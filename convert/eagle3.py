@@ -138,7 +138,7 @@ def read_ids(source: TensorFolder, vocab_size: int, draft_vocab_size: int) -> np
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise UserError(f"{label}: d2t names id {ids[(ids < 0) | (ids >= vocab_size)][0]}; {OTHER_MODELS_MAP}")
     values, counts = np.unique(ids, return_counts=True)
-    if counts.max() > 1:
+    if (counts > 1).any():
         raise UserError(f"{label}: d2t names id {values[counts > 1][0]} more than once; {OTHER_MODELS_MAP}")
     if "t2d" in names:
         known = source.read_integers("t2d").astype(bool)

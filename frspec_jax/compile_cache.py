@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-VARIABLE = "FRSPEC_JAX_CACHE"  # a folder, or "off"
+from pallas_kernels.measured import cache_folder
 
 
 def enable() -> None:
@@ -15,9 +14,8 @@ def enable() -> None:
     """
     import jax
 
-    wanted = os.environ.get(VARIABLE)
-    if wanted == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    folder = cache_folder()
+    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", wanted or str(home / "frspec-jax"))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -156,7 +156,6 @@ def _locked(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        return True  # a file system without locks: no worse than before
+        # A file system without locks refuses otherwise; there it is as if nobody held the folder.
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True

@@ -15,7 +15,7 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.products import rows_f32
+from pallas_kernels.products import linear, mean_square
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -39,18 +39,9 @@ class LayerParams:
     down_bias: Array | None  # [H]
 
 
-STEADY_SUM = 4096  # XLA's CPU backend sums fewer numbers than these with other instructions
-
-
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Scale to unit mean square, in float32, and back to x's dtype before the learned weight."""
-    x32 = x.astype(jnp.float32)
-    square = x32 * x32
-    if x.dtype == jnp.bfloat16:  # one token must round as a tree of many does
-        spare = max(0, -(-STEADY_SUM // x.shape[-1]) - x.shape[0])
-        square = jnp.pad(square, ((0, spare), *[(0, 0)] * (x.ndim - 1)))
-    normed = x32 * lax.rsqrt(square.mean(-1, keepdims=True)[: x.shape[0]] + eps)
-    return normed.astype(x.dtype) * weight
+    return (x.astype(jnp.float32) * lax.rsqrt(mean_square(x) + eps)).astype(x.dtype) * weight
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -106,23 +97,6 @@ def rotate(x: Array, by: Rotation) -> Array:
     """Rotary position embedding of x [T, heads, head_dim]: halves of head_dim form the pairs, as in Hugging Face."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1).astype(x.dtype)
-
-
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """x [T, in] times weight [out, in], plus bias [out], in x's dtype."""
-    if x.dtype == jnp.float32:
-        y = rows_f32(x, weight)
-    else:  # a GPU rounds a float32 sum as it stores it; XLA's CPU backend is slow at that
-        y = lax.platform_dependent(x, weight, cpu=_through_float32, default=_product)
-    return y if bias is None else y + bias
-
-
-def _product(x: Array, weight: Array) -> Array:
-    return jnp.einsum("ti,oi->to", x, weight)
-
-
-def _through_float32(x: Array, weight: Array) -> Array:
-    return rows_f32(x, weight).astype(x.dtype)
 
 
 @struct.dataclass

@@ -16,13 +16,13 @@ from frspec_jax.engine import Asked, DecodeState, Plan, Weights, new_caches, sta
 from frspec_jax.shapes import model_shapes
 from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.shapes import SHAPES, Shape
+from pallas_kernels.models import SHAPES, Shape
 
 SPREAD = 0.02  # standard deviation of random weights
 
 
 def model_config(name: str) -> ModelConfig:
-    """The target of a name in `pallas_kernels.shapes.SHAPES`."""
+    """The target of a name in `pallas_kernels.models.SHAPES`."""
     return config_of(SHAPES[name], qwen=name.startswith("qwen"))
 
 

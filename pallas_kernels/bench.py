@@ -2,7 +2,7 @@
 
 For every shape: microseconds of XLA and of the kernel (the best of a sweep over its configs), the
 bytes that must be read, the time that they take at the measured bandwidth, and the ratio to it.
-`--tune` writes what was found to `tuned.json`, from which `auto` chooses. Every config of the sweep is
+`--tune` keeps what was found in tables (`measured`), from which `auto` chooses. Every config of the sweep is
 checked against a float32 reference first: one that is wrong is reported, and never chosen.
 """
 
@@ -15,122 +15,45 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pallas_kernels import subvocab_head_pallas, timing, tree_attention_pallas
-from pallas_kernels.dispatch import TUNED, Implementation, power_of_two
-from pallas_kernels.shapes import SHAPES, Shape
-from pallas_kernels.subvocab_head import subvocab_top_k
-from pallas_kernels.tree_attention import tree_attention
-from pallas_kernels.visibility import Sees, causal
-
-TOKENS = (1, 10, 60)  # one token, a level of EAGLE's tree, a whole tree
-VOCABULARIES = (8192, 16384, 32768, 65536, None)  # None is the model's own
-TOP_K = 10
-WARPS_STAGES = ((4, 2), (4, 3), (8, 3))
+from pallas_kernels import measured, timing
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.models import SHAPES
+from pallas_kernels.subvocab_head import cases as head
+from pallas_kernels.timing import Case
+from pallas_kernels.tree_attention import cases as attention
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One operation at one shape: functions from (moving, *still) to its result, by configuration."""
-
-    operation: str  # as `dispatch.choose` has it
-    label: str
-    shape: dict[str, int]
-    bytes: int  # that it must read
-    moving: Array
-    still: tuple[Array, ...]
-    run: Callable[..., Any]  # run(moving, *still, implementation=, config=)
-    configs: list[Any]
-    tolerance: float  # of the kernel's result against the reference in float32
-
-
-def attention_case(name: str, shape: Shape, tokens: int, context: int, dtype: jnp.dtype, sweep: bool) -> Case:
-    """`tree_attention` of `tokens` queries, each seeing the ones before it, over a cache of `context` live rows."""
-    capacity = -(-(context + tokens) // 1024) * 1024
-    rng = np.random.default_rng(0)
-    specs = shape.attention(tokens, capacity, dtype)
-    q, keys, values = (jnp.asarray(rng.normal(size=spec.shape).astype(np.float32), dtype) for spec in specs[:3])
-    sees = Sees(jnp.int32(context), causal(tokens))
-    rows = tokens * shape.heads // shape.kv_heads
-    suited = tree_attention_pallas.Config.suited_to(rows, shape.kv_heads)
-    splits = sorted({max(1, suited.splits // 2), suited.splits})
-    configs = [
-        dataclasses.replace(suited, block_k=block_k, splits=split, num_warps=warps, num_stages=stages)
-        for block_k, split, (warps, stages) in itertools.product((64, 128), splits, WARPS_STAGES)
-    ]
-
-    def run(q: Array, keys: Array, values: Array, **how: Any) -> Array:
-        return tree_attention(q, keys, values, sees, **how)
-
-    return Case(
-        operation=f"tree_attention {keys.dtype}",
-        label=f"{name}, {tokens} tokens, context {context}",
-        shape={"rows": rows, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim},
-        bytes=2 * (context + tokens) * shape.kv_heads * shape.head_dim * keys.dtype.itemsize,
-        moving=q,
-        still=(keys, values),
-        run=run,
-        configs=configs if sweep else [suited],
-        tolerance=2e-2 if dtype == jnp.bfloat16 else 1e-5,
-    )
-
-
-def head_case(
-    name: str, shape: Shape, rows: int, vocabulary: int | None, dtype: jnp.dtype, sweep: bool, k: int = TOP_K
-) -> Case:
-    """`subvocab_top_k` of `rows` features over `vocabulary` rows of the head."""
-    rng = np.random.default_rng(0)
-    x, head = (
-        jnp.asarray(rng.normal(size=s.shape).astype(np.float32), dtype) for s in shape.head(rows, vocabulary, dtype)
-    )
-    suited = subvocab_head_pallas.Config.suited_to(shape.hidden)
-    configs = [
-        dataclasses.replace(suited, block_v=block_v, num_warps=warps, num_stages=stages)
-        for block_v, (warps, stages) in itertools.product((64, 128), WARPS_STAGES)
-    ]
-    return Case(
-        operation=f"subvocab_head {head.dtype}",
-        label=f"{name}, {rows} rows, V' = {head.shape[0]:,}, top {k}",
-        shape={"rows": power_of_two(rows), "hidden": shape.hidden, "vocabulary": head.shape[0]},
-        bytes=head.nbytes,
-        moving=x,
-        still=(head,),
-        run=functools.partial(_scores, k=k),
-        configs=configs if sweep else [suited],
-        tolerance=5e-2 if dtype == jnp.bfloat16 else 1e-3,
-    )
-
-
-def _scores(x: Array, head: Array, k: int, **how: Any) -> Array:
-    return subvocab_top_k(x, head, k, **how)[0]
-
-
-def cases(names: Iterable[str], contexts: Iterable[int], dtype: jnp.dtype, sweep: bool) -> Iterator[Case]:
+def cases(names: Iterable[str], contexts: Iterable[int], dtype: DTypeLike) -> Iterator[Case]:
+    """What is timed: both operations, at the sizes of each model."""
     for name in names:
-        shape = SHAPES[name]
-        for tokens, context in itertools.product(TOKENS, contexts):
-            yield attention_case(name, shape, tokens, context, dtype, sweep)
-        sizes = [v for v in VOCABULARIES if v is None or v < shape.vocabulary]
-        for vocabulary in sizes:
-            yield head_case(name, shape, TOP_K, vocabulary, dtype, sweep)
-        yield head_case(name, shape, 60, None, dtype, sweep, k=1)  # greedy verification
+        for tokens, context in itertools.product(attention.TOKENS, contexts):
+            yield attention.timed(name, tokens, context, dtype)
+        for vocabulary in (v for v in head.VOCABULARIES if v is None or v < SHAPES[name].vocabulary):
+            yield head.timed(name, head.TOP_K, vocabulary, dtype)
+        yield head.timed(name, 60, None, dtype, k=1)  # greedy verification
+
+
+def widened(x: Array) -> Array:
+    """Floats as float32, for a reference; integers as they are."""
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def measure(case: Case, kernel: Implementation, calls: int, speed: float) -> dict[str, Any]:
     """Times of XLA and of the kernel under its best right config; the configs that were wrong."""
     exact = jax.jit(functools.partial(case.run, implementation="xla"))(
-        case.moving.astype(jnp.float32), *(array.astype(jnp.float32) for array in case.still)
+        *jax.tree.map(widened, (case.moving, *case.still))
     )
     best, best_us, wrong = None, float("inf"), []
     for config in case.configs:
@@ -152,6 +75,7 @@ def measure(case: Case, kernel: Implementation, calls: int, speed: float) -> dic
     return {
         "operation": case.operation,
         "label": case.label,
+        "dtype": case.dtype,
         "shape": case.shape,
         "bytes": case.bytes,
         "floor_us": round(floor, 2),
@@ -190,7 +114,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     parser.add_argument("--no-sweep", action="store_true", help="one config a shape: the one that would suit")
     parser.add_argument("--calls", type=int, default=64, metavar="N", help="calls a measurement (default: 64)")
-    parser.add_argument("--tune", action="store_true", help="write the winners to pallas_kernels/tuned.json")
+    parser.add_argument(
+        "--tune", nargs="?", const="own", choices=("own", "package"),
+        help="keep the winners for `auto`: in your own tables, in the cache folder (the default), or in the package's",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument(
         "--dry", action="store_true", help="no GPU: interpret the kernels at a tiny shape; shows that all of it runs"
@@ -212,12 +139,13 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             parser.error(f"--json {args.json} cannot be written: {error.strerror}; name another file")
     device = jax.devices()[0].device_kind
+    tables = _tables(parser, args.tune, device) if args.tune else None
     speed = timing.bandwidth(16 if args.dry else 2048)
-    if args.dry:
-        chosen = list(cases(["tiny"], [200], jnp.float32, sweep=False))
-    else:
-        chosen = list(cases(args.shapes, args.context, jnp.dtype(args.dtype), not args.no_sweep))
+    chosen = list(cases(["tiny"], [200], "float32") if args.dry else cases(args.shapes, args.context, args.dtype))
+    if args.dry or args.no_sweep:
+        chosen = [dataclasses.replace(case, configs=case.configs[:1]) for case in chosen]
     kernel: Implementation = "interpret" if args.dry else "pallas"
+    about = {"device": device, "jax": jax.__version__, "date": datetime.date.today().isoformat()}
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(chosen))
@@ -227,22 +155,40 @@ def main(argv: list[str] | None = None) -> None:
             progress.advance(task)
             # After every case, so that a run that is cut off keeps what it has.
             if args.json:
-                about = {"device": device, "jax": jax.__version__, "date": datetime.date.today().isoformat()}
-                about |= {"command": "python -m pallas_kernels.bench", "interpreted": args.dry}
-                figures = about | {"bandwidth_gb_per_second": round(speed / 1e9, 1), "cases": rows}
+                more = {"command": "python -m pallas_kernels.bench", "interpreted": args.dry}
+                figures = about | more | {"bandwidth_gb_per_second": round(speed / 1e9, 1), "cases": rows}
                 args.json.write_text(json.dumps(figures, indent=1) + "\n")
-            if args.tune and not args.dry:
-                _write_table(rows, device)
+            if tables and not args.dry:
+                keep(tables, about, rows[-1], type(case.configs[0]))
     show(rows, device, speed)
 
 
-def _write_table(rows: list[dict[str, Any]], device: str, table: Path = TUNED) -> None:
-    """Put this device's rows in place of those that the table had of it."""
-    before = json.loads(table.read_text()) if table.exists() else []
-    keep = ("operation", "shape", "config", "pallas_us", "xla_us")
-    mine = [{"device": device} | {key: row[key] for key in keep} for row in rows if row["config"]]
-    found = [row for row in before if row["device"] != device] + mine
-    table.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+def keep(folder: Path, about: dict[str, str], found: dict[str, Any], kind: type) -> None:
+    """Put what `measure` found into this device's table of the operation; nothing where no config was right.
+
+    kind: the class of the kernel's configs.
+    """
+    if found["config"]:
+        times = {name: found[name] for name in ("pallas_us", "xla_us")}
+        row = measured.Row(found["dtype"], found["shape"], kind(**found["config"]), **times)
+        measured.write(measured.table_path(folder, about["device"], found["operation"]), about, row)
+
+
+def _tables(parser: argparse.ArgumentParser, where: str, device: str) -> Path:
+    """The folder of tables that `--tune` writes to, refused where that cannot be done."""
+    folder = measured.PACKAGED if where == "package" else measured.own_folder()
+    if folder is None:
+        parser.error(f"--tune: {measured.CACHE_VARIABLE}=off leaves no folder for tables; set it to a folder")
+    place = measured.table_path(folder, device, "any").parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / ".part").touch()
+        (place / ".part").unlink()
+    except OSError as error:
+        parser.error(
+            f"--tune: {place} cannot be written: {error.strerror}; name another folder in {measured.CACHE_VARIABLE}"
+        )
+    return folder
 
 
 if __name__ == "__main__":

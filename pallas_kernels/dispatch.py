@@ -1,23 +1,22 @@
 """Which implementation of an operation runs: a Pallas kernel on CUDA, the same kernel interpreted, or XLA.
 
 `auto` takes the kernel only where it was measured to beat XLA: on this kind of device, at about this
-shape (`tuned.json`, written by `python -m pallas_kernels.bench --tune`). Elsewhere XLA runs.
+shape (`measured`; `python -m pallas_kernels.bench --tune` measures). Elsewhere XLA runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import math
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import jax
+import jax.numpy as jnp
+
+from pallas_kernels import measured
 
 Implementation = Literal["auto", "pallas", "interpret", "xla"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
-TUNED = Path(__file__).with_name("tuned.json")
 
 Config = TypeVar("Config")
 
@@ -44,40 +43,33 @@ AUTO = Kernels()
 
 
 def choose(
-    implementation: Implementation, operation: str, shape: dict[str, int], default: Config
+    implementation: Implementation, operation: str, dtype: Any, shape: Mapping[str, int], default: Config
 ) -> tuple[Implementation, Config]:
     """Resolve `auto`: ("pallas", the measured winner's config), or ("xla", default).
 
     Args:
-      operation: the kernel's name and dtype, as the table has them. shape: its sizes, by name.
+      operation: the kernel's name, as its table has it. dtype: of its largest operand. shape: its sizes, by name.
       default: the config that an explicit "pallas" or "interpret" runs with.
     """
     if implementation != "auto":
         return implementation, default
     if jax.default_backend() != "gpu":
         return "xla", default
-    found = measured(operation, jax.devices()[0].device_kind, shape)
-    return ("xla", default) if found is None else ("pallas", dataclasses.replace(default, **found))  # type: ignore[type-var]
-
-
-def measured(operation: str, device: str, shape: dict[str, int], table: Path = TUNED) -> dict[str, Any] | None:
-    """The config of the nearest measured shape on this kind of device, if the kernel won there.
-
-    A shape is near if no size is off by more than a factor of two.
-    """
-    rows = [row for row in _table(table) if (row["operation"], row["device"]) == (operation, device)]
-    distances = [max(abs(math.log2(shape[name] / size)) for name, size in row["shape"].items()) for row in rows]
-    if not distances or min(distances) > 1:
-        return None
-    best = rows[distances.index(min(distances))]
-    return best["config"] if best["pallas_us"] < best["xla_us"] else None
-
-
-@functools.cache
-def _table(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text()) if path.exists() else []
+    row = measured.nearest(jax.devices()[0].device_kind, operation, jnp.dtype(dtype).name, shape, type(default))
+    return ("pallas", row.config) if row and row.pallas_us < row.xla_us else ("xla", default)
 
 
 def power_of_two(size: int, least: int = 16) -> int:
     """The smallest power of two that is at least `size` and at least `least`: Triton's sizes."""
     return max(least, 1 << (size - 1).bit_length())
+
+
+def check_blocks(config: object, *names: str) -> None:
+    """Refuse a kernel's config of settings that Triton cannot take.
+
+    Raises:
+      ValueError: a setting is not positive, or one of the blocks called `names` is no power of two from 16 on.
+    """
+    for name, size in vars(config).items():
+        if size < 1 or (name in names and size != power_of_two(size)):
+            raise ValueError(f"{name} {size} is no {'power of two from 16 on' if name in names else 'positive number'}")

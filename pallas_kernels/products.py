@@ -106,3 +106,37 @@ def take_rows(table: Array, ids: ArrayLike) -> Array:
         return table[ids]
     table, ids = lax.optimization_barrier((table, ids))
     return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[ids], table.dtype)
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """x [T, in] times the rows of weight [out, in], plus bias [out]: [T, out] in x's dtype."""
+    if x.dtype == jnp.float32:
+        y = rows_f32(x, weight)
+    else:  # a GPU rounds a float32 sum as it stores it; XLA's CPU backend is slow at that
+        y = lax.platform_dependent(x, weight, cpu=_through_float32, default=_in_its_own_dtype)
+    return y if bias is None else y + bias
+
+
+def _through_float32(x: Array, weight: Array) -> Array:
+    return rows_f32(x, weight).astype(x.dtype)
+
+
+def _in_its_own_dtype(x: Array, weight: Array) -> Array:
+    return jnp.einsum("ti,oi->to", x, weight)
+
+
+STEADY_SUM = 4096  # XLA's CPU backend sums fewer numbers than these with other instructions
+
+
+def mean_square(x: Array) -> Array:
+    """The mean of x² over the last axis of x [T, ..., H]: float32 [T, ..., 1].
+
+    In bfloat16 one token rounds as a tree of many does: rows of zeros bring the sum to a size from which XLA's CPU
+    backend uses one set of instructions.
+    """
+    x32 = x.astype(jnp.float32)
+    square = x32 * x32
+    if x.dtype == jnp.bfloat16:
+        spare = max(0, -(-STEADY_SUM // x.shape[-1]) - x.shape[0])
+        square = jnp.pad(square, ((0, spare), *[(0, 0)] * (x.ndim - 1)))
+    return square.mean(-1, keepdims=True)[: x.shape[0]]

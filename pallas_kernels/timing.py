@@ -6,6 +6,7 @@ program, each on its own copy of the data where one copy would stay in the cache
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 import time
@@ -18,6 +19,22 @@ from jax import Array, lax
 
 CACHE = 256 * 2**20  # bytes that no chip's cache holds: several times an H100's
 Carry = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation at one shape, to be timed: `run(moving, *still, implementation=, config=)`."""
+
+    operation: str  # the kernel's name, as `dispatch.choose` has it
+    label: str  # model and sizes, for people
+    dtype: str  # of the largest operand
+    shape: dict[str, int]  # sizes by name, as `dispatch.choose` has them
+    bytes: int  # that it must read
+    run: Callable[..., Any]
+    moving: Array
+    still: tuple[Any, ...]
+    configs: tuple[Any, ...]  # what a sweep tries, first the one that would suit
+    tolerance: float  # of the kernel's result against the reference in float32
 
 
 def looped(step: Callable[[Any, Carry], Carry], held: Any, carry: Carry, calls: int, repeats: int = 5) -> float:
@@ -48,14 +65,14 @@ def nudged(x: Array, by: Array) -> Array:
     return (x + 1e-30 * hint).astype(x.dtype)
 
 
-def per_call(function: Callable[..., Array], moving: Array, *still: Array, calls: int = 64) -> float:
-    """Microseconds of `function(moving, *still)`, out of cache: the `still` arrays rotate over copies.
+def per_call(function: Callable[..., Any], moving: Array, *still: Any, calls: int = 64) -> float:
+    """Microseconds of `function(moving, *still)`, out of cache: the arrays of `still` rotate over copies.
 
     The result (the first, where there are several) is folded into `moving`, weighted by almost nothing.
     """
-    size = sum(array.nbytes for array in still)
-    copies = [still] * max(1, min(16, CACHE // max(1, size)))
-    copies = [tuple(jnp.array(array, copy=True) for array in still) if n else still for n, still in enumerate(copies)]
+    size = sum(array.nbytes for array in jax.tree.leaves(still))
+    count = max(1, min(16, CACHE // max(1, size)))
+    copies = [still, *(jax.tree.map(lambda x: jnp.array(x, copy=True), still) for _ in range(count - 1))]
 
     def step(held: Any, moving: Array) -> Array:
         for still in held:

@@ -25,7 +25,8 @@ def has_bit(words: Array, row: Array) -> Array:
 
 def causal(tokens: int) -> Array:
     """Ancestor words [T, ceil(T / 32)] of a chain: each token sees itself and those before it."""
-    return bit_words(jnp.tril(jnp.ones((tokens, tokens), bool)))
+    number = jnp.arange(tokens, dtype=jnp.int32)
+    return bit_words(number[None] <= number[:, None])
 
 
 @struct.dataclass

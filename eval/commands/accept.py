@@ -90,7 +90,7 @@ def summary(by_task: dict[str, list[Result]]) -> dict[str, Any]:
     histogram = np.zeros(1, np.int64)
     for task, results in by_task.items():
         counts = np.sum([r.accepted_histogram for r in results], axis=0)
-        lengths[task] = round(float(counts @ np.arange(1, len(counts) + 1) / max(1, counts.sum())), 3)
+        lengths[task] = round(float(counts @ np.arange(1, len(counts) + 1) / max(1, int(counts.sum()))), 3)
         histogram = counts + histogram
     return {
         "accepted_length": lengths,

@@ -42,7 +42,7 @@ from frspec_jax.presets import eagle_of, model_config, random_weights
 from frspec_jax.vocabulary import crop
 from pallas_kernels import timing
 from pallas_kernels.dispatch import Kernels
-from pallas_kernels.shapes import SHAPES
+from pallas_kernels.models import SHAPES
 
 VOCABULARIES = "full,65536,32768,16384,8192"  # those of the paper that a model has
 PAPER = resources.files("eval").joinpath("data/paper.json")

@@ -41,22 +41,22 @@ class Tally:
     @property
     def accepted_length(self) -> float:
         """Tokens a round, the bonus token counted."""
-        return float(self.decoded.sum() / max(1, self.rounds.sum()))
+        return float(self.decoded.sum() / max(1, int(self.rounds.sum())))
 
     @property
     def coverage(self) -> float:
         """The share of the emitted tokens that the draft could have proposed."""
-        return float(self.covered.sum() / max(1, self.emitted.sum()))
+        return float(self.covered.sum() / max(1, int(self.emitted.sum())))
 
     @property
     def decode_rate(self) -> float:
         """Tokens a second of decoding, prefill left out."""
-        return float(self.decoded.sum() / max(1e-9, self.decode_seconds.sum()))
+        return float(self.decoded.sum() / max(1e-9, float(self.decode_seconds.sum())))
 
     @property
     def whole_rate(self) -> float:
         """Tokens a second of prefill and decoding together."""
-        return float(self.emitted.sum() / max(1e-9, self.decode_seconds.sum() + self.prefill_seconds.sum()))
+        return float(self.emitted.sum() / max(1e-9, float(self.decode_seconds.sum() + self.prefill_seconds.sum())))
 
     def identity(self, tie: float) -> tuple[int, int, int]:
         """Answers identical to vanilla's, those that parted at a gap below `tie`, and those that differ."""

@@ -11,7 +11,10 @@ import functools
 import itertools
 import json
 import re
+import tomllib
+from types import SimpleNamespace
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +24,14 @@ from frspec_jax import api, engine, kv_cache
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.presets import eagle_of, model_config, random_weights, state_at
-from pallas_kernels import dispatch, subvocab_head_pallas, tree_attention_pallas
+from pallas_kernels import bench, dispatch, measured, subvocab_head, tree_attention
 from pallas_kernels.dispatch import Kernels
-from pallas_kernels.shapes import SHAPES
+from pallas_kernels.models import SHAPES
+from pallas_kernels.products import linear, mean_square, take_rows, turned
+from pallas_kernels.subvocab_head import cases as head_cases
 from pallas_kernels.subvocab_head import quantised, subvocab_top_k
-from pallas_kernels.tree_attention import tree_attention
-from pallas_kernels.visibility import Sees, bit_words
+from pallas_kernels.tree_attention import cases as attention_cases
+from pallas_kernels.visibility import causal
 from tests.pallas_kernels import test_subvocab_head, test_tree_attention
 from tests.support import toy
 
@@ -43,10 +48,10 @@ PALLAS = Kernels("pallas", "pallas")
 @pytest.mark.parametrize("committed", [0, 1, 255, 256, 900])
 def test_attention_is_the_same_however_it_is_split(block_q, block_k, splits, committed):
     """Shares beyond the live rows see nothing, and must weigh nothing."""
-    config = tree_attention_pallas.Config(block_q, block_k, splits)
-    attend = jax.jit(functools.partial(tree_attention, implementation="interpret", config=config))
+    config = tree_attention.Config(block_q, block_k, splits)
+    attend = jax.jit(functools.partial(tree_attention.tree_attention, implementation="interpret", config=config))
     q, keys, values, committed, line = test_tree_attention.case((40, 2, 3, 64, 1024), committed, "tree", seed=committed)
-    mine = attend(q, keys, values, Sees(jnp.int32(committed), bit_words(jnp.asarray(line))))
+    mine = attend(q, keys, values, test_tree_attention.sees(committed, line))
     exact = test_tree_attention.reference(q, keys, values, committed, line)
     assert test_tree_attention.error(mine, exact) < 2e-6
 
@@ -54,7 +59,7 @@ def test_attention_is_the_same_however_it_is_split(block_q, block_k, splits, com
 @pytest.mark.parametrize(("block_v", "block_h"), [(16, 16), (64, 128), (256, 32), (128, 64)])
 @pytest.mark.parametrize("size", [100, 1000, 1024])
 def test_the_head_is_the_same_however_it_is_tiled(block_v, block_h, size):
-    config = subvocab_head_pallas.Config(block_v, block_h)
+    config = subvocab_head.Config(block_v, block_h)
     rng = np.random.default_rng(size)
     x, head = (rng.normal(size=shape).astype(np.float32) for shape in ((7, 96), (size, 96)))
     scores, index = jax.jit(functools.partial(subvocab_top_k, k=10, implementation="interpret", config=config))(x, head)
@@ -89,13 +94,13 @@ variants = pytest.mark.parametrize(("num_warps", "num_stages"), list(itertools.p
 @variants
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_attention_on_a_gpu(num_warps, num_stages, head_dim):
-    config = tree_attention_pallas.Config(32, 64, 4, num_warps, num_stages)
-    attend = jax.jit(functools.partial(tree_attention, implementation="pallas", config=config))
+    config = tree_attention.Config(32, 64, 4, num_warps, num_stages)
+    attend = jax.jit(functools.partial(tree_attention.tree_attention, implementation="pallas", config=config))
     for committed in (0, 63, 700):
         q, keys, values, committed, line = test_tree_attention.case(
             (60, 2, 4, head_dim, 1024), committed, "tree", seed=committed
         )
-        mine = attend(q, keys, values, Sees(jnp.int32(committed), bit_words(jnp.asarray(line))))
+        mine = attend(q, keys, values, test_tree_attention.sees(committed, line))
         exact = test_tree_attention.reference(q, keys, values, committed, line)
         assert test_tree_attention.error(mine, exact) < 2e-6
 
@@ -105,7 +110,7 @@ def test_attention_on_a_gpu(num_warps, num_stages, head_dim):
 @variants
 @pytest.mark.parametrize("size", [8193, 32768])
 def test_the_head_on_a_gpu(num_warps, num_stages, size):
-    config = subvocab_head_pallas.Config(64, 64, num_warps, num_stages)
+    config = subvocab_head.Config(64, 64, num_warps, num_stages)
     rng = np.random.default_rng(size)
     x, head = (rng.normal(size=shape).astype(np.float32) for shape in ((10, 512), (size, 512)))
     scores, index = jax.jit(functools.partial(subvocab_top_k, k=10, implementation="pallas", config=config))(x, head)
@@ -186,18 +191,18 @@ cross_lowering = pytest.mark.skipif(
 def test_kernels_lower_at_the_shapes_of(name, dtype):
     shape = SHAPES[name]
     for tokens in (1, 10, 60, 256):
-        attend = functools.partial(tree_attention, implementation="pallas")
-        assert kernels_in(lowered(attend, *shape.attention(tokens, 8192, dtype))) == 1
+        attend = functools.partial(tree_attention.tree_attention, implementation="pallas")
+        assert kernels_in(lowered(attend, *attention_cases.arguments(shape, tokens, 8192, dtype))) == 1
     for rows, vocabulary in itertools.product((1, 10), (8192, 10_000, None)):
         head = functools.partial(subvocab_top_k, k=10, implementation="pallas")
-        assert kernels_in(lowered(head, *shape.head(rows, vocabulary, dtype))) == 1
-    x, head_rows = shape.head(10, 8193, jnp.int8)
+        assert kernels_in(lowered(head, *head_cases.arguments(shape, rows, vocabulary, dtype))) == 1
+    x, head_rows = head_cases.arguments(shape, 10, 8193, jnp.int8)
     x = jax.ShapeDtypeStruct(x.shape, dtype)
     scale = jax.ShapeDtypeStruct((8193,), jnp.float32)
     int8 = functools.partial(subvocab_top_k, implementation="pallas")
     assert kernels_in(lowered(lambda a, b, c: int8(a, b, 10, c), x, head_rows, scale)) == 1
     argmax = functools.partial(subvocab_top_k, k=1, implementation="pallas")
-    assert kernels_in(lowered(argmax, *shape.head(64, None, dtype))) == 1
+    assert kernels_in(lowered(argmax, *head_cases.arguments(shape, 64, None, dtype))) == 1
 
 
 @cross_lowering
@@ -215,27 +220,231 @@ def test_the_whole_round_lowers_at_the_shapes_of(name, monkeypatch):
     assert kernels_in(text) == config.num_layers + tree.depth + tree.depth
 
 
+# 32 bits whatever JAX's own default is --------------------------------------------------------------
+
+
+def wide_types(jaxpr, found=()) -> set[str]:
+    """Operations of a program, and of the programs within it, that give numbers of 64 bits."""
+    names = {f"{eqn.primitive}: {v.aval}" for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "dtype")}
+    for eqn in jaxpr.eqns:
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                names |= wide_types(getattr(inner, "jaxpr", inner))
+    return {name for name in names if re.search(r"\b[iuf]64\b|\b(int|uint|float)64\b", name)}
+
+
+def in_64_bits(function, *arguments):
+    """A function's program, and its results, under JAX's 64-bit types."""
+    with jax.enable_x64(True):
+        return jax.make_jaxpr(function)(*arguments).jaxpr, jax.jit(function)(*arguments)
+
+
+def some(*shape, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+BITS = jnp.uint16  # of bfloat16, as a CPU's cache keeps them
+OPERATIONS = {
+    "attention, dense": (tree_attention.tree_attention, (some(5, 4, 16), some(2, 512, 16), some(2, 512, 16))),
+    "attention, in blocks": (tree_attention.tree_attention, (some(5, 4, 16), some(2, 1024, 16), some(2, 1024, 16))),
+    "attention, bits": (
+        tree_attention.tree_attention,
+        (some(5, 4, 16, dtype=jnp.bfloat16), *(2 * [some(2, 1024, 16, dtype=jnp.bfloat16).view(BITS)])),
+    ),
+    "attention, kernel": (
+        functools.partial(tree_attention.tree_attention, implementation="interpret"),
+        (some(5, 4, 24), some(2, 512, 24), some(2, 512, 24)),
+    ),
+    "head": (functools.partial(subvocab_top_k, k=3), (some(4, 32), some(100, 32))),
+    "head, kernel": (
+        functools.partial(subvocab_top_k, k=3, implementation="interpret"),
+        (some(4, 32), some(100, 32)),
+    ),
+    "quantised": (quantised, (some(9, 16),)),
+    "linear": (linear, (some(2, 16), some(9, 16))),
+    "linear, bfloat16": (linear, (some(1, 16, dtype=jnp.bfloat16), some(9, 16, dtype=jnp.bfloat16))),
+    "mean square": (mean_square, (some(2, 16, dtype=jnp.bfloat16),)),
+    "turned": (turned, (some(2, 16),)),
+    "rows of a table": (take_rows, (some(30, 8, dtype=jnp.bfloat16), jnp.array([3, 29], jnp.int32))),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_nothing_turns_to_64_bits(name):
+    function, arguments = OPERATIONS[name]
+    if name.startswith("attention"):
+        line = np.tri(5, dtype=bool)
+        arguments = (*arguments, test_tree_attention.sees(300, line))
+    narrow = jax.jit(function)(*arguments)
+    program, wide = in_64_bits(function, *arguments)
+    assert not wide_types(program)
+    for mine, other in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        assert mine.dtype == other.dtype
+        np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(other, np.float32), rtol=1e-6, atol=1e-6)
+
+
+@cross_lowering
+def test_kernels_lower_where_64_bits_are_the_default():
+    model = SHAPES["smollm2-135m"]
+    attend = functools.partial(tree_attention.tree_attention, implementation="pallas")
+    head = functools.partial(subvocab_top_k, k=10, implementation="pallas")
+    with jax.enable_x64(True):
+        assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, jnp.bfloat16))) == 1
+        assert kernels_in(lowered(head, *head_cases.arguments(model, 10, 8193, jnp.bfloat16))) == 1
+
+
+def test_who_sees_whom_stays_in_32_bits():
+    program, dense = in_64_bits(lambda line: test_tree_attention.sees(3, line).dense(40), jnp.eye(33, dtype=bool))
+    assert not wide_types(program) and dense.dtype == bool
+    program, words = in_64_bits(lambda: causal(40))
+    assert not wide_types(program) and words.dtype == jnp.int32
+
+
 # The choice --------------------------------------------------------------------------------------
 
+DEVICE, PLACE = "NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"
+ROW = {"dtype": "float32", "shape": {"rows": 64, "heads": 8}, "config": {"splits": 4}, "pallas_us": 5.0, "xla_us": 8.0}
 
-def test_auto_takes_what_was_measured_to_win(tmp_path):
-    table = tmp_path / "tuned.json"
-    row = {"operation": "a", "device": "H100", "shape": {"rows": 64, "heads": 8}, "config": {"splits": 4}}
-    slow = row | {"shape": {"rows": 1024, "heads": 8}, "pallas_us": 9.0, "xla_us": 8.0}
-    table.write_text(json.dumps([row | {"pallas_us": 5.0, "xla_us": 8.0}, slow]))
-    found = functools.partial(dispatch.measured, table=table)
-    assert found("a", "H100", {"rows": 64, "heads": 8}) == {"splits": 4}
-    assert found("a", "H100", {"rows": 100, "heads": 8}) == {"splits": 4}  # near
-    assert found("a", "H100", {"rows": 200, "heads": 8}) is None  # far from both
-    assert found("a", "H100", {"rows": 1000, "heads": 8}) is None  # measured, and lost
-    assert found("a", "A100", {"rows": 64, "heads": 8}) is None
-    assert found("b", "H100", {"rows": 64, "heads": 8}) is None
-    assert found("a", "H100", {"rows": 64, "heads": 32}) is None
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """A GPU as far as `choose` looks, and empty folders of tables: the user's and the package's."""
+    monkeypatch.setenv(measured.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(measured, "PACKAGED", tmp_path / "package")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=DEVICE)])
+    measured.read.cache_clear()
+    yield tmp_path / "cache" / "kernels" / PLACE, tmp_path / "package" / PLACE
+    measured.read.cache_clear()
+
+
+def put(folder, *rows, operation="a"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{operation}.json").write_text(json.dumps({"device": DEVICE, "rows": rows}))
+    measured.read.cache_clear()
+
+
+def chosen(operation="a", dtype="float32", **shape):
+    default = tree_attention.Config()
+    implementation, config = dispatch.choose("auto", operation, dtype, shape or ROW["shape"], default)
+    assert implementation == "pallas" or config == default
+    return config.splits if implementation == "pallas" else implementation
+
+
+def test_auto_takes_what_was_measured_to_win(gpu):
+    _, package = gpu
+    assert chosen() == "xla"
+    slow = ROW | {"shape": {"rows": 1024, "heads": 8}, "pallas_us": 9.0}
+    put(package, ROW, slow)
+    assert chosen() == 4
+    assert chosen(rows=100, heads=8) == 4  # near
+    assert chosen(rows=200, heads=8) == "xla"  # far from both
+    assert chosen(rows=1000, heads=8) == "xla"  # measured, and lost
+    assert chosen(rows=64, heads=32) == chosen(rows=64) == "xla"
+    assert chosen("b") == chosen(dtype="bfloat16") == "xla"
+
+
+def test_the_users_own_table_is_read_first(gpu, monkeypatch):
+    own, package = gpu
+    put(package, ROW, ROW | {"shape": {"rows": 4096, "heads": 8}})
+    put(own, ROW | {"config": {"splits": 2}})
+    assert chosen() == 2
+    assert chosen(rows=4096, heads=8) == 4  # the user has not measured it
+    put(own, ROW | {"pallas_us": 8.5})
+    assert chosen() == "xla"  # measured here, and lost
+    monkeypatch.setenv(measured.CACHE_VARIABLE, "off")
+    assert chosen() == 4
+
+
+@pytest.mark.parametrize("variables", [{"XDG_CACHE_HOME": "X"}, {"HOME": "X"}, {"FRSPEC_JAX_CACHE": "X/frspec-jax"}])
+def test_where_the_users_tables_are(variables, tmp_path, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "FRSPEC_JAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.replace("X", str(tmp_path)))
+    base = tmp_path / ".cache" if "HOME" in variables else tmp_path
+    assert measured.own_folder() == base / "frspec-jax" / "kernels"
+    assert measured.table_path(tmp_path, DEVICE, "a") == tmp_path / PLACE / "a.json"
+    assert measured.table_path(tmp_path, "../a/B", "a") == tmp_path / "a-b" / "a.json"
+
+
+DAMAGE = {
+    "no JSON": "{",
+    "no text": b"\xff\xfe",
+    "no rows": "{}",
+    "a list": "[]",
+    "a row of something else": json.dumps({"rows": [{"speed": 3}]}),
+    "rows that are words": json.dumps({"rows": ["fast"]}),
+    "a config that is a list": json.dumps({"rows": [ROW | {"config": [4]}]}),
+    "a size of zero": json.dumps({"rows": [ROW | {"shape": {"rows": 0, "heads": 8}}]}),
+    "a time that is a word": json.dumps({"rows": [ROW | {"xla_us": "fast"}]}),
+    "a setting that is none": json.dumps({"rows": [ROW | {"config": {"wheels": 4}}]}),
+    "a block that Triton cannot take": json.dumps({"rows": [ROW | {"config": {"block_k": 65}}]}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_table_is_one_sentence_and_tune_replaces_it(name, gpu, caplog):
+    own, package = gpu
+    put(package, ROW)
+    put(own)
+    path, content = own / "a.json", DAMAGE[name]
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert chosen() == 4  # the package's
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert str(path) in said and "left out; `python -m pallas_kernels.bench --tune` writes it anew" in said
+    assert "\n" not in said and record.exc_info is None
+    found = ROW | {"operation": "a", "config": {"splits": 2}, "label": ""}
+    bench.keep(own.parent, {"device": DEVICE}, found, tree_attention.Config)
+    caplog.clear()
+    assert chosen() == 2 and not caplog.records
+    assert json.loads(path.read_text())["device"] == DEVICE and [p.name for p in own.iterdir()] == ["a.json"]
+
+
+def test_a_table_keeps_the_shapes_that_were_not_measured_again(gpu):
+    own, _ = gpu
+    far = {"rows": 4096, "heads": 8}
+    put(own, ROW, ROW | {"shape": far})
+    measured.write(own / "a.json", {}, measured.Row(**ROW | {"config": tree_attention.Config(splits=8)}))
+    assert chosen() == 8 and chosen(**far) == 4
+    bench.keep(own.parent, {}, {"operation": "a", "config": None}, tree_attention.Config)  # no config was right
+    assert chosen() == 8
+
+
+def test_tune_needs_a_folder_that_it_can_write_to(monkeypatch, capsys):
+    for value, said in (("off", "FRSPEC_JAX_CACHE=off leaves no folder"), ("/proc/no", "/proc/no/kernels")):
+        monkeypatch.setenv(measured.CACHE_VARIABLE, value)
+        with pytest.raises(SystemExit) as stop:
+            bench.main(["--dry", "--tune"])
+        assert stop.value.code == 2 and said in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_tables_are_in_the_wheel():
+    with open(conftest.ROOT / "pyproject.toml", "rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["pallas_kernels"]
+    table = measured.table_path(measured.PACKAGED, DEVICE, "tree_attention")
+    path = table.relative_to(measured.PACKAGED.parent)
+    assert any(path.match(pattern) for pattern in patterns)
 
 
 def test_without_a_gpu_auto_is_xla(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    config = tree_attention_pallas.Config()
-    assert dispatch.choose("auto", "tree_attention", {}, config) == ("xla", config)
+    config = tree_attention.Config()
+    assert dispatch.choose("auto", "tree_attention", "float32", {}, config) == ("xla", config)
     with pytest.raises(ValueError, match="'cuda' is none of"):
         Kernels(attention="cuda")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"block_q": 8}, {"block_k": 48}, {"splits": 0}])
+def test_settings_that_triton_cannot_take_are_refused(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} .* is no"):
+        tree_attention.Config(**settings)
+
+
+def test_a_sweep_begins_with_what_would_suit_and_tries_nothing_twice():
+    for configs, suited in (
+        (attention_cases.sweep(240, 8), tree_attention.Config.suited_to(240, 8)),
+        (head_cases.sweep(576), subvocab_head.Config.suited_to(576)),
+    ):
+        assert configs[0] == suited and len(set(configs)) == len(configs) > 6

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.products import FEW_ROWS, rows_f32, take_rows, turned
+from pallas_kernels.products import FEW_ROWS, linear, mean_square, rows_f32, take_rows, turned
 
 ROWS = [1, 2, 3, FEW_ROWS, FEW_ROWS + 1, 60]
 
@@ -71,3 +71,28 @@ def test_gradients_are_products_in_the_same_dtype(rows, dtype):
 def test_turned_is_the_transposed(dtype):
     x, _ = operands(dtype, 7, 9)
     assert np.array_equal(jax.jit(turned)(x), np.asarray(x).T)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear_is_a_product_and_a_bias_in_the_rows_dtype(rows, dtype):
+    x, weight = operands(dtype, rows, 96)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=48), dtype)
+    for given in (None, bias):
+        found = jax.jit(linear)(x, weight, given)
+        assert found.dtype == dtype and found.shape == (rows, 48)
+        expected = exact(x, weight) + (0 if given is None else np.asarray(given, np.float64))
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=2e-5 if dtype == jnp.float32 else 0.2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 96), (7, 96), (60, 576), (3, 2, 96)])
+def test_the_mean_square_of_a_row_is_the_same_alone(shape, dtype):
+    """Bit for bit in bfloat16: one token is normalised as a tree of many is."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+    found = jax.jit(mean_square)(x)
+    assert found.dtype == jnp.float32 and found.shape == (*shape[:-1], 1)
+    expected = (np.asarray(x, np.float64) ** 2).mean(-1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    if dtype == jnp.bfloat16:
+        assert np.array_equal(jax.jit(mean_square)(x[-1:]), found[-1:])

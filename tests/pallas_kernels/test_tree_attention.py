@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.tree_attention import BLOCK, DENSE_LIMIT, tree_attention
+from pallas_kernels.tree_attention import BLOCK, tree_attention
+from pallas_kernels.tree_attention.xla import DENSE_LIMIT
 from pallas_kernels.visibility import Sees, bit_words, has_bit
 from tests import conftest
 
@@ -24,18 +25,23 @@ SHAPES = [(8, 2, 3, 64, 256), (70, 2, 1, 80, 256), (5, 1, 3, 8, 512), (70, 2, 3,
 GARBAGE = 3e30  # finite, as everything is that stands in a cache; larger than any real entry
 
 
+def sees(committed, line) -> Sees:
+    """line: [T, T] booleans, which rows of the tree behind the committed ones each query sees."""
+    return Sees(jnp.int32(committed), bit_words(jnp.asarray(line)))
+
+
 def reference(q, keys, values, committed, line) -> tuple[np.ndarray, np.ndarray]:
     """Softmax attention query by query, over the rows that each one sees, in float64.
 
-    line: [T, T] booleans, which rows of the tree behind the committed ones each query sees.
     Returns what it gives [T, heads, head_dim], and what it would give if all values were positive.
     """
+    dense = np.asarray(sees(committed, line).dense(keys.shape[1]))
     q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
     tokens, heads, head_dim = q.shape
     group = heads // keys.shape[0]
     out, size = np.zeros_like(q), np.zeros_like(q)
     for t in range(tokens):
-        rows = np.concatenate([np.arange(committed), committed + np.flatnonzero(line[t])])
+        rows = np.flatnonzero(dense[t])
         for head in range(heads):
             scores = keys[head // group, rows] @ q[t, head] / np.sqrt(head_dim)
             weights = np.exp(scores - scores.max())
@@ -64,7 +70,7 @@ def case(shape, committed, kind, seed, spread=1.0):
 
 
 def ours(how, q, keys, values, committed, line) -> np.ndarray:
-    return np.asarray(attend[how](q, keys, values, Sees(jnp.int32(committed), bit_words(jnp.asarray(line)))))
+    return np.asarray(attend[how](q, keys, values, sees(committed, line)))
 
 
 def error(mine, exact) -> float:
@@ -134,6 +140,19 @@ def test_bfloat16_is_float32_but_for_rounding(how, shape):
     assert error(mine, exact) < 2.0**-8
 
 
+# Who sees whom -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 200), st.integers(1, 70), st.integers(0, 2**32 - 1))
+def test_the_dense_form_is_committed_rows_and_then_the_line(committed, tokens, seed):
+    line = np.random.default_rng(seed).random((tokens, tokens)) < 0.5
+    dense = np.zeros((tokens, 300), bool)
+    dense[:, :committed] = True
+    dense[:, committed : committed + tokens] = line
+    assert np.array_equal(sees(committed, line).dense(300), dense)
+
+
 # Words of bits -----------------------------------------------------------------------------------
 
 
@@ -161,7 +180,7 @@ def test_words_keep_leading_axes():
 @pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8)])
 @pytest.mark.parametrize("capacity", [BLOCK, 4 * BLOCK])
 def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
-    """On a CPU in bfloat16: `_steady_mix`. The path's keys stand with gaps in the tree, and without alone."""
+    """On a CPU in bfloat16: `steady_mix`. The path's keys stand with gaps in the tree, and without alone."""
     kv_heads, group, head_dim = shape
     rng = np.random.default_rng(0)
 

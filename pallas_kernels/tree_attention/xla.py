@@ -1,8 +1,4 @@
-"""Attention of a few tokens over a KV cache, where the newest rows form a tree.
-
-A query sees the committed rows, and its ancestors in the tree whose rows follow them (`visibility.Sees`).
-A chain of ancestors gives ordinary causal attention, so prefill, one token and a tree are one operation.
-"""
+"""Tree attention in XLA: over the whole cache where it is small, and over the blocks that live where it is not."""
 
 from __future__ import annotations
 
@@ -13,10 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import tree_attention_pallas
-from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.products import einsum_f32
-from pallas_kernels.tree_attention_pallas import MASKED, Config
+from pallas_kernels.tree_attention.triton import MASKED
 from pallas_kernels.visibility import Sees
 
 BLOCK = 256  # cache rows a step; capacities are multiples of it
@@ -24,45 +18,8 @@ UNIT = 2.0**22  # of the integers that weights in [0, 1] are added up as: 512 of
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
 
 
-def tree_attention(
-    q: Array,
-    keys: Array,
-    values: Array,
-    sees: Sees,
-    *,
-    implementation: Implementation = "auto",
-    config: Config | None = None,
-    steady: bool = True,
-) -> Array:
-    """Softmax attention with float32 scores, scaled by 1/sqrt(head_dim).
-
-    Args:
-      q: [T, heads, head_dim], rotated.
-      keys, values: [kv_heads, S, head_dim], the tree's own rows included; S a multiple of BLOCK. Floats, or the bits of
-        bfloat16 as uint16.
-      sees: which rows each query sees, its own included.
-      implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
-      steady: see `_steady_mix`; matters for bfloat16 on a CPU alone.
-
-    Returns:
-      [T, heads, head_dim] in q's dtype.
-    """
-    tokens, heads, head_dim = q.shape
-    kv_heads = keys.shape[0]
-    rows = tokens * heads // kv_heads
-    shape = {"rows": rows, "kv_heads": kv_heads, "head_dim": head_dim}
-    default = config or Config.suited_to(rows, kv_heads)
-    implementation, chosen = choose(implementation, f"tree_attention {keys.dtype}", shape, default)
-    if implementation == "xla":
-        return _xla(q, keys, values, sees, steady)
-    interpret = implementation == "interpret"
-    keys, values = _floats(keys), _floats(values)
-    wide = q.astype(keys.dtype)
-    out = tree_attention_pallas.tree_attention(wide, keys, values, sees, chosen, interpret)
-    return out.astype(q.dtype)
-
-
-def _xla(q: Array, keys: Array, values: Array, sees: Sees, steady: bool) -> Array:
+def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: bool) -> Array:
+    """`pallas_kernels.tree_attention.tree_attention`; arguments and result as there."""
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads
@@ -77,35 +34,36 @@ def _xla(q: Array, keys: Array, values: Array, sees: Sees, steady: bool) -> Arra
         with jax.named_scope("scores"):
             # Without the barrier XLA swaps the operands back to save the transposition, at 1.7 times the cost.
             products = lax.optimization_barrier(
-                einsum_f32("hkd,hdq->hkq", _floats(k).astype(q.dtype), columns)
+                einsum_f32("hkd,hdq->hkq", floats(k).astype(q.dtype), columns)
             ).swapaxes(1, 2)
             visible = sees.rows(first + jnp.arange(k.shape[1], dtype=jnp.int32))  # [T, k]
             masked = jnp.repeat(visible, group, axis=0)
             masked = jnp.pad(masked, ((0, spare), (0, 0)), constant_values=True)[None]
             return jnp.where(masked, products * head_dim**-0.5, MASKED)
 
-    mix = _steady_mix if steady else functools.partial(_mix, q.dtype)
+    mix = steady_mix if steady else functools.partial(_mix, q.dtype)
     if capacity <= DENSE_LIMIT:
         s = scores(0, keys)
         total, out = mix(jnp.exp(s - s.max(-1, keepdims=True)), values)
         out /= total[..., None]
     else:
-        out = _over_live_blocks(scores, mix, columns.shape[2], keys, values, sees.end)
+        live = sees.committed + 32 * sees.ancestors.shape[1]
+        out = _over_live_blocks(scores, mix, columns.shape[2], keys, values, live)
     out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
-def _floats(rows: Array) -> Array:
+def floats(rows: Array) -> Array:
     """Rows of a cache as floats: those of bfloat16 may be kept as their bits."""
     return lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
 
 
 def _mix(dtype: jnp.dtype, weights: Array, values: Array) -> tuple[Array, Array]:
     """Sums [kv_heads, q] of weights [kv_heads, q, k], and the weights' product with values [kv_heads, k, head_dim]."""
-    return weights.sum(-1), einsum_f32("hqk,hkd->hqd", weights.astype(dtype), _floats(values).astype(dtype))
+    return weights.sum(-1), einsum_f32("hqk,hkd->hqd", weights.astype(dtype), floats(values).astype(dtype))
 
 
-def _steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
+def steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
     """The same, rounded the same for one token and for a tree of many, wherever in the cache its keys stand.
 
     XLA's CPU backend adds up a float32 product of this form key by key, so that masked keys between two visible
@@ -113,8 +71,8 @@ def _steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
     speculative decoding write the same text in bfloat16 too, where rounding would otherwise decide a tie every few
     hundred tokens.
     """
-    sums = jnp.rint(weights * UNIT).astype(jnp.uint32).sum(-1).astype(jnp.float32) / UNIT
-    return sums, lax.optimization_barrier(einsum_f32("hqk,hkd->hqd", weights, _floats(values).astype(jnp.float32)))
+    sums = jnp.rint(weights * UNIT).astype(jnp.uint32).sum(-1, dtype=jnp.uint32).astype(jnp.float32) / UNIT
+    return sums, lax.optimization_barrier(einsum_f32("hqk,hkd->hqd", weights, floats(values).astype(jnp.float32)))
 
 
 def _least_columns(kv_heads: int) -> int:
@@ -138,9 +96,7 @@ def _over_live_blocks(
 
     def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
-        at = (0, block * BLOCK, 0)
-        k = lax.dynamic_slice(keys, at, (kv_heads, BLOCK, head_dim))
-        v = lax.dynamic_slice(values, at, (kv_heads, BLOCK, head_dim))
+        k, v = (lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=1) for rows in (keys, values))
         s = scores(block * BLOCK, k)
         new_peak = jnp.maximum(peak, s.max(-1))
         weights = jnp.exp(s - new_peak[..., None])

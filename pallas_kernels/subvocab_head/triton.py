@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.dispatch import power_of_two
+from pallas_kernels.dispatch import check_blocks, power_of_two
 from pallas_kernels.products import precision_of
 
 MASKED = -1e30  # the score of rows past the end of the head: below every real one, above what is taken already
@@ -31,6 +32,9 @@ class Config:
     block_h: int = 128
     num_warps: int = 4
     num_stages: int = 4
+
+    def __post_init__(self) -> None:
+        check_blocks(self, "block_v", "block_h")
 
     @classmethod
     def suited_to(cls, hidden: int) -> Config:
@@ -84,12 +88,13 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
     scores_ref, index_ref, peak_ref, total_ref = refs[-4:]
     block_v, block_h, columns = config.block_v, config.block_h, x_ref.shape[0]
     start = pl.program_id(0) * block_v
-    row = start + jnp.arange(block_v)
+    row = start + lax.iota(jnp.int32, block_v)
     precision = precision_of(x_ref)
     ragged = size % block_v != 0 or hidden % block_h != 0
 
-    def step(number: Array, total: Array) -> Array:
-        column = number * block_h + jnp.arange(block_h)
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        number, total = carry
+        column = number * block_h + lax.iota(jnp.int32, block_h)
         tile = head_ref.at[pl.ds(start, block_v), pl.ds(number * block_h, block_h)]
         real = (row < size)[:, None] & (column < hidden)[None]
         weight = plt.load(tile, mask=real, other=0) if ragged else plt.load(tile)
@@ -98,9 +103,11 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
             weight.astype(x.dtype), x, (((1,), (1,)), ((), ())), precision=precision,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        return total + product
+        return (number + 1, total + product), None
 
-    scores = lax.fori_loop(0, x_ref.shape[1] // block_h, step, jnp.zeros((block_v, columns), jnp.float32))
+    begin: tuple[Any, Array] = np.int32(0), jnp.zeros((block_v, columns), jnp.float32)
+    # Counted here, in 32 bits: a fori_loop of a known length counts in as many as JAX is set to.
+    (_, scores), _ = lax.scan(step, begin, length=x_ref.shape[1] // block_h)
     if len(refs) == 5:
         scale = plt.load(refs[0].at[pl.ds(start, block_v)], mask=row < size, other=0.0)
         scores = scores * scale[:, None]
@@ -112,7 +119,7 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
     rows = lax.broadcasted_iota(jnp.int32, (block_v, columns), 0)
     best, index = jnp.full((kept, columns), MASKED, jnp.float32), jnp.zeros((kept, columns), jnp.int32)
     for number in range(min(k, block_v)):
-        at = jnp.argmax(scores, axis=0).astype(jnp.int32)  # the lower of equal ones
+        at = lax.argmax(scores, 0, jnp.int32)  # the lower of equal ones
         best = jnp.where(slot == number, scores.max(0)[None], best)
         index = jnp.where(slot == number, start + at[None], index)
         scores = jnp.where(rows == at[None], -jnp.inf, scores)

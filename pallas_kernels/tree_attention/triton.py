@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.dispatch import power_of_two
+from pallas_kernels.dispatch import check_blocks, power_of_two
 from pallas_kernels.products import precision_of
 from pallas_kernels.visibility import Sees
 
@@ -40,6 +40,9 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
 
+    def __post_init__(self) -> None:
+        check_blocks(self, "block_q", "block_k")
+
     @classmethod
     def suited_to(cls, rows: int, kv_heads: int) -> Config:
         """A config for `rows` = T G rows a KV head, before anything is measured: enough programs to fill the device."""
@@ -58,9 +61,7 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Con
     folded = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, rows, head_dim)
     folded = jnp.pad(folded, ((0, 0), (0, padded - rows), (0, width - head_dim)))
     words = jnp.pad(jnp.repeat(sees.ancestors, group, axis=0).T, ((0, 0), (0, padded - rows)))  # [W, rows]
-    kernel = functools.partial(
-        _kernel, config=config, tokens=tokens, words=sees.ancestors.shape[1], head_dim=head_dim, width=width
-    )
+    kernel = functools.partial(_kernel, config=config, tokens=tokens)
     block = pl.BlockSpec((None, config.block_q, width), lambda head, row, split: (head, row, 0))
     whole = pl.BlockSpec(memory_space=pl.ANY)
     mixed, weight = pl.pallas_call(
@@ -68,9 +69,8 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Con
         grid=(kv_heads, padded // config.block_q, config.splits),
         in_specs=[
             block,
-            whole,
-            whole,
-            pl.BlockSpec((sees.ancestors.shape[1], config.block_q), lambda head, row, split: (0, row)),
+            (whole, whole),
+            pl.BlockSpec((words.shape[0], config.block_q), lambda head, row, split: (0, row)),
             pl.BlockSpec((1,), lambda head, row, split: (0,)),
         ],
         out_specs=[
@@ -84,7 +84,7 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Con
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="tree_attention",
-    )(folded, keys, values, words, sees.committed[None])
+    )(folded, (keys, values), words, sees.committed[None])
     if config.splits > 1:
         share = jax.nn.softmax(weight, axis=0)
         mixed = (share[..., None] * mixed).sum(0)
@@ -95,28 +95,39 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Con
 
 
 def _kernel(
-    q_ref: Any, keys_ref: Any, values_ref: Any, words_ref: Any, committed_ref: Any, out_ref: Any, weight_ref: Any,
-    *, config: Config, tokens: int, words: int, head_dim: int, width: int,
-) -> None:  # fmt: skip
+    q_ref: Any,
+    cache_ref: tuple[Any, Any],
+    words_ref: Any,
+    committed_ref: Any,
+    out_ref: Any,
+    weight_ref: Any,
+    *,
+    config: Config,
+    tokens: int,
+) -> None:
     """One block of rows against one share of the cache.
 
-    Refs: q [block_q, width]; keys, values [kv_heads, S, head_dim]; words [W, block_q]; committed [1];
-    out [block_q, width] and weight [block_q], the log-sum-exp of the share's scores.
+    Refs: q [block_q, width], width the power of two that holds head_dim; cache: keys and values, each
+    [kv_heads, S, head_dim]; words [W, block_q]; committed [1]; out [block_q, width] and weight [block_q], the
+    log-sum-exp of the share's scores.
     """
     head, split, step = pl.program_id(0), pl.program_id(2), config.block_k
     q, committed = q_ref[...], committed_ref[0]
-    lines = [words_ref[word, :] for word in range(words)]
-    inside = (jnp.arange(width) < head_dim)[None] if width != head_dim else None
+    keys_ref, values_ref = cache_ref
+    head_dim, width = keys_ref.shape[2], q.shape[1]
+    lines = [words_ref[word, :] for word in range(words_ref.shape[0])]
     precision = precision_of(q)
 
     def rows_of(ref: Any, block: Array) -> Array:
-        at = ref.at[head, pl.ds(block * step, step), pl.ds(0, width)]
-        if inside is None:
-            return plt.load(at)
-        return plt.load(at, mask=jnp.broadcast_to(inside, (step, width)), other=0.0)
+        if width == head_dim:
+            return plt.load(ref.at[head, pl.ds(block * step, step)])
+        # Row by row and column by column, since a slice may not be wider than the array: JAX 0.12 refuses one.
+        row, column = block * step + _count(step), _count(width)
+        inside = jnp.broadcast_to(column < head_dim, (step, width))
+        return plt.load(ref.at[head, row[:, None], column[None]], mask=inside, other=0.0)
 
     def visible(block: Array) -> Array:
-        row = block * step + jnp.arange(step) - committed  # counted from the first row of the tree
+        row = block * step + _count(step) - committed  # counted from the first row of the tree
         seen = jnp.broadcast_to((row < 0)[None], (config.block_q, step))
         for number, line in enumerate(lines):
             bit = lax.shift_right_logical(line[:, None], jnp.broadcast_to((row & 31)[None], seen.shape)) & 1
@@ -140,8 +151,8 @@ def _kernel(
         )  # fmt: skip
         return new_peak, total * old + weights.sum(-1), mixed * old[:, None] + mix
 
-    blocks = pl.cdiv(committed + tokens, step)
-    share = pl.cdiv(blocks, config.splits)
+    blocks = (committed + tokens + step - 1) // step
+    share = (blocks + config.splits - 1) // config.splits
     first = jnp.minimum(split * share, blocks)
     last = jnp.minimum(first + share, blocks)
     whole = jnp.clip(committed // step, first, last)  # blocks below it are committed as a whole
@@ -156,3 +167,8 @@ def _kernel(
     total = jnp.where(empty, 1.0, total)
     out_ref[...] = mixed / total[:, None]
     weight_ref[...] = jnp.where(empty, MASKED, peak + jnp.log(total))
+
+
+def _count(size: int) -> Array:
+    """0, 1, ... size - 1, of 32 bits under any setting of JAX."""
+    return lax.iota(jnp.int32, size)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from pallas_kernels import subvocab_head_pallas
 from pallas_kernels.dispatch import Implementation, choose, power_of_two
-from pallas_kernels.products import rows_f32
-from pallas_kernels.subvocab_head_pallas import Config
+from pallas_kernels.subvocab_head import triton, xla
+from pallas_kernels.subvocab_head.triton import Config
+
+__all__ = ["Config", "quantised", "subvocab_top_k"]
 
 
 def subvocab_top_k(
@@ -35,16 +35,10 @@ def subvocab_top_k(
     # Rows are padded to a power of two, so one row costs what ten do.
     shape = {"rows": power_of_two(x.shape[0]), "hidden": x.shape[1], "vocabulary": head.shape[0]}
     default = config or Config.suited_to(x.shape[1])
-    implementation, chosen = choose(implementation, f"subvocab_head {head.dtype}", shape, default)
+    implementation, chosen = choose(implementation, "subvocab_head", head.dtype, shape, default)
     if implementation == "xla":
-        return _xla(x, head, k, scale)
-    return subvocab_head_pallas.subvocab_top_k(x, head, k, scale, chosen, interpret=implementation == "interpret")
-
-
-def _xla(x: Array, head: Array, k: int, scale: Array | None) -> tuple[Array, Array]:
-    logits = rows_f32(x, head) if scale is None else rows_f32(x, head.astype(x.dtype)) * scale
-    best, index = lax.top_k(logits, k)
-    return best - jax.nn.logsumexp(logits, axis=-1, keepdims=True), index
+        return xla.subvocab_top_k(x, head, k, scale)
+    return triton.subvocab_top_k(x, head, k, scale, chosen, interpret=implementation == "interpret")
 
 
 def quantised(head: Array) -> tuple[Array, Array]:

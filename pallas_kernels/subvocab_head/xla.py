@@ -1,0 +1,15 @@
+"""The sub-vocabulary head in XLA: all logits in memory, then their top-k and log-sum-exp."""
+
+from __future__ import annotations
+
+import jax
+from jax import Array, lax
+
+from pallas_kernels.products import rows_f32
+
+
+def subvocab_top_k(x: Array, head: Array, k: int, scale: Array | None) -> tuple[Array, Array]:
+    """`pallas_kernels.subvocab_head.subvocab_top_k`; arguments and result as there."""
+    logits = rows_f32(x, head) if scale is None else rows_f32(x, head.astype(x.dtype)) * scale
+    best, index = lax.top_k(logits, k)
+    return best - jax.nn.logsumexp(logits, axis=-1, keepdims=True), index

@@ -1,0 +1,52 @@
+"""Attention of a few tokens over a KV cache, where the newest rows form a tree.
+
+What each query sees is a `Sees`: the committed rows, and of the rows that follow them its own ancestors. A chain of
+ancestors gives ordinary causal attention, so prefill, one token and a tree are one operation.
+"""
+
+from __future__ import annotations
+
+from jax import Array
+
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.tree_attention import triton, xla
+from pallas_kernels.tree_attention.triton import Config
+from pallas_kernels.tree_attention.xla import BLOCK
+from pallas_kernels.visibility import Sees
+
+__all__ = ["BLOCK", "Config", "tree_attention"]
+
+
+def tree_attention(
+    q: Array,
+    keys: Array,
+    values: Array,
+    sees: Sees,
+    *,
+    implementation: Implementation = "auto",
+    config: Config | None = None,
+    steady: bool = True,
+) -> Array:
+    """Softmax attention with float32 scores, scaled by 1/sqrt(head_dim).
+
+    Args:
+      q: [T, heads, head_dim], rotated.
+      keys, values: [kv_heads, S, head_dim], the tree's own rows included; S a multiple of BLOCK. Floats, or the bits of
+        bfloat16 as uint16.
+      sees: which of the S rows each query attends to, at least one each.
+      implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
+      steady: see `xla.steady_mix`; matters for bfloat16 on a CPU alone.
+
+    Returns:
+      [T, heads, head_dim] in q's dtype.
+    """
+    (tokens, heads, head_dim), kv_heads = q.shape, keys.shape[0]
+    rows = tokens * heads // kv_heads
+    shape = {"rows": rows, "kv_heads": kv_heads, "head_dim": head_dim}
+    default = config or Config.suited_to(rows, kv_heads)
+    implementation, chosen = choose(implementation, "tree_attention", keys.dtype, shape, default)
+    if implementation == "xla":
+        return xla.tree_attention(q, keys, values, sees, steady)
+    keys, values = xla.floats(keys), xla.floats(values)
+    out = triton.tree_attention(q.astype(keys.dtype), keys, values, sees, chosen, implementation == "interpret")
+    return out.astype(q.dtype)
