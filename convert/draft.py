@@ -15,9 +15,10 @@ from convert.folder import TensorFolder
 from convert.hf import add_dtype
 from convert.progress import tensor_progress
 from convert.weights import DTYPES, fill, tensor_count
-from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
+from frspec_jax.checkpoint import Checkpoint, write_draft
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
+from frspec_jax.files import new_folder
 
 EMBEDDING = "embed_tokens.weight"
 TARGET_KEY = "frspec_target"  # our addition to config.json: the fingerprint of the draft's target

@@ -18,8 +18,9 @@ import numpy as np
 
 from convert.layouts import LAYOUTS
 from convert.weights import DTYPES
-from frspec_jax.checkpoint import Checkpoint, new_folder
+from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.errors import UserError
+from frspec_jax.files import new_folder
 from frspec_jax.vocabulary import maps_of
 
 FORMATS = tuple(dict.fromkeys(name for formats in LAYOUTS.values() for name in formats))

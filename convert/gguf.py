@@ -19,9 +19,10 @@ import numpy as np
 from convert.gguf_tokenizer import save_tokenizer
 from convert.progress import tensor_progress
 from convert.weights import DTYPES, fill, model_parts, tensor_count
-from frspec_jax.checkpoint import new_folder, write_model
+from frspec_jax.checkpoint import write_model
 from frspec_jax.config import ModelConfig, RopeScaling
 from frspec_jax.errors import UserError
+from frspec_jax.files import new_folder
 from frspec_jax.shapes import model_shapes
 
 # GGUF's names, and those of Hugging Face. `N` stands for the layer's number.

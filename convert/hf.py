@@ -21,9 +21,10 @@ from convert.gguf_tokenizer import save_tokenizer
 from convert.progress import tensor_progress
 from convert.spm import SentencePieceFile
 from convert.weights import DTYPES, fill, model_parts, tensor_count
-from frspec_jax.checkpoint import new_folder, write_model
+from frspec_jax.checkpoint import write_model
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
+from frspec_jax.files import new_folder
 from frspec_jax.shapes import model_shapes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")

@@ -9,14 +9,13 @@ CKPT/drafts/NAME/config.json, params/
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from frspec_jax import drafters
+from frspec_jax import drafters, files
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
@@ -38,32 +37,6 @@ EAGLE_FORMAT = "frspec-jax eagle 1"  # what drafts said before there were kinds 
 
 
 # Writing -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name once the block has ended well.
-
-    An interruption leaves nothing under the name `out`. An existing `out` is refused.
-    """
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"{flag} {out} exists already; remove it or name another folder")
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-    except OSError as error:
-        raise UserError(f"{flag} {out} cannot be written: {error.strerror}; name another folder") from None
-    try:
-        yield part
-        part.rename(out)
-    except OSError as error:
-        raise UserError(
-            f"{flag} {out} could not be written whole: {error.strerror or error}; nothing was left"
-        ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -119,9 +92,7 @@ def amend_draft(folder: Path, draft: DraftSpec, about: dict[str, Any]) -> None:
     file = folder / "config.json"
     data = json.loads(file.read_text())
     data |= {**draft.to_json(), "about": {**data.get("about", {}), **about}}
-    part = file.with_name(".config.json.part")
-    part.write_text(json.dumps(data, indent=2) + "\n")
-    part.replace(file)
+    files.write_json(file, data, "make the draft's folder writable")
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -130,12 +101,12 @@ def amend_draft(folder: Path, draft: DraftSpec, about: dict[str, Any]) -> None:
 def _read_config(folder: Path, formats: tuple[str, ...], what: str) -> dict[str, Any]:
     file = folder / "config.json"
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no config.json, so it is no {what}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); convert it again") from None
-    if data.get("format") not in formats:
+    if not isinstance(data, dict) or data.get("format") not in formats:
         raise UserError(f"{file} does not say format {formats[0]!r}, so {folder} is no {what}")
     return data
 
@@ -148,8 +119,20 @@ def _load_params(folder: Path, shapes: Any) -> Any:
         with _checkpointer() as checkpointer:
             return checkpointer.restore(folder.resolve(), args=ocp.args.StandardRestore(wanted))
     except Exception as error:  # Orbax raises many kinds for a folder that is cut short or of another shape
+        if interrupted(error):
+            raise KeyboardInterrupt from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder} is damaged or incomplete ({reason[:200]}); convert it again") from None
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an error: Orbax hands it on as the cause of one of its own, or as a cancelled task."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt | asyncio.CancelledError | concurrent.futures.CancelledError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +164,10 @@ class Checkpoint:
                     )
         data = _read_config(path, (FORMAT,), "checkpoint folder")
         try:
-            known = {k: v for k, v in data.items() if k not in ("format", "fingerprint")}
-            return cls(path, ModelConfig.from_json(known), data["fingerprint"])
-        except (KeyError, TypeError) as error:
+            config = ModelConfig.from_json(data)
+        except UserError as error:
             raise UserError(f"{path}/config.json is damaged ({error}); convert the model again") from None
+        return cls(path, config, str(data.get("fingerprint")))
 
     def params(self, dtype: Any = jnp.float32) -> LlamaParams:
         """The target's weights, in `dtype`, on the default device."""
@@ -211,8 +194,17 @@ class Checkpoint:
         ids: set[int] = set()
         file = self.path / "generation_config.json"
         if file.is_file():
-            value = json.loads(file.read_text()).get("eos_token_id")
-            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+            try:
+                value = json.loads(file.read_text("utf-8")).get("eos_token_id")
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
+                raise UserError(f"{file} is damaged ({error}); convert the model again") from None
+            listed = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(one, int) and 0 <= one < self.config.vocab_size for one in listed):
+                raise UserError(
+                    f"{file}: eos_token_id {value!r} must be token ids from 0 to {self.config.vocab_size - 1}; "
+                    "convert the model again"
+                )
+            ids.update(listed)
         if self.tokenizer.eos_token_id is not None:
             ids.add(int(self.tokenizer.eos_token_id))
         return tuple(sorted(ids))
@@ -223,7 +215,9 @@ class Checkpoint:
         flag: that the name was given with, for refusals.
         """
         drafts = self.path / "drafts"
-        names = sorted(p.name for p in drafts.iterdir() if (p / "config.json").is_file()) if drafts.is_dir() else []
+        every = drafts.iterdir() if drafts.is_dir() else ()
+        # A leading dot marks what is being written, or was left over by a process that was killed.
+        names = sorted(p.name for p in every if not p.name.startswith(".") and (p / "config.json").is_file())
         if name is None:
             if len(names) > 1:
                 raise UserError(f"{self.path} holds the drafts {', '.join(names)}; choose one with {flag}")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from frspec_jax.errors import UserError
+from frspec_jax.schema import Entries, checked
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 TREE_LIMIT = 256  # nodes; ancestor sets are int32 words, eight of them at this size
@@ -39,45 +40,51 @@ class RopeScaling:
     factors: tuple[float, ...] = ()  # [head_dim / 2]
 
     @classmethod
-    def from_hf(cls, rope: Mapping[str, Any] | None, context: int) -> RopeScaling:
-        """Read the `rope_scaling` (or, since transformers 5, `rope_parameters`) of a config.json."""
-        if not rope:
-            return cls()
-        kind = rope.get("rope_type", rope.get("type", "default"))
+    def from_hf(cls, rope: Mapping[str, Any] | Entries | None, context: int) -> RopeScaling:
+        """Read the `rope_scaling` (or, since transformers 5, `rope_parameters`) of a config.json.
+
+        Raises:
+          UserError: another kind than those that are known, or an entry of a wrong type.
+        """
+        entries = rope if isinstance(rope, Entries) else Entries(rope or {}, "config.json, rope_scaling")
+        kind = entries.data.get("rope_type", entries.data.get("type", "default"))
         if kind in ("default", None):
             return cls()
-        factor = float(rope.get("factor", 1.0))
-        original = int(rope.get("original_max_position_embeddings") or context)
+        if kind not in ("linear", "llama3", "yarn"):
+            raise UserError(
+                f"config.json asks for rope scaling of type {kind!r}; linear, llama3 and yarn are supported"
+            )
+        factor = entries.number("factor", 1.0)
+        original = entries.whole("original_max_position_embeddings", context)
         if kind == "linear":
             return cls("linear", factor)
         if kind == "llama3":
-            low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-            return cls("llama3", factor, original, low, high)
-        if kind == "yarn":
-            if rope.get("factor") is None:
-                factor = context / original
             return cls(
-                "yarn",
-                factor,
-                original,
-                beta_fast=float(rope.get("beta_fast") or 32.0),
-                beta_slow=float(rope.get("beta_slow") or 1.0),
-                attention_factor=_yarn_attention_factor(rope, factor),
-                truncate=bool(rope.get("truncate", True)),
+                "llama3", factor, original, entries.number("low_freq_factor"), entries.number("high_freq_factor")
             )
-        raise UserError(f"config.json asks for rope scaling of type {kind!r}; linear, llama3 and yarn are supported")
+        if entries.data.get("factor") is None:
+            factor = context / original
+        return cls(
+            "yarn",
+            factor,
+            original,
+            beta_fast=entries.number("beta_fast", 32.0),
+            beta_slow=entries.number("beta_slow", 1.0),
+            attention_factor=_yarn_attention_factor(entries, factor),
+            truncate=entries.flag("truncate", True),
+        )
 
 
-def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
+def _yarn_attention_factor(rope: Entries, factor: float) -> float:
     """YaRN's temperature on the rotated vectors, with DeepSeek's `mscale` variant of it."""
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
+    if rope.data.get("attention_factor") is not None:
+        return rope.number("attention_factor")
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return mscale(float(rope["mscale"])) / mscale(float(rope["mscale_all_dim"]))
+    if rope.data.get("mscale") and rope.data.get("mscale_all_dim"):
+        return mscale(rope.number("mscale")) / mscale(rope.number("mscale_all_dim"))
     return mscale(1.0)
 
 
@@ -103,6 +110,9 @@ class ModelConfig:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config.json: {name} is {getattr(self, name)}, and must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"config.json: {self.num_heads} query heads cannot be shared by {self.num_kv_heads} KV heads"
@@ -122,8 +132,9 @@ class ModelConfig:
           UserError: an architecture, activation, sliding window or rope scaling that is not
             supported, or a missing entry.
         """
+        entries = Entries(hf, source)
         names = hf.get("architectures") or []
-        known = [name for name in names if name in ARCHITECTURES]
+        known = [name for name in names if name in ARCHITECTURES] if isinstance(names, list) else []
         if not known:
             raise UserError(
                 f"{source}: architecture {names or hf.get('model_type')!r} is not supported; "
@@ -134,39 +145,37 @@ class ModelConfig:
             raise UserError(f"{source}: hidden_act {hf['hidden_act']!r} is not supported; the family uses silu")
         if hf.get("use_sliding_window"):
             raise UserError(f"{source}: use_sliding_window is set; sliding-window attention is not supported")
-        try:
-            heads, hidden = int(hf["num_attention_heads"]), int(hf["hidden_size"])
-            context = int(hf.get("max_position_embeddings") or 2048)
-            rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-            bias = bool(hf.get("attention_bias", False))
-            return cls(
-                architecture=architecture,  # type: ignore[arg-type]
-                vocab_size=int(hf["vocab_size"]),
-                hidden_size=hidden,
-                intermediate_size=int(hf["intermediate_size"]),
-                num_layers=int(hf["num_hidden_layers"]),
-                num_heads=heads,
-                num_kv_heads=int(hf.get("num_key_value_heads") or heads),
-                head_dim=int(hf.get("head_dim") or hidden // heads),
-                rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-                rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-                rope_scaling=RopeScaling.from_hf(rope, context),
-                max_context=context,
-                tied_head=bool(hf.get("tie_word_embeddings", False)),
-                attention_bias=architecture == "qwen2" or bias,
-                output_bias=architecture == "llama" and bias,
-                mlp_bias=bool(hf.get("mlp_bias", False)),
-            )
-        except KeyError as missing:
-            raise UserError(f"{source}: the entry {missing} is missing") from None
+        heads, hidden = entries.whole("num_attention_heads"), entries.whole("hidden_size")
+        context = entries.whole("max_position_embeddings", 2048)
+        rope = entries.inner("rope_parameters", "rope_scaling")
+        theta = rope.number("rope_theta", entries.number("rope_theta", 10000.0))
+        bias = entries.flag("attention_bias")
+        return cls(
+            architecture=architecture,  # type: ignore[arg-type]
+            vocab_size=entries.whole("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=entries.whole("intermediate_size"),
+            num_layers=entries.whole("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=entries.whole("num_key_value_heads", heads),
+            head_dim=entries.whole("head_dim", max(1, hidden // heads)),
+            rms_norm_eps=entries.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=RopeScaling.from_hf(rope, context),
+            max_context=context,
+            tied_head=entries.flag("tie_word_embeddings"),
+            attention_bias=architecture == "qwen2" or bias,
+            output_bias=architecture == "llama" and bias,
+            mlp_bias=entries.flag("mlp_bias"),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
-        scaling = data["rope_scaling"]
-        return cls(**{**data, "rope_scaling": RopeScaling(**{**scaling, "factors": tuple(scaling["factors"])})})
+    def from_json(cls, data: Any, file: str = "config.json") -> ModelConfig:
+        """Out of what `to_json` gave. Raises UserError: an entry is missing, or of a wrong type."""
+        return checked(cls, data, file)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,25 +3,87 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import re
 import sys
 from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """A mistake in the input: one sentence that names the flag or file, and the mend."""
+    """A mistake in the input: one sentence that names the argument or file, and the mend.
+
+    Sentences are written with the command line's flags ("--draft-vocab 5 ..."), which most of them come to. `str` of
+    an error that was raised in Python says them as Python's arguments ("draft_vocab 5 ..."); `reported` prints flags.
+    """
+
+    def __str__(self) -> str:
+        return in_python(super().__str__())
+
+    @property
+    def on_the_command_line(self) -> str:
+        """The sentence with flags."""
+        return super().__str__()
+
+
+# Where writing fails for good: a full disk or quota, a device that gave out, a stream that is closed.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+# Flags whose argument in Python has another name.
+ARGUMENTS = {
+    "draft-vocab": "Draft.vocab",
+    "draft-top-k": "TreeConfig.top_k",
+    "tree-size": "TreeConfig.size",
+    "depth": "TreeConfig.depth",
+    "draft-int8": "Draft.int8",
+    "copying": "Draft.copying",
+    "ranking": "Draft.ranking",
+    "lossy-typical": "Sampling.typical",
+}
+
+
+def in_python(sentence: str) -> str:
+    """A sentence on flags, in the words of somebody who calls the library: "--max-new-tokens" is max_new_tokens."""
+
+    def argument(flag: re.Match[str]) -> str:
+        return ARGUMENTS.get(flag[1], flag[1].replace("-", "_"))
+
+    # Of a command that is to be typed ("run: python -m convert ...") the flags stay.
+    said, command, rest = sentence.partition("python -m ")
+    return re.sub(r"(?<![\w-])--([a-z][a-z0-9-]*)", argument, said) + command + rest
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Turn `UserError` into one line on stderr and exit status 2, and Ctrl-C into status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.on_the_command_line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away (`| head`): not an error of ours
-        sys.stderr.close()
+        _give_up_output()
         sys.exit(0)
+    except OSError as error:
+        # Of a file that is opened or renamed the error has a name, and whoever writes it says more than we could.
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        _give_up_output()
+        print(
+            f"error: the output cannot be written: {error.strerror}; make room, or send it elsewhere", file=sys.stderr
+        )
+        sys.exit(2)
+
+
+def _give_up_output() -> None:
+    """Send what is still buffered nowhere, so that Python does not stumble over it as it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

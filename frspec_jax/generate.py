@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from frspec_jax import flags, json_lines
 from frspec_jax.config import Sampling
@@ -47,13 +47,11 @@ def arguments() -> argparse.ArgumentParser:
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """The prompts of the command line, of a file, or of standard input."""
     if args.prompt is not None:
-        return [args.prompt]
+        return [_unicode(args.prompt, "--prompt")]
     if args.prompt_file is None:
-        if sys.stdin.isatty():
-            print("prompt (end with Ctrl-D):", file=sys.stderr)
-        return [sys.stdin.read()]
+        return [_standard_input()]
     try:
-        text = args.prompt_file.read_text(encoding="utf-8")
+        text = args.prompt_file.read_bytes().decode("utf-8-sig")  # without the mark that Windows' editors begin with
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--prompt-file {args.prompt_file} cannot be read: {reason}") from None
@@ -65,27 +63,61 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     return [_prompt_of(args.prompt_file, number, line) for number, line in lines]
 
 
+def _standard_input() -> str:
+    if sys.stdin is None or sys.stdin.closed:
+        raise UserError("standard input is closed; give --prompt or --prompt-file")
+    if sys.stdin.isatty():
+        print("prompt (end with Ctrl-D):", file=sys.stderr)
+    try:
+        return _unicode(sys.stdin.read(), "standard input")
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8 text; convert it, for instance with iconv") from None
+    except OSError as error:
+        raise UserError(f"standard input cannot be read: {error.strerror}; give --prompt or --prompt-file") from None
+
+
+def _unicode(text: str, source: str) -> str:
+    """The text, if it is some: bytes that are no UTF-8 reach us as surrogates, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{source} is not UTF-8 text; convert it, for instance with iconv") from None
+    return text
+
+
 def _prompt_of(file: Path, number: int, line: str) -> Prompt:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise UserError(f"--prompt-file {file}, line {number}: not JSON ({error})") from None
+    place = f"--prompt-file {file}, line {number}"
     if isinstance(record, dict):
         if isinstance(record.get("prompt"), str):
-            return record["prompt"]
-        messages = record.get("messages")
-        if (
-            isinstance(messages, list)
-            and messages
-            and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in messages
-            )
-        ):
+            return _unicode(record["prompt"], place)
+        messages = _messages(record.get("messages"))
+        if messages:
+            for message in messages:
+                _unicode(message["content"], place)
             return messages
     raise UserError(
         f'--prompt-file {file}, line {number}: give "prompt" or "messages" (each with "role" and "content")'
     )
+
+
+def _messages(given: Any) -> list[dict[str, str]] | None:
+    """Chat messages whose content is text, or a list of parts of text as in OpenAI's API; None for anything else."""
+    messages = []
+    for message in given if isinstance(given, list) else ():
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return None
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            content = "".join(parts) if len(parts) == len(content) else None
+        if not isinstance(content, str):
+            return None
+        messages.append({"role": message["role"], "content": content})
+    return messages
 
 
 def main(argv: list[str] | None = None) -> None:

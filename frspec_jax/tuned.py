@@ -17,8 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from frspec_jax import files
 from frspec_jax.config import TreeConfig
 from frspec_jax.errors import UserError
+from frspec_jax.schema import checked
 
 FILE = "tuned.json"
 FORMAT = "frspec-jax tuned 1"
@@ -26,9 +28,9 @@ FORMAT = "frspec-jax tuned 1"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """V' and the tree's shape."""
+    """V' and the tree's shape. `VANILLA` is a setting too: no tree beats plain decoding on this device."""
 
-    draft_vocab: int
+    draft_vocab: int | None
     tree: TreeConfig
 
 
@@ -63,26 +65,24 @@ def read(folder: Path, dtype: Any) -> Setting | None:
     if entry is None:
         return None
     try:
-        return Setting(int(entry["draft_vocab"]), TreeConfig(**entry["tree"]))
-    except (KeyError, TypeError, ValueError) as error:
+        return checked(Setting, entry, key(dtype))
+    except UserError as error:
         raise UserError(f"{folder / FILE} is damaged ({error}); delete it, or run python -m eval tune again") from None
 
 
 def write(folder: Path, dtype: Any, setting: Setting, facts: dict[str, Any]) -> Path:
-    """Set this device's entry, beside those of others; an interruption leaves the old file.
+    """Set this device's entry, beside those of others. An interruption leaves the old file; a damaged one is replaced.
 
     facts: for the reader: what was measured, and when.
     """
     tree = {"size": setting.tree.size, "depth": setting.tree.depth, "top_k": setting.tree.top_k}
-    entries = _entries(folder) | {key(dtype): {"draft_vocab": setting.draft_vocab, "tree": tree, **facts}}
-    file, part = folder / FILE, folder / f".{FILE}.part-{os.getpid()}"
+    file = folder / FILE
     try:
-        part.write_text(json.dumps({"format": FORMAT, "devices": entries}, indent=2) + "\n", "utf-8")
-        part.replace(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}; make the draft's folder writable") from None
-    finally:
-        part.unlink(missing_ok=True)
+        others = _entries(folder)
+    except UserError:  # damaged: what it held of other devices cannot be saved any more
+        others = {}
+    entries = others | {key(dtype): {"draft_vocab": setting.draft_vocab, "tree": tree, **facts}}
+    files.write_json(file, {"format": FORMAT, "devices": entries}, "make the draft's folder writable")
     return file
 
 

@@ -23,9 +23,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
+from frspec_jax.checkpoint import Checkpoint, write_draft
 from frspec_jax.drafters.base import DraftSpec, Spec
 from frspec_jax.errors import UserError
+from frspec_jax.files import new_folder
 from frspec_jax.llama import LlamaParams
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
 from train import answers, curves, devices

@@ -30,9 +30,9 @@ def spec_of(data: Mapping[str, Any], file: str) -> DraftSpec:
       UserError: an unknown kind, or entries that are missing or make no sense.
     """
     kind = data.get("kind", "eagle")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{file}: a draft of kind {kind!r} is not known; known are {', '.join(KINDS)}")
     try:
         return spec_class(kind).from_json(data)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ValueError, UserError) as error:
         raise UserError(f"{file} is damaged ({error}); convert the draft again") from None

@@ -149,7 +149,7 @@ class DraftSpec(Protocol):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Out of a config.json, whose other entries are left alone. Raises KeyError, TypeError or ValueError."""
+        """Out of a config.json, whose other entries are left alone. Raises UserError or ValueError."""
 
     def to_json(self) -> dict[str, Any]:
         """The entries that `from_json` reads."""

@@ -26,6 +26,7 @@ from frspec_jax.drafters.copying import NO_COPYING, Copying, NoCopying
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, Pass, decoder_layer, linear
 from frspec_jax.placement import Placement
+from frspec_jax.schema import checked
 from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
 
@@ -130,10 +131,7 @@ class EagleConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        known = {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
-        if known.get("copying") is not None:
-            known["copying"] = Copying(**{name: float(figure) for name, figure in known["copying"].items()})
-        return cls(**known)
+        return checked(cls, data, "its entries")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -26,6 +26,7 @@ from frspec_jax.drafters.copying import NO_COPYING, NoCopying
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, Pass, decoder_layer, linear, rms_norm
 from frspec_jax.placement import Placement
+from frspec_jax.schema import checked
 from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
 
@@ -108,10 +109,7 @@ class Eagle3Config:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        known = {field.name: data[field.name] for field in dataclasses.fields(cls)}
-        scaling = known["rope_scaling"]
-        known["rope_scaling"] = RopeScaling(**{**scaling, "factors": tuple(scaling["factors"])})
-        return cls(**{**known, "taps": tuple(known["taps"])})
+        return checked(cls, data, "its entries")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -22,6 +22,7 @@ from frspec_jax import shapes
 from frspec_jax.config import TREE_LIMIT, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import DraftMemory, DraftWeights, Memoryless, Target, Turn, no_copies
 from frspec_jax.layers import linear
+from frspec_jax.schema import checked
 from frspec_jax.tree import DraftTree
 from frspec_jax.vocabulary import DraftHead, crop
 from pallas_kernels.dispatch import AUTO, Kernels
@@ -173,8 +174,7 @@ class MedusaConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        known = {field.name: data[field.name] for field in dataclasses.fields(cls)}
-        return cls(**{**known, "choices": as_choices(known["choices"])})
+        return checked(cls, data, "its entries")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

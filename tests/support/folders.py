@@ -8,8 +8,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft, write_model
+from frspec_jax.checkpoint import Checkpoint, write_draft, write_model
 from frspec_jax.config import ModelConfig
+from frspec_jax.files import new_folder
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
 from tests.support import toy
 

@@ -12,8 +12,9 @@ import pytest
 from scipy import special
 
 from frspec_jax import generate
-from frspec_jax.checkpoint import Checkpoint, new_folder, write_draft
+from frspec_jax.checkpoint import Checkpoint, write_draft
 from frspec_jax.drafters.copying import LONGEST, MATCHES, Copying
+from frspec_jax.files import new_folder
 from tests.frspec_jax.test_copying import SOME, looked_up
 from tests.support import toy
 from tests.support.folders import checkpoint_folder
