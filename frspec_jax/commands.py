@@ -45,5 +45,8 @@ def dispatch(
 
 
 def results_console() -> Console:
-    """Where tables go: as wide as the terminal, and in a file or a pipe wide enough that no cell is cut."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+    """Where tables go: as wide as the terminal, and in a file or a pipe wide enough that no cell is cut.
+
+    Brackets are brackets: a draft may be called [mine].
+    """
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, markup=False)

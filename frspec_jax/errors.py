@@ -77,10 +77,24 @@ def reported() -> Iterator[None]:
         if error.filename is not None or error.errno not in UNWRITABLE:
             raise
         _give_up_output()
-        print(
-            f"error: the output cannot be written: {error.strerror}; make room, or send it elsewhere", file=sys.stderr
-        )
+        reason = error.strerror or str(error)
+        print(f"error: the output cannot be written: {reason}; make room, or send it elsewhere", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, AssertionError) as error:
+        if not _no_device(error):
+            raise
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        print(f"error: JAX_PLATFORMS={asked} names a device that is not there; unset it, or name cpu", file=sys.stderr)
+        sys.exit(2)
+
+
+def _no_device(error: BaseException) -> bool:
+    """Whether JAX found none of the platforms that it was told to use: it says so, or trips over an assertion."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    inside = at is not None and at.tb_frame.f_code.co_filename.endswith("xla_bridge.py")
+    return "JAX_PLATFORMS" in os.environ and (inside or "Unable to initialize backend" in str(error))
 
 
 def _give_up_output() -> None:

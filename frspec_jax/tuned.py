@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from frspec_jax import files
-from frspec_jax.config import TreeConfig
+from frspec_jax.config import VANILLA, TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.schema import checked
 
@@ -32,6 +32,9 @@ class Setting:
 
     draft_vocab: int | None
     tree: TreeConfig
+
+
+NO_TREE = Setting(None, VANILLA)
 
 
 @functools.cache

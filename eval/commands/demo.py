@@ -15,6 +15,7 @@ from eval.commands.flags import add_json_argument, add_model_arguments, models
 from eval.commands.speed import compare, show
 from eval.runs.provenance import save
 from frspec_jax.api import Request
+from frspec_jax.commands import results_console
 
 PROMPTS = (
     "What should I pack for a hiking trip?",
@@ -31,18 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _, found = models(args)
-    console = Console()
+    console = results_console()
     fr_spec, request = [*found.values()][-1], Request(args.max_new_tokens)
     with Console(stderr=True).status("compiling"):
         fr_spec.warm_up()
     for prompt in PROMPTS:
-        console.print(f"\n[bold]{prompt}[/bold]")
+        console.print(f"\n{prompt}", style="bold")
         stream = fr_spec.stream(prompt, request)
         for piece in stream:
             sys.stdout.write(piece)
             sys.stdout.flush()
         assert stream.result is not None
-        console.print(f"\n[dim]{stream.result.summary()}[/dim]", highlight=False)
+        console.print(f"\n{stream.result.summary()}", style="dim", highlight=False)
     console.print()
     figures = compare(found, [fr_spec.encode(prompt) for prompt in PROMPTS], request)
     show(figures)

@@ -65,7 +65,7 @@ def add_ranking_argument(parser: argparse.ArgumentParser) -> None:
 
 def progress_bar() -> Progress:
     """A bar on standard error, with counts and times."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
 
 

@@ -15,7 +15,7 @@ from eval.commands.flags import add_model_arguments, add_question_arguments, add
 from eval.data.questions import Question, alternated, by_task, digest, of_tasks, read_questions, spread
 from eval.methods import peers
 from eval.methods.contest import Contest, first_prompt
-from eval.runs import manifest, records
+from eval.runs import manifest, output, records
 from frspec_jax.api import Generator, Request
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "full,1/2,1/4,1/8,1/16")
     add_ranking_argument(parser)
     add_question_arguments(parser, questions=None, tokens=512)
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the records; resumes")
+    parser.add_argument(
+        "--out", type=output.folder_of("--out"), required=True, metavar="RUN", help="folder of the records; resumes"
+    )
     parser.add_argument("--tasks", metavar="TASK,...", help="MT, Conv, RAG, Math, QA, Summ, Code (default: all)")
     parser.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="answer every question N times (default: 1)"

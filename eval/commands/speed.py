@@ -27,6 +27,7 @@ from eval.runs import provenance
 from eval.runs.provenance import save
 from frspec_jax.api import Generator, Request, Result
 from frspec_jax.commands import results_console
+from frspec_jax.errors import UserError
 from pallas_kernels.timing import bandwidth
 
 VOCABULARIES = "full,1/2,1/4,1/8"
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 2:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the first is the prompt's; give at least 2")
     checkpoint, found = models(args)
     vanilla = found["vanilla"]
     peer = Peer(args.peer, checkpoint.stop_ids, vanilla.dtype_name) if args.peer else None
@@ -62,6 +65,8 @@ def compare(
             results[name].append(result)
         if peer is not None:
             peer_rates.append(peer.decode_rate(prompt, request.max_new_tokens))
+    if not any(len(result.tokens) > 1 for result in results["vanilla"]):
+        raise UserError("no prompt's answer is longer than one token; give other --data or raise --max-new-tokens")
     speed = bandwidth()
     context = int(np.mean([len(p) for p in prompts])) + request.max_new_tokens // 2
     rows = [_row(name, found[name], results, prompts, request, speed, context) for name in found]

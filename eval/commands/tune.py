@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
     folder = checkpoint.draft_folder(args.draft)
     if folder is None:
         raise UserError(f"{args.ckpt} holds no draft to tune; add one with python -m train eagle or convert eagle")
+    forget_damaged(folder, args.dtype)
     out: Path = args.out or folder
     output.check_folder(out)
     dtype = defaults().dtype if args.dtype is None else jnp.dtype(args.dtype)
@@ -96,9 +98,26 @@ def run(args: argparse.Namespace) -> None:
     plots.save(tune_plots.sweeps(best, points, space, vanilla), out, "tuned-sweeps")
     plots.save(tune_plots.trade_off(best, points, vanilla), out, "tuned-trade-off")
     save(args.json, figures_of(bench, folder.name, points, rivals))
-    file = tuned.write(folder, dtype, best.setting, {**rivals["best"], "versions": provenance.versions()})
+    pays = rivals["best"]["speed_up"] > 1
+    setting, facts = (best.setting, rivals["best"]) if pays else (tuned.NO_TREE, rivals["vanilla"])
+    file = tuned.write(folder, dtype, setting, {**facts, "versions": provenance.versions()})
     show(best, rivals)
-    print(f"{file} has it: load and generate use it on this device from now on; plots are in {out}")
+    if pays:
+        print(f"{file} has it: load and generate use it on this device from now on; plots are in {out}")
+    else:
+        print(
+            f"No setting beats vanilla decoding on this device with this draft, and {file} says so: load and generate"
+        )
+        print("decode without it from now on, unless a flag asks for a part of it (--draft-vocab, --tree-size).")
+
+
+def forget_damaged(folder: Path, dtype: Any) -> None:
+    """Put away a file of settings that cannot be read, since this command makes a new one."""
+    try:
+        tuned.read(folder, dtype or defaults().dtype)
+    except UserError as error:
+        print(f"note: {error.on_the_command_line}; this run replaces it", file=sys.stderr)
+        (folder / tuned.FILE).unlink()
 
 
 def figures_of(bench: Bench, draft: str, points: list[Point], rivals: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -196,7 +215,7 @@ def point(choice: Choice | None, results: list[api.Result]) -> Point:
 
 
 def show(best: Choice, rivals: dict[str, dict[str, Any]]) -> None:
-    """The outcome, and a plain word where drafting does not pay."""
+    """The outcome."""
     table = Table(title=f"{provenance.machine()}: V' {best.draft_vocab:,}, {best.tree.size} nodes, depth {best.depth}, "
                         f"top-k {best.top_k}")  # fmt: skip
     for heading in ("setting", "tokens/s", "× vanilla", "accepted", "round ms"):
@@ -204,5 +223,3 @@ def show(best: Choice, rivals: dict[str, dict[str, Any]]) -> None:
     for name, row in rivals.items():
         table.add_row(name, *(str(value) for value in row.values()))
     results_console().print(table)
-    if rivals["best"]["speed_up"] < 1:
-        print("No setting beats vanilla decoding on this device with this draft: --draft none is faster.")

@@ -31,6 +31,8 @@ def folder_of(flag: str) -> Callable[[str], Path]:
     """The same for a folder; it and those above it need not be there yet."""
 
     def checked(text: str) -> Path:
+        if not text.strip():
+            raise UserError(f"{flag} is empty; name a folder")
         check_folder(Path(text), flag)
         return Path(text)
 

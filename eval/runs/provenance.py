@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
-from frspec_jax import tuned
-from frspec_jax.errors import UserError
+from frspec_jax import files, tuned
 
 machine = tuned.machine
 
@@ -41,10 +39,4 @@ def save(path: Path | None, figures: dict[str, Any]) -> None:
         return
     about = {"machine": machine(), "versions": versions()}
     about |= {"date": datetime.date.today().isoformat(), "command": command()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(about | figures, indent=2) + "\n")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror}; name another file") from None
+    files.write_json(path, about | figures, "name another file with --json")

@@ -10,13 +10,13 @@ last whole line, and counts no question twice.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from frspec_jax import files
 from frspec_jax.errors import UserError
 
 FORMAT = "frspec-jax run 1"
@@ -32,12 +32,13 @@ class Records:
     def append(self, record: Record) -> None:
         """Add a record; it is on disk when this returns."""
         try:
-            self._handle.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-            self._handle.flush()
+            line = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            while line:  # a disk that is nearly full takes a part
+                line = line[self._handle.write(line) :]
             os.fsync(self._handle.fileno())
         except OSError as error:
             raise UserError(
-                f"--out {self.file} cannot be written: {error.strerror}; make room, and the same command goes on"
+                f"--out {self.file} cannot be written: {files.reason(error)}; make room, and the same command goes on"
             ) from None
         self.lines.append(record)
 
@@ -51,27 +52,31 @@ def opened(folder: Path, configuration: Mapping[str, Any]) -> Iterator[Records]:
         cannot be written or is damaged.
     """
     file = folder / "records.jsonl"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a+b")
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}; name another folder") from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--out {folder}: another process is writing this run; wait for it, or stop it") from None
+    with files.one_writer(folder, "--out"), _for_appending(file) as handle:
         manifest = {"format": FORMAT, **json.loads(json.dumps(configuration))}
         if (folder / "manifest.json").is_file():
             _refuse_other(folder, read_manifest(folder), manifest)
         elif file.stat().st_size:
             raise UserError(f"--out {folder} holds records and no manifest.json; name another folder")
         else:
-            _write_manifest(folder, manifest)
+            files.write_json(folder / "manifest.json", manifest)
         handle.seek(0)
         lines, whole = _parse(file, handle.read())
         handle.truncate(whole)
         yield Records(file, lines, handle)
+
+
+@contextlib.contextmanager
+def _for_appending(file: Path) -> Iterator[Any]:
+    """A file to add lines to. What could not be written is not tried again as it is closed: the error was told."""
+    try:
+        handle = open(file, "a+b", buffering=0)  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"--out {file} cannot be written: {files.reason(error)}; name another folder") from None
+    try:
+        yield handle
+    finally:
+        handle.close()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -115,20 +120,6 @@ def _parse(file: Path, data: bytes) -> tuple[list[Record], int]:
             raise UserError(f"{file}, line {number} counts {key[0]} twice; delete that line")
         lines[key] = record
     return list(lines.values()), whole
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    part = folder / f".manifest.part-{os.getpid()}"
-    try:
-        with part.open("w", encoding="utf-8") as handle:
-            handle.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        part.replace(folder / "manifest.json")
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}; name another folder") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _refuse_other(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
