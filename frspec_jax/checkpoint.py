@@ -92,7 +92,7 @@ def amend_draft(folder: Path, draft: DraftSpec, about: dict[str, Any]) -> None:
     file = folder / "config.json"
     data = json.loads(file.read_text())
     data |= {**draft.to_json(), "about": {**data.get("about", {}), **about}}
-    files.write_json(file, data, "make the draft's folder writable")
+    files.write_json(file, data)
 
 
 # Reading -----------------------------------------------------------------------------------------

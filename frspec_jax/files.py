@@ -1,4 +1,9 @@
-"""Files that outlive a command: written whole or not at all, by one process at a time."""
+"""Files that a later run reads: written aside and renamed, and folders that one process at a time adds to.
+
+A reader finds a file whole, as it was, or not at all, whatever interrupts the writer. What a killed writer leaves,
+`.NAME.part-PID`, is told from the part of a living one by the kernel's lock on it, which ends with the process: a
+process id would not do, since another process, or one in another container, may bear the same.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +11,202 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from frspec_jax.errors import UserError
 
-LOCK = ".lock"  # in a folder that one process at a time may write to
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK = ".lock"  # of a folder that `folder_lock` holds; the process id of its holder stands in it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def reason(error: OSError) -> str:
-    """Why a write failed, in words."""
-    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+# Errors ------------------------------------------------------------------------------------------
 
 
-# Writing aside -----------------------------------------------------------------------------------
+def not_written(what: object, error: OSError, mend: str = "name another place") -> UserError:
+    """The sentence for a file or folder that the system would not let us write.
+
+    what: its name, with the flag that gave it, if any. mend: what helps where it is not room that is missing.
+    """
+    mend = "make room and run the command again" if error.errno in FULL else mend
+    return UserError(f"{what} cannot be written: {error.strerror or error}; {mend}")
 
 
 @contextlib.contextmanager
-def aside(path: Path, mend: str = "make room, or name another place") -> Iterator[Path]:
-    """A file beside `path` that takes its name once the block has ended well; until then an old `path` stays.
+def writing(what: object, mend: str = "name another place") -> Iterator[None]:
+    """Turn the system's refusal to write (disk full, read-only) into the sentence of `not_written`.
+
+    Interrupted system calls and a reader that went away (`| head`) are no such refusals.
+    """
+    try:
+        yield
+    except (BrokenPipeError, InterruptedError):
+        raise
+    except OSError as error:
+        raise not_written(what, error, mend) from None
+
+
+# Parts -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def part_of(out: Path, *, folder: bool = False, suffix: str = "") -> Iterator[Path]:
+    """An empty file, or folder, beside `out`, for this process alone; what stands there at the end is removed.
+
+    The block fills it and renames it to `out`, with `put_in_place`. Parts of dead processes are cleared first, and
+    one that cannot be cleared is passed by under another name.
+
+    Args:
+      folder: a folder is wanted, not a file. suffix: what the part's name must end with (".npz" for numpy).
 
     Raises:
-      UserError: the system refuses to write; nothing is left of what was written.
+      OSError: the folder of `out` is missing, full or read-only.
     """
-    part = _part_of(path)
+    clear_parts(out)
+    for number in range(1 << 20):
+        part = out.with_name(f".{out.name}.part-{os.getpid()}{f'-{number}' if number else ''}{suffix}")
+        try:
+            part.mkdir() if folder else os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            held = _hold_part(part)
+        except (FileExistsError, BlockingIOError):
+            continue
+        # Between the making and the lock, a writer that clears may have taken it for a dead one's.
+        if held is None or _is_still(part, held):
+            break
+        os.close(held)
     try:
-        clear_left_overs(path)
         yield part
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())  # or a crash could leave the name of a file that is empty
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {reason(error)}; {mend}") from None
     finally:
+        _remove(part)
+        if held is not None:
+            os.close(held)
+
+
+def clear_parts(out: Path) -> None:
+    """Remove what killed writers of `out` have left beside it; parts of living ones stay, whoever they are.
+
+    Where the system keeps no locks on files, nothing is known of the writers, and everything stays.
+    """
+    prefix = f".{out.name}.part-"
+    try:
+        parts = [path for path in out.parent.iterdir() if path.name.startswith(prefix)]
+    except OSError:  # no such folder, or one that we may not look into: whoever writes there will hear of it
+        return
+    for part in parts:
+        with contextlib.suppress(BlockingIOError):
+            if (held := _hold_part(part)) is not None:
+                _remove(part)
+                os.close(held)
+
+
+def put_in_place(part: Path, out: Path) -> None:
+    """Rename a whole part to `out`, in place of what stood there, once it is on disk; a folder replaces nothing.
+
+    Raises:
+      OSError: the system refuses; a disk's refusal may come as late as here.
+    """
+    if not part.is_dir():
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+    part.replace(out)
+    _sync_folder(out.parent)
+
+
+def _hold_part(part: Path) -> int | None:
+    """A descriptor that holds the lock of a part; None where the system has no such locks.
+
+    Raises:
+      BlockingIOError: another writer holds it, or has cleared it.
+    """
+    if sys.platform == "win32":  # which locks no folder, and removes and renames no file that is open
+        return None
+    try:
+        held = os.open(part, os.O_RDONLY)
+    except FileNotFoundError:
+        raise BlockingIOError from None
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise
+    except OSError:
+        os.close(held)
+        return None
+    return held
+
+
+def _is_still(path: Path, held: int) -> bool:
+    """Whether a path leads to what a descriptor has open: it may have been removed, and made anew, meanwhile."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(held))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, mend: str = "make room, or name another place") -> None:
-    """Put `text` into a file, whole or not at all."""
-    with aside(path, mend) as part:
-        part.write_text(text, "utf-8")
+def _sync_folder(folder: Path) -> None:
+    """Bring a renaming to the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
-def write_json(path: Path, data: Any, mend: str = "make room, or name another place") -> None:
-    """Put `data` into a file as JSON, whole or not at all."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n", mend)
+# Files -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written_aside(out: Path, what: object = None, *, suffix: str = "") -> Iterator[Path]:
+    """The path of a file to fill, which takes the name `out`, in place of an older one, once the block has ended well.
+
+    Args:
+      what: how to call it in a refusal: by its flag (default: the path). suffix: of the path to fill, if any.
+
+    Raises:
+      UserError: it cannot be written; nothing is left of it, and an older file stands as it was.
+    """
+    out = Path(out)
+    with writing(what or out), part_of(out, suffix=suffix) as part:
+        yield part
+        put_in_place(part, out)
+
+
+def write_bytes(out: Path, data: bytes, what: object = None) -> None:
+    """Write a file whole or not at all; see `written_aside`."""
+    with written_aside(out, what) as part:
+        part.write_bytes(data)
+
+
+def write_text(out: Path, text: str, what: object = None) -> None:
+    """Write a text in UTF-8, whole or not at all; see `written_aside`."""
+    write_bytes(out, text.encode(), what)
+
+
+def write_json(out: Path, data: Any, what: object = None) -> None:
+    """Write JSON, indented, whole or not at all; see `written_aside`."""
+    write_text(out, json.dumps(data, indent=2) + "\n", what)
+
+
+# Folders -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -66,96 +218,121 @@ def new_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
     out = Path(out)
     if out.exists():
         raise UserError(f"{flag} {out} exists already; remove it or name another folder")
-    part = _part_of(out)
-    try:
+    what = f"{flag} {out}"
+    with writing(what, "name another folder"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        clear_left_overs(out)
-        part.mkdir()
-    except OSError as error:
-        raise UserError(f"{flag} {out} cannot be written: {reason(error)}; name another folder") from None
-    try:
-        yield part
-        part.rename(out)
-    except OSError as error:
-        raise UserError(f"{flag} {out} could not be written whole: {reason(error)}; nothing was left") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with part_of(out, folder=True) as part:
+            yield part
+            put_in_place(part, out)
 
 
-def _part_of(path: Path) -> Path:
-    """Where `path` is written before it has its name: hidden, and told apart by process.
+@contextlib.contextmanager
+def folder_lock(folder: Path, what: object = None) -> Iterator[None]:
+    """Let this process alone add to a folder, which is made if need be; a dead process's lock does not hold.
 
-    The number of a process may come again, in another container above all, so a part that bears ours may be
-    somebody's left-over: `clear_left_overs` has removed it by then, unless its writer is alive.
+    If nothing was written, the folders that were made for it are removed at the end.
+
+    Args:
+      what: how to call the folder in a refusal: by its flag (default: the path).
+
+    Raises:
+      UserError: another process holds it, which is named; or the folder cannot be written.
     """
-    return path.with_name(f".{path.name}.part-{os.getpid()}")
+    folder, what = Path(folder), what or folder
+    with writing(what, "name another folder"):
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        held = _locked(folder, what)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()  # while it is held: who waits for it will see that it is gone
+        os.close(held)
+        with contextlib.suppress(OSError):  # something stands there, as it should
+            for path in new:
+                path.rmdir()
 
 
-def clear_left_overs(path: Path) -> None:
-    """Remove what processes that are gone have left of writing `path`; our own number stood for somebody else then."""
-    pattern = re.compile(re.escape(f".{path.name}.part-") + r"(\d+)(\.\w+)?")
-    if not path.parent.is_dir():
-        return
-    for other in path.parent.iterdir():
-        if (found := pattern.fullmatch(other.name)) and not _lives(int(found[1])):
-            if other.is_dir():
-                shutil.rmtree(other, ignore_errors=True)
-            else:
-                other.unlink(missing_ok=True)
+def _locked(folder: Path, what: object) -> int:
+    """A descriptor of the folder's lock file, locked, with our process id in it."""
+    file = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
+        except FileNotFoundError:  # its last holder has just removed the folder
+            continue
+        try:
+            if not _lock(held):
+                raise UserError(_held_by(file, what))
+            if _is_still(file, held):
+                with contextlib.suppress(OSError):  # a full disk: the lock holds, though it cannot say for whom
+                    os.ftruncate(held, 0)
+                    os.pwrite(held, str(os.getpid()).encode(), 0) if sys.platform != "win32" else _write_at_0(held)
+                return held
+        except BaseException:
+            os.close(held)
+            raise
+        os.close(held)
 
 
-def _lives(process: int) -> bool:
-    if process == os.getpid():
+def _write_at_0(held: int) -> None:
+    os.lseek(held, 0, os.SEEK_SET)
+    os.write(held, str(os.getpid()).encode())
+
+
+def _lock(held: int) -> bool:
+    """Take the kernel's lock on an open file; False where another process has it."""
+    if sys.platform == "win32":
+        os.lseek(held, 1 << 30, os.SEEK_SET)  # beyond the text: what is locked there cannot be read
+        try:
+            msvcrt.locking(held, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks (some network ones): the process id must do, where it is one of this machine.
+        return not _is_alive(_process_in(os.pread(held, 32, 0)))
+    return True
+
+
+def _process_in(text: bytes) -> int | None:
+    return int(text) if text.strip().isdigit() else None
+
+
+def _is_alive(process: int | None) -> bool:
+    if process is None or process == os.getpid():
         return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
-        return True
+    except PermissionError:
+        pass  # somebody else's
     return True
 
 
-# One writer --------------------------------------------------------------------------------------
+def _held_by(file: Path, what: object) -> str:
+    try:
+        process = _process_in(file.read_bytes()[:32])
+    except OSError:
+        process = None
+    holder = f"process {process}" if process else "another process"
+    return f"{what} is being written by {holder}; wait for it, or end it, or name another folder"
 
 
-@contextlib.contextmanager
-def one_writer(folder: Path, flag: str) -> Iterator[None]:
-    """Holds a folder while the block runs, so that no second process adds to it.
-
-    The system lets go of a lock when its process ends, however that comes about, so a dead process holds nothing.
+def check_writable(folder: Path, what: object = None) -> None:
+    """See, before work starts, that files can be written under a folder, which need not exist yet.
 
     Raises:
-      UserError: another process holds it; or the folder cannot be written to.
+      UserError: they cannot; nothing is left either way.
     """
-    file = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be written to: {reason(error)}; name another folder") from None
-    try:
-        if not _locked(handle):
-            holder = os.read(handle, 20).decode("ascii", "replace").strip() or "unknown"
-            raise UserError(
-                f"{flag} {folder} is being written by process {holder}; wait until it has ended, or name another folder"
-            )
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int) -> bool:
-    """Lock an open file; whether that went well. Where the system has no such locks (Windows), there is none."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # A file system without locks refuses otherwise; there it is as if nobody held the folder.
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True
+    folder = Path(folder).absolute()
+    with writing(what or folder, "name another folder"):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        with part_of(there / "writable"):
+            pass

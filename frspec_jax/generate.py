@@ -9,9 +9,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from frspec_jax import flags, json_lines
+from frspec_jax import flags, prompts
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError, reported
 
@@ -50,17 +50,7 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
         return [_unicode(args.prompt, "--prompt")]
     if args.prompt_file is None:
         return [_standard_input()]
-    try:
-        text = args.prompt_file.read_bytes().decode("utf-8-sig")  # without the mark that Windows' editors begin with
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"--prompt-file {args.prompt_file} cannot be read: {reason}") from None
-    if args.prompt_file.suffix != ".jsonl":
-        return [text]
-    lines = list(json_lines.numbered(text))
-    if not lines:
-        raise UserError(f"--prompt-file {args.prompt_file} holds no prompt")
-    return [_prompt_of(args.prompt_file, number, line) for number, line in lines]
+    return list(prompts.read_prompts(args.prompt_file))
 
 
 def _standard_input() -> str:
@@ -85,52 +75,16 @@ def _unicode(text: str, source: str) -> str:
     return text
 
 
-def _prompt_of(file: Path, number: int, line: str) -> Prompt:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"--prompt-file {file}, line {number}: not JSON ({error})") from None
-    place = f"--prompt-file {file}, line {number}"
-    if isinstance(record, dict):
-        if isinstance(record.get("prompt"), str):
-            return _unicode(record["prompt"], place)
-        messages = _messages(record.get("messages"))
-        if messages:
-            for message in messages:
-                _unicode(message["content"], place)
-            return messages
-    raise UserError(
-        f'--prompt-file {file}, line {number}: give "prompt" or "messages" (each with "role" and "content")'
-    )
-
-
-def _messages(given: Any) -> list[dict[str, str]] | None:
-    """Chat messages whose content is text, or a list of parts of text as in OpenAI's API; None for anything else."""
-    messages = []
-    for message in given if isinstance(given, list) else ():
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return None
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-            content = "".join(parts) if len(parts) == len(content) else None
-        if not isinstance(content, str):
-            return None
-        messages.append({"role": message["role"], "content": content})
-    return messages
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     with reported():
         # Everything that can be refused without a model is refused before one is loaded.
         sampling = flags.sampling_of(args)
         draft = flags.draft_of(args)
-        prompts = read_prompts(args)
-        generate(args, prompts, sampling, draft)
+        generate(args, read_prompts(args), sampling, draft)
 
 
-def generate(args: argparse.Namespace, prompts: list[Prompt], sampling: Sampling, draft: flags.DraftFlags) -> None:
+def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, draft: flags.DraftFlags) -> None:
     """Answer the prompts, to standard output."""
     from rich.console import Console
 
@@ -151,11 +105,11 @@ def generate(args: argparse.Namespace, prompts: list[Prompt], sampling: Sampling
             chunk=args.chunk,
             kernels=Kernels(args.kernels, args.kernels),
         )
-    for prompt in prompts:  # a prompt that does not fit is refused before any is answered
+    for prompt in asked:  # a prompt that does not fit is refused before any is answered
         model.check(model.encode(prompt, request), request)
     with console.status("compiling"):
         model.warm_up(sampling)
-    for prompt in prompts:
+    for prompt in asked:
         stream = model.stream(prompt, request)
         for piece in stream:
             if not args.json:

@@ -85,7 +85,7 @@ def write(folder: Path, dtype: Any, setting: Setting, facts: dict[str, Any]) -> 
     except UserError:  # damaged: what it held of other devices cannot be saved any more
         others = {}
     entries = others | {key(dtype): {"draft_vocab": setting.draft_vocab, "tree": tree, **facts}}
-    files.write_json(file, {"format": FORMAT, "devices": entries}, "make the draft's folder writable")
+    files.write_json(file, {"format": FORMAT, "devices": entries})
     return file
 
 

@@ -69,7 +69,7 @@ class Ranking:
     def save(self, path: Path) -> None:
         """Write an .npz file; an interruption leaves the old file, or none."""
         corpora = np.array(self.corpora, dtype=np.str_)
-        with files.aside(path, "name another file with --out") as part, open(part, "wb") as file:
+        with files.written_aside(path, f"--out {path}") as part, open(part, "wb") as file:
             np.savez_compressed(file, counts=self.counts, tokenizer=np.array(self.tokenizer), corpora=corpora)
 
     @classmethod

@@ -1,9 +1,8 @@
 """Reading corpora: plain text and conversations, in the usual file formats, plain or compressed.
 
-Text: `.txt`, or records with "text". Conversations: records with "conversations" (ShareGPT's "from"
-and "value") or "messages" ("role" and "content"). Records come in `.jsonl`, `.json` (one array) or
-`.parquet`; every file may end in `.gz`, `.xz` or `.zst` besides. A `.json` array is read whole, and so is
-a compressed Parquet file; all others take little memory at any size.
+Text: `.txt`, or records with "text". Conversations: records of the forms of `frspec_jax.prompts`. Records come in
+`.jsonl`, `.json` (one array) or `.parquet`; every file may end in `.gz`, `.xz` or `.zst` besides. A `.json` array is
+read whole, and so is a compressed Parquet file; all others take little memory at any size.
 """
 
 from __future__ import annotations
@@ -11,21 +10,16 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from frspec_jax import prompts
 from frspec_jax.errors import UserError
+from frspec_jax.prompts import NoPrompt
 
-ROLES = {
-    "system": "system",
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),  # all of them occur in ShareGPT
-}
-CONVERSATIONS = (("conversations", "from", "value"), ("messages", "role", "content"))  # (list, its role, its text)
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
 TEXT_BLOCK = 1 << 16  # characters of a .txt record: long files are cut at the end of a line
@@ -140,9 +134,9 @@ def _parquet_rows(path: Path, file: IO[bytes]) -> Iterator[Any]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file if path.suffix == ".parquet" else io.BytesIO(file.read()))
-        columns = [name for name in table.schema_arrow.names if name in ("text", *(key for key, *_ in CONVERSATIONS))]
+        columns = [name for name in table.schema_arrow.names if name in ("text", *prompts.KEYS)]
         if not columns:
-            raise UserError(f'{path} has no column "text", "conversations" or "messages"; rename the one that counts')
+            raise UserError(f'{path} has no column "text", {prompts.FORMS}; rename the one that counts')
         for batch in table.iter_batches(batch_size=64, columns=columns):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
@@ -152,35 +146,18 @@ def _parquet_rows(path: Path, file: IO[bytes]) -> Iterator[Any]:
 
 def _parsed(path: Path, where: str, text: bytes) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}{', ' + where if where else ''}: not JSON ({error}); mend or leave out the file"
-        ) from None
+        return prompts.parsed(text)
+    except NoPrompt as error:
+        raise UserError(f"{path}{', ' + where if where else ''}: {error}; mend or leave out the file") from None
 
 
 def _record(path: Path, where: str, row: Any) -> Record:
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str):
-            return Record(path.name, _clean(row["text"]))
-        for key, role, text in CONVERSATIONS:
-            if isinstance(row.get(key), list):
-                return Record(path.name, turns=tuple(_turn(path, where, turn, role, text) for turn in row[key]))
-    raise UserError(f'{path}, {where}: no "text", "conversations" or "messages" in the record; add one')
-
-
-def _turn(path: Path, where: str, turn: Any, role: str, text: str) -> tuple[str, str]:
-    name, said = (turn.get(role), turn.get(text)) if isinstance(turn, dict) else (None, None)
-    if not isinstance(name, str) or name not in ROLES:
-        raise UserError(f"{path}, {where}: speaker {name!r} is not known; {', '.join(ROLES)} are")
-    parts = said if isinstance(said, list) else [said or ""]
-    # Chat APIs give what is said either as text or as a list of {"type": "text", "text": ...}.
-    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(part, str) for part in texts):
-        raise UserError(f'{path}, {where}: "{text}" of the {name} is not text; leave out images and the like')
-    return ROLES[name], _clean("".join(texts))
-
-
-def _clean(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return Record(path.name, prompts.clean(row["text"]))
+    try:
+        turns = prompts.turns_of(row)
+    except NoPrompt as error:
+        raise UserError(f"{path}, {where}: {error}") from None
+    if turns is None:
+        raise UserError(f'{path}, {where}: no "text", {prompts.FORMS} in the record; add one')
+    return Record(path.name, turns=tuple(turns))

@@ -28,7 +28,8 @@ from rich.text import Text
 
 from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
-from train.corpus import ROLES, corpus_files, read_corpus
+from frspec_jax.prompts import ROLES
+from train.corpus import corpus_files, read_corpus
 
 # Worker processes import this module, and should not pay for JAX: `run` and `show` import what needs it.
 if TYPE_CHECKING:

@@ -39,4 +39,6 @@ def save(path: Path | None, figures: dict[str, Any]) -> None:
         return
     about = {"machine": machine(), "versions": versions()}
     about |= {"date": datetime.date.today().isoformat(), "command": command()}
-    files.write_json(path, about | figures, "name another file with --json")
+    with files.writing(f"--json {path}", "name another file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, about | figures, f"--json {path}")

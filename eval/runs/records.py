@@ -37,9 +37,7 @@ class Records:
                 line = line[self._handle.write(line) :]
             os.fsync(self._handle.fileno())
         except OSError as error:
-            raise UserError(
-                f"--out {self.file} cannot be written: {files.reason(error)}; make room, and the same command goes on"
-            ) from None
+            raise files.not_written(f"--out {self.file}", error, "the same command goes on") from None
         self.lines.append(record)
 
 
@@ -52,7 +50,7 @@ def opened(folder: Path, configuration: Mapping[str, Any]) -> Iterator[Records]:
         cannot be written or is damaged.
     """
     file = folder / "records.jsonl"
-    with files.one_writer(folder, "--out"), _for_appending(file) as handle:
+    with files.folder_lock(folder, f"--out {folder}"), _for_appending(file) as handle:
         manifest = {"format": FORMAT, **json.loads(json.dumps(configuration))}
         if (folder / "manifest.json").is_file():
             _refuse_other(folder, read_manifest(folder), manifest)
@@ -72,7 +70,7 @@ def _for_appending(file: Path) -> Iterator[Any]:
     try:
         handle = open(file, "a+b", buffering=0)  # noqa: SIM115 (closed below)
     except OSError as error:
-        raise UserError(f"--out {file} cannot be written: {files.reason(error)}; name another folder") from None
+        raise files.not_written(f"--out {file}", error, "name another folder") from None
     try:
         yield handle
     finally:

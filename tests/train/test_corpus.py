@@ -174,7 +174,7 @@ def test_paths_that_are_no_corpus_are_refused(tmp_path):
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, line 1: not JSON"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: not JSON"),
-        ("a.jsonl", b'{"text": "one"}\n{"body": "two"}\n', r'a\.jsonl, line 2: no "text", "conversations" or "mess'),
+        ("a.jsonl", b'{"text": "one"}\n{"body": "two"}\n', r'a\.jsonl, line 2: no "text", "messages", "conv'),
         ("a.jsonl", b'{"text": 3}', r'a\.jsonl, line 1: no "text"'),
         ("a.jsonl", b'["text"]', r'a\.jsonl, line 1: no "text"'),
         ("a.jsonl", b'{"messages": [{"role": "ghost", "content": "x"}]}', r"line 1: speaker 'ghost' is not known"),
