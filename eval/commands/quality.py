@@ -22,9 +22,9 @@ from rich.progress import track
 from eval.commands.flags import add_model_arguments, models, progress_bar
 from eval.data.problems import BENCHMARKS, Problem, read_problems
 from eval.data.questions import alternated, spread
-from eval.judge.judge import judge
 from eval.methods import peers
 from eval.runs import manifest, records
+from eval.sandbox import judge
 from eval.show import tables
 from frspec_jax.api import Generator, Request
 from frspec_jax.config import Sampling

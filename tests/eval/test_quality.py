@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-from eval.judge.judge import inside, judge
 
 from eval.__main__ import COMMANDS
 from eval.commands import quality
 from eval.data.problems import Problem, code_of, last_number, read_problems
 from eval.data.questions import read_questions
+from eval.sandbox import inside, judge
 from frspec_jax.api import Generator
 from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError

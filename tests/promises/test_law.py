@@ -1,0 +1,61 @@
+"""Promise 2: what is sampled follows the target's law, with any drafter."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from frspec_jax import engine, kv_cache, llama, sampling
+from frspec_jax.config import Sampling, TreeConfig
+from frspec_jax.placement import Placement
+from frspec_jax.sampling import SamplingArrays
+from tests.support import toy
+
+
+@pytest.mark.parametrize("settings", [Sampling(1.0), Sampling(0.7, top_k=5)])
+def test_outputs_follow_the_targets_law(kind, settings):
+    """Three tokens of a model of eight, 6,000 sequences decoded side by side: chi-square against the exact law."""
+    cfg = toy.config(vocab_size=8)
+    w, drafter = toy.weights(cfg, seed=4, kind=kind)
+    plan = toy.plan(cfg, drafter, TreeConfig(6, 2, 3), settings)
+    prompt = np.array([2, 7, 1], np.int32)
+    count = 6000
+    asked = engine.Asked.of(settings, seed=11, limit=3)
+    read = engine.start(plan, w, engine.new_caches(plan, 256, jnp.float32), prompt, asked, chunk=4)
+    feature = read.accepted.features[0]
+    scores = llama.logits(w.target, feature[None])
+
+    def decode(sequence):
+        mine = asked.replace(draw=asked.draw.replace(sequence=sequence))
+        root = sampling.choose(scores, plan.rule, mine.draw, jnp.array([3]), jnp.zeros(1, jnp.int32))[0]
+        state = engine.state_after(plan, read.caches, feature, root, jnp.int32(3), mine)
+        return engine.decode_rounds(plan, w, state, jnp.int32(5)).output[:3]
+
+    outputs = np.asarray(jax.lax.map(decode, jnp.arange(count), batch_size=250))
+
+    law = {}
+    for tokens in itertools.product(range(8), repeat=2):
+        text = jnp.asarray([*prompt, *tokens], jnp.int32)
+        cache = kv_cache.empty(cfg, 256, jnp.float32)
+        features, _ = llama.forward(w.target, cfg, text, Placement.chain(jnp.int32(0), 5), cache)
+        scores = sampling.warp(llama.logits(w.target, features), SamplingArrays.of(settings))
+        share = np.asarray(jax.nn.softmax(scores, axis=-1), np.float64)
+        for last in range(8):
+            law[(*tokens, last)] = share[2, tokens[0]] * share[3, tokens[1]] * share[4, last]
+    assert abs(sum(law.values()) - 1) < 1e-5
+
+    seen = np.zeros(512)
+    np.add.at(seen, outputs @ np.array([64, 8, 1]), 1)
+    expected = count * np.array([law[key] for key in sorted(law)])
+    assert not seen[expected == 0].any(), "a token was drawn that the filters had removed"
+    common = expected >= 5
+    observed = np.append(seen[common], seen[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum())
+    if wanted[-1] == 0:
+        observed, wanted = observed[:-1], wanted[:-1]
+    assert stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
