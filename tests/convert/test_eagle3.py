@@ -48,7 +48,7 @@ def test_an_imported_draft_changes_nothing_and_its_vocabulary_is_cropped_further
         assert set(always) <= set(ids) <= set(IDS) and len(set(ids.tolist())) == kept
         best = [i for i in ranking.order if i in set(IDS)][: kept - len(always)]
         assert set(best) <= set(ids)
-    with pytest.raises(UserError, match=r"--draft-vocab 61 is larger than the draft's own vocabulary \(60 tokens\)"):
+    with pytest.raises(UserError, match=r"Draft.vocab 61 is larger than the draft's own vocabulary \(60 tokens\)"):
         api.load(ckpt, api.Draft(vocab=61))
 
 

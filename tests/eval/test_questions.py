@@ -30,7 +30,7 @@ def test_questions_are_read_and_refused_by_line(tmp_path):
     file.write_text(json.dumps(row) + "\n{}\n")
     with pytest.raises(UserError, match="line 2"):
         read_questions(file)
-    with pytest.raises(UserError, match="--data"):
+    with pytest.raises(UserError, match="data"):
         read_questions(tmp_path / "absent.jsonl")
 
 
@@ -66,7 +66,7 @@ def test_what_cannot_be_written_is_refused_first(command, flag, tmp_path, capsys
 def test_sizes():
     assert [_size(text, 1200) for text in ("full", "1/4", "32")] == ["full", 300, 32]
     for text in ("quarter", "1/0", "-3", ""):
-        with pytest.raises(UserError, match="--draft-vocab"):
+        with pytest.raises(UserError, match="Draft.vocab"):
             _size(text, 1200)
 
 

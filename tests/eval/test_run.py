@@ -343,7 +343,7 @@ def test_questions(data):
     assert [q.key for q in alternated(questions)] == ["Conv/81", "MT/161", "QA/321", "Code/0", "Conv/82"]
     assert {q.task for q in of_tasks(questions, "QA,MT")} == {"QA", "MT"}
     assert digest(questions) != digest(questions[:-1])
-    with pytest.raises(UserError, match="--tasks Maths"):
+    with pytest.raises(UserError, match="tasks Maths"):
         of_tasks(questions, "QA,Maths")
 
 

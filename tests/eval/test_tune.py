@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from eval.__main__ import COMMANDS
-from eval.commands.tune import point
+from eval.commands.tune import Bench, point
 from eval.methods.search import Choice, Point, climb
 from frspec_jax import TreeConfig, api, defaults, generate, tuned
 from frspec_jax.api import Result
@@ -147,7 +147,27 @@ SMALL = ("--questions", "2", "--max-new-tokens", "8", "--draft-vocab", "full,1/4
          "--depth", "2", "--draft-top-k", "2")  # fmt: skip
 
 
-def test_the_command_writes_setting_plots_and_figures(copy, tmp_path, capsys):
+@pytest.fixture
+def as_if(monkeypatch):
+    """Makes the best setting as much faster than vanilla as is said: what a toy's draft brings hangs on the machine."""
+
+    def speed_up(factor):
+        measured = Bench.side_by_side
+
+        def side_by_side(self, choices):
+            rivals = measured(self, choices)
+            rate = round(factor * rivals["vanilla"]["tokens_per_second"], 2)
+            rivals["best"] |= {"tokens_per_second": rate, "speed_up": factor}
+            rivals["before"] |= {"tokens_per_second": round(rate / 2, 2), "speed_up": factor / 2}
+            return rivals
+
+        monkeypatch.setattr(Bench, "side_by_side", side_by_side)
+
+    return speed_up
+
+
+def test_the_command_writes_setting_plots_and_figures(copy, tmp_path, capsys, as_if):
+    as_if(1.25)
     tune("--ckpt", copy, *SMALL, "--json", tmp_path / "figures.json")
     folder = copy / "drafts" / "eagle"
     setting = tuned.read(folder, jnp.float32)
@@ -167,6 +187,33 @@ def test_the_command_writes_setting_plots_and_figures(copy, tmp_path, capsys):
         assert (folder / f"{name}.png").stat().st_size > 5000
     assert "tuned.json has it" in capsys.readouterr().out
     assert api.load(copy).tree == setting.tree
+
+
+def test_where_no_tree_pays_vanilla_is_what_users_get(copy, capsys, as_if):
+    """And whoever asks for a part of a draft still gets one."""
+    as_if(0.976)
+    tune("--ckpt", copy, *SMALL)
+    out = capsys.readouterr().out
+    assert "No setting beats vanilla decoding" in out and "has it: load and generate use it" not in out
+    assert tuned.read(copy / "drafts" / "eagle", jnp.float32) == tuned.NO_TREE
+    model = api.load(copy)
+    assert model.draft_vocab is None and model.drafting.method.name == "vanilla"
+    assert api.load(copy, api.Draft(vocab=64)).tree == defaults.defaults().tree
+    assert api.load(copy, api.Draft(tree=TreeConfig(6, 2, 3))).draft_vocab == VOCAB_SIZE // 4
+    generate.main(["--ckpt", str(copy), "--json", "--max-new-tokens", "4", "--prompt", "hi"])
+    assert json.loads(capsys.readouterr().out)["method"] == "vanilla"
+    as_if(1.5)
+    tune("--ckpt", copy, *SMALL)  # another measurement starts from the device's default tree
+    assert api.load(copy).draft_vocab is not None
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": "other"}', '{"format": "frspec-jax tuned 1", "devices": 3}'])
+def test_a_damaged_file_is_replaced(copy, capsys, as_if, content):
+    as_if(1.25)
+    (copy / "drafts" / "eagle" / "tuned.json").write_text(content)
+    tune("--ckpt", copy, *SMALL)
+    assert "tuned.json is damaged" in capsys.readouterr().err
+    assert tuned.read(copy / "drafts" / "eagle", jnp.float32) is not None
 
 
 @pytest.mark.parametrize(

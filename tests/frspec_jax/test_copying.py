@@ -158,7 +158,7 @@ def test_how_a_draft_copies_is_part_of_its_config():
 def test_other_kinds_do_not_copy(kind):
     spec, _ = toy.DRAFTS[kind](toy.config())
     assert spec.copies(False) == spec
-    with pytest.raises(UserError, match=f"--copying on: a draft of kind {kind} does not copy"):
+    with pytest.raises(UserError, match=f"Draft.copying on: a draft of kind {kind} does not copy"):
         spec.copies(True)
 
 

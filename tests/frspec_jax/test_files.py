@@ -74,7 +74,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: Not a directory; name another place"):
         files.write_text(tmp_path / "file" / "a", "")
-    with pytest.raises(UserError, match=r"--work .*cannot be written: Not a directory; name another folder"):
+    with pytest.raises(UserError, match=r"work .*cannot be written: Not a directory; name another folder"):
         files.check_writable(tmp_path / "file" / "a" / "b", "--work w")
     files.check_writable(tmp_path / "new" / "er")
     assert os.listdir(tmp_path) == ["file"]
@@ -115,7 +115,7 @@ def test_parts_of_other_names_stay(tmp_path):
 
 def test_a_second_writer_is_refused_by_the_first_ones_number(tmp_path):
     with running(LOCKED, tmp_path / "work") as first:
-        refused = pytest.raises(UserError, match=f"--work w is being written by process {first.pid}; wait for it")
+        refused = pytest.raises(UserError, match=f"work w is being written by process {first.pid}; wait for it")
         with refused, files.folder_lock(tmp_path / "work", "--work w"):
             pytest.fail("two at once")
         first.kill()

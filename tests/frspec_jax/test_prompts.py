@@ -95,10 +95,10 @@ def test_a_prompt_goes_before_the_conversation_that_begins_with_it(tmp_path):
 )
 def test_what_is_no_prompt_is_named(tmp_path, content, said):
     (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=rf"--prompt-file .*a\.jsonl.*{said}"):
+    with pytest.raises(UserError, match=rf"prompt_file .*a\.jsonl.*{said}"):
         read_prompts(tmp_path / "a.jsonl")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"--prompt-file .*absent cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"prompt_file .*absent cannot be read: No such file"):
         read_prompts(tmp_path / "absent")

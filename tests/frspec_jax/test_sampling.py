@@ -188,14 +188,14 @@ def test_draws_follow_the_law(how, law, over):
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"temperature": -0.1}, "--temperature -0.1"),
-        ({"temperature": float("nan")}, "--temperature nan"),
-        ({"temperature": float("inf")}, "--temperature inf"),
-        ({"top_k": -1}, "--top-k -1"),
-        ({"top_p": 0.0}, "--top-p 0.0"),
-        ({"top_p": 1.1}, "--top-p 1.1"),
-        ({"min_p": -0.1}, "--min-p -0.1"),
-        ({"min_p": 1.0}, "--min-p 1.0"),
+        ({"temperature": -0.1}, "temperature -0.1"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.1}, "top_p 1.1"),
+        ({"min_p": -0.1}, "min_p -0.1"),
+        ({"min_p": 1.0}, "min_p 1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(bad, said):
@@ -219,7 +219,7 @@ def test_typical_acceptance_is_medusas_rule(settings):
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"), [((0.7, 0, 1.0, 1.5), "must be 0"), ((0.0, 0, 1.0, 0.1), "needs --temperature")]
+    ("settings", "sentence"), [((0.7, 0, 1.0, 1.5), "must be 0"), ((0.0, 0, 1.0, 0.1), "needs temperature")]
 )
 def test_typical_acceptance_is_refused_where_it_makes_no_sense(settings, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -120,7 +120,7 @@ def test_merging_adds_counts_in_any_grouping(columns):
 
 @pytest.mark.parametrize("other", [ranking([1, 2], tokenizer="other"), ranking([1, 2, 3])])
 def test_merging_refuses_another_tokenizer(other):
-    with pytest.raises(UserError, match=r"--merge: .* different tokenizers"):
+    with pytest.raises(UserError, match=r"merge: .* different tokenizers"):
         ranking([1, 2]) + other
 
 
@@ -154,7 +154,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "absent" / "r.npz", tmp_path / "file" / "r.npz", tmp_path):
-        with pytest.raises(UserError, match=r"--out .* cannot be written: .*; name another file"):
+        with pytest.raises(UserError, match=r"out .* cannot be written: .*; name another file"):
             ranking([1, 2]).save(place)
 
 

@@ -163,7 +163,7 @@ def test_kernels_on_the_real_model(real_checkpoint):
 
 def test_kernels_need_a_gpu_unless_they_are_interpreted(real_checkpoint, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    with pytest.raises(UserError, match="--kernels pallas needs a CUDA GPU"):
+    with pytest.raises(UserError, match="kernels pallas needs a CUDA GPU"):
         api.load(real_checkpoint, "eagle", kernels=PALLAS)
 
 

@@ -261,7 +261,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path, capfd):
 
 def test_a_worker_that_dies_ends_the_count(tmp_path, capfd):
     (tmp_path / "a.txt").write_text("the quick fox")
-    with pytest.raises(rank.UserError, match=r"a worker process died.*--processes"):
+    with pytest.raises(rank.UserError, match=r"a worker process died.*processes"):
         counted(tmp_path, tmp_path / "a.txt")  # there is no tokenizer.json to open
 
 

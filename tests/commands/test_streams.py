@@ -1,0 +1,119 @@
+"""What comes in and goes out: text that is none, closed streams, full disks, interruptions, names in brackets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eval.__main__ import COMMANDS
+from frspec_jax.commands import dispatch, results_console
+from frspec_jax.errors import UserError, in_python
+from tests.support.folders import checkpoint_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return checkpoint_folder(tmp_path_factory.mktemp("streams") / "toy").path
+
+
+def generate(ckpt, *flags, shell="", **how):
+    """`python -m frspec_jax.generate`, with redirections as a shell writes them."""
+    command = [sys.executable, "-m", "frspec_jax.generate", "--ckpt", str(ckpt), "--max-new-tokens", "12", *flags]
+    if shell:
+        command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, **how)
+
+
+def one_sentence(done, *words):
+    err = done.stderr.decode()
+    (line,) = [line for line in err.splitlines() if line.strip()]
+    assert done.returncode == 2 and line.startswith("error: ") and all(word in line for word in words), err
+
+
+def test_input_that_is_no_text(ckpt):
+    one_sentence(generate(ckpt, input=b"caf\xe9"), "standard input is not UTF-8")
+    one_sentence(generate(ckpt, b"--prompt", b"caf\xe9"), "--prompt is not UTF-8")
+    one_sentence(generate(ckpt, "--prompt", "caf\udce9"), "--prompt is not UTF-8")
+    one_sentence(generate(ckpt, shell="<&-"), "standard input is closed")
+
+
+def test_output_that_cannot_be_written(ckpt):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    one_sentence(generate(ckpt, "--prompt", "hi", shell=">/dev/full"), "cannot be written", "No space left")
+    one_sentence(generate(ckpt, "--prompt", "hi", "--json", shell=">/dev/full"), "cannot be written")
+
+
+def test_a_reader_that_goes_away_is_no_error(ckpt):
+    done = generate(ckpt, "--prompt", "hi", shell="| true")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(ckpt):
+    """The toy's text is of many bytes that are no character."""
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = generate(ckpt, "--prompt", "wörd ✓", "--temperature", "2", "--max-new-tokens", "40", env=env)
+    assert done.returncode == 0 and b"\\ufffd" in done.stdout, done.stderr
+
+
+def test_a_platform_that_is_not_there(ckpt):
+    env = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    one_sentence(generate(ckpt, "--prompt", "hi", env=env), "JAX_PLATFORMS=cuda", "not there")
+
+
+def test_ctrl_c_while_weights_are_read(ckpt):
+    """At some moment of loading, whichever: never that the checkpoint is damaged."""
+    for wait in (1.0, 1.6, 2.2):
+        command = [sys.executable, "-m", "frspec_jax.generate", "--ckpt", str(ckpt), "--prompt", "hi",
+                   "--max-new-tokens", "900", "--context", "1000"]  # fmt: skip
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+        assert b"damaged" not in err
+        assert process.returncode in (130, 0, 1, -signal.SIGINT), err  # 1, -2: before main() began, or after it ended
+
+
+def test_brackets_in_names_are_no_markup(capsys):
+    from rich.table import Table
+
+    table = Table("[mine]", title="[bold]a draft[/bold]")
+    table.add_row("EAGLE-2 [/mine]")
+    results_console().print(table)
+    out = capsys.readouterr().out
+    assert "[mine]" in out and "[bold]a draft[/bold]" in out and "EAGLE-2 [/mine]" in out
+
+
+def evaluated(*argv):
+    dispatch("eval", "", COMMANDS, [str(a) for a in argv], home="eval.commands")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("speed", "--max-new-tokens", "1"), "--max-new-tokens 1: the first is the prompt's; give at least 2"),
+        (("run", "--out", ""), "--out is empty; name a folder"),
+        (("run", "--out", "{tmp}/run", "--ranking", "/nope", "--draft-vocab", "full"), "--ranking /nope is no file"),
+        (("accept", "--ranking", "/nope", "--draft-vocab", "full"), "--ranking /nope is no file"),
+    ],
+)
+def test_evaluations_refuse_what_they_cannot_measure(ckpt, tmp_path, capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        evaluated(argv[0], "--ckpt", ckpt, *(a.format(tmp=tmp_path) for a in argv[1:]))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and words in captured.err and captured.out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_sentence_has_flags_on_the_command_line_and_arguments_in_python():
+    error = UserError("--draft-vocab 5 is larger than --max-new-tokens; run: python -m train rank X --ckpt C")
+    assert str(error) == "Draft.vocab 5 is larger than max_new_tokens; run: python -m train rank X --ckpt C"
+    assert error.on_the_command_line.startswith("--draft-vocab 5")
+    assert in_python("a - b -- c, a--b and --x") == "a - b -- c, a--b and x"
