@@ -2,7 +2,7 @@
 
 Folders of before 2023 may hold no tokenizer.json. transformers would build one, but whether texts then
 get the leading space that the model was trained with depends on what tokenizer_config.json says; the
-tokenizer of gguf_tokenizer.py gives SentencePiece's own ids (tests/test_gguf.py).
+tokenizer of gguf_tokenizer.py gives SentencePiece's own ids (tests/convert/test_gguf.py).
 """
 
 from __future__ import annotations

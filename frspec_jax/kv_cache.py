@@ -1,7 +1,7 @@
 """Keys and values of the tokens seen so far: one pair of arrays a layer, updated in place.
 
 The layers are a Python tuple, not one stacked array: XLA then updates every donated cache in place,
-where a scan over a stack copies it (see tests/test_engine.py, which reads the compiled program).
+where a scan over a stack copies it (see tests/promises/test_no_copies.py, which reads the compiled program).
 """
 
 from __future__ import annotations
