@@ -43,7 +43,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
     if dry:
         few = ("--context", "64", "--rounds", "2", "--tree-size", "8", "--depth", "2", "--draft-top-k", "4")
         bench = ["-m", "pallas_kernels.bench", "--dry", "--json", str(out / "kernels.json")]
-        tests = ["-m", "pytest", "-q", "tests/test_kernels.py", "-k", "auto", "-p", "no:cacheprovider"]
+        tests = ["-m", "pytest", "-q", "tests/pallas_kernels/test_kernels.py", "-k", "auto", "-p", "no:cacheprovider"]
         return [Step("tests", 300, tests), Step("kernels", 300, bench), rounds("tiny", "auto", *few)]
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
     sweep = ["-m", "pallas_kernels.bench", "--tune", "--shapes", "llama3-8b", "--context", "1024"]

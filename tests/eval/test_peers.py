@@ -44,7 +44,7 @@ def test_the_gap_is_between_the_two_best(found):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(UserError, match=r"--peer .* is no file or folder"):
+    with pytest.raises(UserError, match=r"peer .* is no file or folder"):
         peers.check(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot be loaded by transformers"):
@@ -53,5 +53,5 @@ def test_refusals(tmp_path):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--peer needs torch"):
+    with pytest.raises(UserError, match="peer needs torch"):
         peers.check(tmp_path)

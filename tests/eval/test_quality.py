@@ -9,14 +9,13 @@ import subprocess
 import sys
 
 import pytest
-from eval.judge.judge import inside, judge
 
-from eval.__main__ import COMMANDS
+from eval.__main__ import main
 from eval.commands import quality
 from eval.data.problems import Problem, code_of, last_number, read_problems
 from eval.data.questions import read_questions
+from eval.sandbox import inside, judge
 from frspec_jax.api import Generator
-from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError
 from tests.support.folders import checkpoint_folder
 
@@ -52,7 +51,7 @@ def shut_in():
 
 
 def evaluate(*argv):
-    dispatch("eval", "", COMMANDS, ["quality", *map(str, argv)])
+    main(["quality", *map(str, argv)])
 
 
 # Answers ------------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def test_there_is_no_network_even_without_the_guard():
 
 def test_a_system_without_namespaces_is_refused(monkeypatch):
     monkeypatch.setattr(judge, "MODULES", "raise OSError('it cannot leave the network')")
-    with pytest.raises(UserError, match=r"--execute .* cannot leave the network"):
+    with pytest.raises(UserError, match=r"execute .* cannot leave the network"):
         judge.check()
 
 
