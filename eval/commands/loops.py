@@ -136,7 +136,7 @@ def drawing(rows: list[dict[str, Any]]) -> Figure:
         values = [row["round_ms"][drive] for row in rows]
         bars = axis.bar(places, values, 0.92 * width, color=plots.COLOURS[number], label=drive)
         axis.bar_label(bars, fmt="%.3g", fontsize="x-small")
-    axis.set_xticks(range(len(rows)), [row["name"] for row in rows])
+    axis.set_xticks(range(len(rows)), [plots.plain(row["name"]) for row in rows])
     axis.set_ylabel("milliseconds a round")
     axis.set_title(provenance.machine(), fontsize="medium")
     axis.legend(fontsize="small")

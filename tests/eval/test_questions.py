@@ -29,7 +29,7 @@ def test_questions_are_read_and_refused_by_line(tmp_path):
     file.write_text(json.dumps(row) + "\n{}\n")
     with pytest.raises(UserError, match="line 2"):
         read_questions(file)
-    with pytest.raises(UserError, match="data .* cannot be read"):
+    with pytest.raises(UserError, match=r"data .* cannot be read"):
         read_questions(tmp_path / "absent.jsonl")
 
 

@@ -266,6 +266,6 @@ def test_curves_start_with_the_full_vocabulary():
 
 def test_a_plot_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="out .* cannot be written"):
+    with pytest.raises(UserError, match=r"out .* cannot be written"):
         plots.save(plots.figure()[0], tmp_path / "file", "x")
     assert tallies.NEAR_TIE["float32"] < tallies.NEAR_TIE["bfloat16"]
