@@ -19,5 +19,10 @@ COMMANDS = {
     "identical": "compare the output with that of transformers, token by token",
 }
 
+
+def main(argv: list[str] | None = None) -> None:
+    dispatch("eval", "Measure a checkpoint.", COMMANDS, argv, home="eval.commands")
+
+
 if __name__ == "__main__":
-    dispatch("eval", "Measure a checkpoint.", COMMANDS, home="eval.commands")
+    main()

@@ -89,6 +89,25 @@ def write(folder: Path, dtype: Any, setting: Setting, facts: dict[str, Any]) -> 
     return file
 
 
+def forget_damaged(folder: Path, dtype: Any) -> UserError | None:
+    """Take away what `read` refuses, so that this device can be tuned anew; what was wrong, or None.
+
+    Of a file that can be read only this device's entry goes.
+    """
+    try:
+        read(folder, dtype)
+        return None
+    except UserError as error:
+        damage = error
+    file = folder / FILE
+    try:
+        others = {name: entry for name, entry in _entries(folder).items() if name != key(dtype)}
+    except UserError:
+        others = {}
+    files.write_json(file, {"format": FORMAT, "devices": others})
+    return damage
+
+
 def _entries(folder: Path) -> dict[str, Any]:
     file = folder / FILE
     try:

@@ -19,6 +19,7 @@ from eval.commands.flags import (
     add_model_arguments,
     add_question_arguments,
     add_ranking_argument,
+    decoding_request,
     models,
     progress_bar,
 )
@@ -40,15 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    request = decoding_request(args)
     questions = spread(of_tasks(read_questions(args.data), args.tasks), args.questions)
     _, found = models(args, args.ranking)
     del found["vanilla"]
-    request = Request(args.max_new_tokens)
     by_method: dict[str, dict[str, list[Result]]] = {name: {} for name in found}
     with progress_bar() as progress:
         for question in progress.track(questions, description="questions"):
             for name, results in answers(found, question, request).items():
                 by_method[name].setdefault(question.task, []).extend(results)
+    side_by_side.check_rounds(
+        min(sum(result.rounds for results in tasks.values() for result in results) for tasks in by_method.values())
+    )
     figures = {
         "tree": dataclasses.asdict(next(iter(found.values())).tree),
         "max_new_tokens": args.max_new_tokens,
@@ -85,12 +89,16 @@ def answers(models: dict[str, Generator], question: Question, request: Request) 
 
 
 def summary(by_task: dict[str, list[Result]]) -> dict[str, Any]:
-    """Accepted length by task and on average, rounds by emitted tokens, and acceptance by depth."""
+    """Accepted length by task and on average, rounds by emitted tokens, and acceptance by depth.
+
+    A task whose answers are all one token long took no round, and has no length.
+    """
     lengths: dict[str, float] = {}
     histogram = np.zeros(1, np.int64)
     for task, results in by_task.items():
         counts = np.sum([r.accepted_histogram for r in results], axis=0)
-        lengths[task] = round(float(counts @ np.arange(1, len(counts) + 1) / max(1, int(counts.sum()))), 3)
+        if counts.sum():
+            lengths[task] = round(float(counts @ np.arange(1, len(counts) + 1) / counts.sum()), 3)
         histogram = counts + histogram
     return {
         "accepted_length": lengths,
@@ -115,6 +123,6 @@ def show(figures: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for row in methods:
         share = row["average"] / methods[0]["average"]
-        lengths = (f"{row['accepted_length'][task]:.2f}" for task in tasks)
+        lengths = (f"{row['accepted_length'].get(task, 0):.2f}" for task in tasks)
         table.add_row(row["name"], *lengths, f"{row['average']:.2f}", f"{share:.1%}", f"{row['coverage']:.1%}")
     results_console().print(table)

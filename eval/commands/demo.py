@@ -11,10 +11,9 @@ import sys
 
 from rich.console import Console
 
-from eval.commands.flags import add_json_argument, add_model_arguments, models
+from eval.commands.flags import add_json_argument, add_model_arguments, decoding_request, models
 from eval.commands.speed import compare, show
 from eval.runs.provenance import save
-from frspec_jax.api import Request
 from frspec_jax.commands import results_console
 
 PROMPTS = (
@@ -31,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    request = decoding_request(args)
     _, found = models(args)
     console = results_console()
-    fr_spec, request = [*found.values()][-1], Request(args.max_new_tokens)
+    fr_spec = [*found.values()][-1]
     with Console(stderr=True).status("compiling"):
         fr_spec.warm_up()
     for prompt in PROMPTS:

@@ -147,7 +147,7 @@ def drawing(trees: list[Drawn], inside: set[int], title: str) -> Figure:
     drawn.legend(
         handles=[Patch(color=c, label=name) for name, c in legend.items()], loc="outside lower center", ncols=3
     )
-    drawn.suptitle(_short(title, 110), fontsize="medium")
+    drawn.suptitle(plots.plain(_short(title, 110)), fontsize="medium")
     return drawn
 
 

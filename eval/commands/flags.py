@@ -12,21 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eval.methods.side_by_side import methods, varied
 from eval.runs import output
 from frspec_jax import compile_cache
-from frspec_jax.api import Draft, Generator
+from frspec_jax.api import Draft, Generator, Request
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
 from frspec_jax.drafting import preferred_tree, vocab_of
 from frspec_jax.errors import UserError
 from frspec_jax.flags import add_dtype_flag, add_tree_flags, tree_of
+from frspec_jax.vocabulary import Ranking, tokenizer_hash
 
 COPYING = {"off": (False,), "on": (True,), "both": (False, True)}
 
 
-def add_model_arguments(
-    parser: argparse.ArgumentParser, vocabularies: str, required: bool = True, dtype: str | None = None
-) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str, dtype: str | None = None) -> None:
     """The flags of a checkpoint, its drafts and their trees. dtype: the default; None is what suits the device."""
-    parser.add_argument("--ckpt", type=Path, required=required, help="checkpoint folder")
+    parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
     parser.add_argument(
         "--draft", metavar="NAME,...", help="names or folders of drafts to measure (default: the only one there is)"
     )
@@ -54,6 +53,14 @@ def add_question_arguments(parser: argparse.ArgumentParser, questions: int | Non
     parser.add_argument(
         "--max-new-tokens", type=int, default=tokens, metavar="N", help=f"of an answer (default: {tokens})"
     )
+
+
+def decoding_request(args: argparse.Namespace) -> Request:
+    """What a command asks for that measures rounds: an answer's first token comes with its prompt, and takes none."""
+    request = Request(args.max_new_tokens)
+    if args.max_new_tokens < 2:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the first is the prompt's; give at least 2")
+    return request
 
 
 def add_ranking_argument(parser: argparse.ArgumentParser) -> None:
@@ -87,15 +94,21 @@ def models(
     names = args.draft.split(",") if args.draft else [None]
     if any(checkpoint.draft_folder(name) is None for name in names):
         raise UserError(f"{args.ckpt} holds no draft to measure; add one with python -m train eagle or convert eagle")
-    for ranking in rankings:
-        if not ranking.is_file():
-            raise UserError(f"--ranking {ranking} is no file; give one that python -m train rank has written")
+    check_rankings(checkpoint, rankings)
     tree: TreeConfig = tree_of(args, preferred_tree(checkpoint, Draft(names[0]), args.dtype))
     if tree.size == 1:
         raise UserError("--tree-size 1 drafts nothing; vanilla decoding is measured anyhow, so ask for 2 or more")
     sizes = sizes_of(args.draft_vocab, checkpoint.config.vocab_size)
     drafts = varied(names, sizes, tree, rankings, COPYING[args.copying])
     return checkpoint, methods(checkpoint, drafts, dtype=args.dtype, context=context)
+
+
+def check_rankings(checkpoint: Checkpoint, rankings: Sequence[Path]) -> None:
+    """Refuse rankings that are missing, damaged or another tokenizer's, even where no V' is taken from them."""
+    for file in rankings:
+        if not file.is_file():
+            raise UserError(f"--ranking {file} is no file; give one that python -m train rank has written")
+        Ranking.load(file).check(tokenizer_hash(checkpoint.tokenizer), checkpoint.config.vocab_size, file)
 
 
 def sizes_of(text: str, vocab_size: int) -> list[int | str]:

@@ -84,10 +84,10 @@ def long_tail(found: dict[str, Ranking]) -> Figure:
         counts = ranking.counts[ranking.order]
         seen = counts[counts > 0] / ranking.tokens
         ranks = np.unique(np.geomspace(1, len(seen), 400).astype(int))  # evenly over the logarithm: a light SVG
-        zipf.plot(ranks, seen[ranks - 1], color=colour, label=name)
+        zipf.plot(ranks, seen[ranks - 1], color=colour, label=plots.plain(name))
         share = cumulative(ranking)
         places = np.unique(np.linspace(1, len(share), 500).astype(int))
-        whole.plot(places / len(share), share[places - 1], color=colour, label=name)
+        whole.plot(places / len(share), share[places - 1], color=colour, label=plots.plain(name))
     whole.axvline(0.25, color="black", linewidth=1, linestyle=":")
     whole.axhline(0.95, color="black", linewidth=1, linestyle=":")
     whole.annotate("the paper, Llama 3: 25 % of the vocabulary\nmake up more than 95 % of occurrences", (0.27, 0.93),

@@ -25,6 +25,7 @@ from eval.commands.flags import (
     add_model_arguments,
     add_out_argument,
     add_question_arguments,
+    decoding_request,
     models,
 )
 from eval.data.questions import read_questions, spread
@@ -35,7 +36,6 @@ from eval.show import plots
 from frspec_jax import engine
 from frspec_jax.api import Generator, Request, Text
 from frspec_jax.commands import results_console
-from frspec_jax.errors import UserError
 
 
 def compiled_loop(text: Text) -> None:
@@ -82,10 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    request = decoding_request(args)
     _, found = models(args)
     texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]
     prompts = [found["vanilla"].encode(text) for text in texts]
-    rows = compare(found, prompts, Request(args.max_new_tokens))
+    rows = compare(found, prompts, request)
     plots.save(drawing(rows), args.out, "loops")
     save(args.json, {"prompts": len(prompts), "max_new_tokens": args.max_new_tokens, "methods": rows})
     show(rows)
@@ -111,8 +112,7 @@ def compare(found: dict[str, Generator], prompts: list[np.ndarray], request: Req
                     times[name][drive].append(1e3 * seconds / rounds)
             if len(outputs) > 1:
                 raise RuntimeError(f"{name}: the drives emitted different tokens")
-    if not all(measured for drives in times.values() for measured in drives.values()):
-        raise UserError("no prompt's answer is longer than one token; give other --data or raise --max-new-tokens")
+    side_by_side.check_rounds(min(len(measured) for drives in times.values() for measured in drives.values()))
     return [
         {"name": name, "round_ms": {drive: round(statistics.median(ms), 3) for drive, ms in drives.items()}}
         for name, drives in times.items()
@@ -136,7 +136,7 @@ def drawing(rows: list[dict[str, Any]]) -> Figure:
         values = [row["round_ms"][drive] for row in rows]
         bars = axis.bar(places, values, 0.92 * width, color=plots.COLOURS[number], label=drive)
         axis.bar_label(bars, fmt="%.3g", fontsize="x-small")
-    axis.set_xticks(range(len(rows)), [row["name"] for row in rows])
+    axis.set_xticks(range(len(rows)), [plots.plain(row["name"]) for row in rows])
     axis.set_ylabel("milliseconds a round")
     axis.set_title(provenance.machine(), fontsize="medium")
     axis.legend(fontsize="small")

@@ -23,9 +23,10 @@ from eval.commands.flags import add_model_arguments, models, progress_bar
 from eval.data.problems import BENCHMARKS, Problem, read_problems
 from eval.data.questions import alternated, spread
 from eval.methods import peers
-from eval.runs import manifest, records
+from eval.runs import manifest, output, records
 from eval.sandbox import judge
 from eval.show import tables
+from frspec_jax import files
 from frspec_jax.api import Generator, Request
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, required=True, metavar="DIR",
         help="folder with humaneval/HumanEval.jsonl.gz and gsm8k/test.jsonl, or one of them",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the answers; resumes")
+    parser.add_argument(
+        "--out", type=output.folder_of("--out"), required=True, metavar="RUN", help="folder of the answers; resumes"
+    )
     parser.add_argument("--questions", type=int, metavar="N", help="evenly over the benchmarks (default: all)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)"
@@ -79,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
         fill(kept, list(problems.values()), found, args.peer, request, temperatures, args.seeds)
         scores = judged(kept.lines, problems, args.execute)
     table = table_4(scores, args.seeds)
-    (args.out / "quality.md").write_text(table.markdown(), "utf-8")
-    (args.out / "quality.csv").write_text(table.csv(), "utf-8")
+    files.write_text(args.out / "quality.md", table.markdown(), f"--out {args.out / 'quality.md'}")
+    files.write_text(args.out / "quality.csv", table.csv(), f"--out {args.out / 'quality.csv'}")
     print(table.markdown())
     if not args.execute and any(problem.task == "HumanEval" for problem in problems.values()):
         print("HumanEval's answers are kept and were not run. With --execute the same command judges them.")

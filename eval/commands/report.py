@@ -13,6 +13,7 @@ from pathlib import Path
 from eval.commands.flags import add_out_argument
 from eval.show import plots, tables
 from eval.show.tallies import Run
+from frspec_jax import files
 from frspec_jax.errors import UserError
 
 
@@ -47,14 +48,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"{out / 'report.md'}: {len(found)} run{'s' if len(found) > 1 else ''}, tables and plots beside it")
 
 
-def write(out: Path, files: Mapping[str, str]) -> None:
+def write(out: Path, texts: Mapping[str, str]) -> None:
     """Write text files below --out."""
-    try:
-        for name, text in files.items():
+    for name, text in texts.items():
+        with files.writing(f"--out {out}", "name another folder"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).write_text(text, "utf-8")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}; name another folder") from None
+        files.write_text(out / name, text, f"--out {out}")
 
 
 def introduction() -> str:

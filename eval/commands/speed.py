@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from eval.commands.flags import add_json_argument, add_model_arguments, add_question_arguments, models
+from eval.commands.flags import add_json_argument, add_model_arguments, add_question_arguments, decoding_request, models
 from eval.data.questions import read_questions, spread
 from eval.methods import side_by_side, stages
 from eval.methods.floor import round_bytes
@@ -37,17 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, VOCABULARIES)
     add_question_arguments(parser, questions=8, tokens=128)
     add_json_argument(parser)
+    parser.add_argument("--shapes", type=moved, nargs="?", const="", help=argparse.SUPPRESS)
     parser.add_argument("--peer", type=Path, metavar="PATH", help="the same model for transformers: HF folder or .gguf")
 
 
+def moved(_: str) -> None:
+    raise UserError("--shapes is a command of its own now; run: python -m eval stages MODEL")
+
+
 def run(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 2:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: the first is the prompt's; give at least 2")
+    request = decoding_request(args)
     checkpoint, found = models(args)
     vanilla = found["vanilla"]
     peer = Peer(args.peer, checkpoint.stop_ids, vanilla.dtype_name) if args.peer else None
     prompts = [vanilla.encode(q.turns[0]) for q in spread(read_questions(args.data), args.questions)]
-    figures = compare(found, prompts, Request(args.max_new_tokens), peer)
+    figures = compare(found, prompts, request, peer)
     show(figures)
     save(args.json, figures)
 
@@ -65,8 +69,7 @@ def compare(
             results[name].append(result)
         if peer is not None:
             peer_rates.append(peer.decode_rate(prompt, request.max_new_tokens))
-    if not any(len(result.tokens) > 1 for result in results["vanilla"]):
-        raise UserError("no prompt's answer is longer than one token; give other --data or raise --max-new-tokens")
+    side_by_side.check_rounds(sum(result.rounds for result in results["vanilla"]))
     speed = bandwidth()
     context = int(np.mean([len(p) for p in prompts])) + request.max_new_tokens // 2
     rows = [_row(name, found[name], results, prompts, request, speed, context) for name in found]

@@ -26,6 +26,7 @@ from eval.commands.flags import (
     add_json_argument,
     add_out_argument,
     add_question_arguments,
+    decoding_request,
     sizes_of,
 )
 from eval.data.questions import read_questions, spread
@@ -75,18 +76,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    request = decoding_request(args)
     compile_cache.enable()
     checkpoint = Checkpoint.open(args.ckpt)
     folder = checkpoint.draft_folder(args.draft)
     if folder is None:
         raise UserError(f"{args.ckpt} holds no draft to tune; add one with python -m train eagle or convert eagle")
-    forget_damaged(folder, args.dtype)
     out: Path = args.out or folder
     output.check_folder(out)
+    output.check_folder(folder, "--draft")  # where the setting goes
     dtype = defaults().dtype if args.dtype is None else jnp.dtype(args.dtype)
     space = space_of(args, checkpoint)
     texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]
-    bench = Bench(checkpoint, args.draft, dtype, Request(args.max_new_tokens), texts)
+    bench = Bench(checkpoint, args.draft, dtype, request, texts)
+    if (damage := tuned.forget_damaged(folder, dtype)) is not None:
+        print(f"note: {damage.on_the_command_line}; this run replaces it", file=sys.stderr)
     start = start_of(checkpoint, args.draft, dtype)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("settings", total=sum(len(values) for values in space.values()))
@@ -109,15 +113,6 @@ def run(args: argparse.Namespace) -> None:
             f"No setting beats vanilla decoding on this device with this draft, and {file} says so: load and generate"
         )
         print("decode without it from now on, unless a flag asks for a part of it (--draft-vocab, --tree-size).")
-
-
-def forget_damaged(folder: Path, dtype: Any) -> None:
-    """Put away a file of settings that cannot be read, since this command makes a new one."""
-    try:
-        tuned.read(folder, dtype or defaults().dtype)
-    except UserError as error:
-        print(f"note: {error.on_the_command_line}; this run replaces it", file=sys.stderr)
-        (folder / tuned.FILE).unlink()
 
 
 def figures_of(bench: Bench, draft: str, points: list[Point], rivals: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -207,8 +202,7 @@ class Bench:
 def point(choice: Choice | None, results: list[api.Result]) -> Point:
     """What answers say of a setting: tokens pooled over rounds, and the median over prompts of a round's time."""
     rounds = sum(result.rounds for result in results)
-    if not rounds:
-        raise UserError("no prompt's answer is longer than one token; give other --data or raise --max-new-tokens")
+    side_by_side.check_rounds(rounds)
     tokens = sum(len(result.tokens) - 1 for result in results)
     times = [1e3 * result.decode_seconds / result.rounds for result in results if result.rounds]
     return Point(choice or Choice(0, 1, 0, 1), tokens / rounds, statistics.median(times))

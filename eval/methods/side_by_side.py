@@ -16,6 +16,7 @@ from frspec_jax import api, llama, sampling
 from frspec_jax.api import NO_DRAFT, Draft, Generator, Reading, Request, Result
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
+from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import DraftHead
 
 
@@ -89,6 +90,15 @@ def answer(model: Generator, prompt: np.ndarray, request: Request, readings: dic
         with model.begin(prompt, request) as text:
             readings[kind] = text.reading()
     return model.generate_ids(readings[kind])
+
+
+def check_rounds(rounds: int) -> None:
+    """Refuse to make figures of answers that took no round, since their only token came with the prompt.
+
+    rounds: of all answers together.
+    """
+    if not rounds:
+        raise UserError("no prompt's answer is longer than one token; give other --data or raise --max-new-tokens")
 
 
 def choice_gap(model: Generator, ids: np.ndarray, request: Request) -> float:

@@ -1,4 +1,4 @@
-"""The child of `sandbox.py`: shuts itself in, then runs the program on standard input. Imports nothing of ours.
+"""The child of `judge.py`: shuts itself in, then runs the program on standard input. Imports nothing of ours.
 
 Arguments: megabytes of memory, seconds of processor time. Standard input: a token, then the program.
 The token is written to standard output once the program has run to its end.

@@ -33,6 +33,11 @@ def figure(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[F
     return drawn, axes
 
 
+def plain(name: str) -> str:
+    """A name of the user's, to be drawn as it is: matplotlib reads what stands between dollar signs as mathematics."""
+    return name.replace("$", r"\$")
+
+
 def save(drawn: Figure, folder: Path, name: str) -> str:
     """Write FOLDER/name.png and name.svg; the same figure gives the same bytes.
 
@@ -55,7 +60,7 @@ def bars(axis: Axes, names: Sequence[str], values: Sequence[float], errors: Any 
     axis.barh(places, values, xerr=errors, color=COLOURS[0], height=0.65, error_kw={"elinewidth": 1, "capsize": 3})
     for place, value in enumerate(values):
         axis.annotate(f" {value:,.1f}{unit}", (0, place), va="center", ha="left", color="white", fontweight="bold")
-    axis.set_yticks(places, names)
+    axis.set_yticks(places, [plain(name) for name in names])
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
 
@@ -75,7 +80,7 @@ def tokens_per_second(run: Run) -> Figure:
     bars(axis, list(run.methods), values, errors=(low, high))
     axis.axvline(vanilla, color="black", linewidth=1, linestyle=":")
     axis.set_xlabel("tokens/s of decoding, mean over tasks\nwhiskers: 95 % interval of the speed-up over vanilla")
-    axis.set_title(f"{run.name}: {run.model}, {run.manifest['machine']}", fontsize="medium")
+    axis.set_title(plain(f"{run.name}: {run.model}, {run.manifest['machine']}"), fontsize="medium")
     return drawn
 
 
@@ -96,7 +101,7 @@ def accepted_by_vocabulary(runs: Sequence[Run]) -> Figure:
             "marker": MARKERS[number % len(MARKERS)],
             "markersize": 5,
             "linestyle": "-" if mine else "--",
-            "label": name,
+            "label": plain(name),
         }
         length.plot(sizes, averages, **style)
         share.plot(sizes, np.divide(averages, max(averages)), **style)
@@ -117,7 +122,7 @@ def acceptance(run: Run) -> Figure:
     for number, name in enumerate(run.drafting):
         shares = acceptance_by_depth(run.whole(name).histogram)
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        axis.plot(range(1, len(shares) + 1), shares, label=name, color=colour, marker=marker)
+        axis.plot(range(1, len(shares) + 1), shares, label=plain(name), color=colour, marker=marker)
     axis.set_ylim(0, None)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("depth in the draft tree")

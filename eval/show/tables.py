@@ -37,7 +37,8 @@ class Table:
         """The table as Markdown: words to the left, figures to the right."""
         words = [all(not _is_figure(row[i]) for row in self.rows) for i in range(len(self.headings))]
         rule = ("---" if left else "---:" for left in words)
-        lines = (self.headings, rule, *self.rows)
+        # A draft or a run may be named with what parts the cells.
+        lines = ([cell.replace("|", r"\|") for cell in line] for line in (self.headings, rule, *self.rows))
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"### {self.title}\n\n{self.note}\n\n{body}\n"
 

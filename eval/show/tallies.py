@@ -111,7 +111,7 @@ class Run:
         """Read RUN.
 
         Raises:
-          UserError: the folder holds no run, or none of its questions is answered yet.
+          UserError: the folder holds no run, or none of its questions is answered yet, or all in a single token.
         """
         manifest = records.read_manifest(folder)
         if manifest.get("kind") != "run":
@@ -119,7 +119,10 @@ class Run:
         lines = records.read_records(folder)
         if not lines:
             raise UserError(f"{folder} holds no answered question yet; let python -m eval run go on with it")
-        return cls(folder.resolve().name, manifest, lines)
+        read = cls(folder.resolve().name, manifest, lines)
+        if not read.tasks:
+            raise UserError(f"{folder} holds no answer longer than one token; run it with more --max-new-tokens")
+        return read
 
     @property
     def model(self) -> str:
@@ -144,8 +147,10 @@ class Run:
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that were asked, in the paper's order."""
-        return [task for task in TASKS if any(line["task"] == task for line in self.lines)]
+        """The tasks that were asked, in the paper's order; those whose answers took no round have no figures."""
+        answers = ((line["task"], turn["methods"]["vanilla"]) for line in self.lines for turn in line["turns"])
+        decoded = {task for task, answer in answers if answer["rounds"]}
+        return [task for task in TASKS if task in decoded]
 
     @property
     def tie(self) -> float:

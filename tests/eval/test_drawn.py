@@ -7,11 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from eval.__main__ import COMMANDS
+from eval.__main__ import main
 from eval.commands import frequency, loops
 from eval.commands.draft_tree import PLAIN, grown, heights
 from frspec_jax import Request, TreeConfig, api
-from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import Ranking
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
@@ -23,7 +22,7 @@ def ckpt(tmp_path_factory):
 
 
 def evaluate(*argv):
-    dispatch("eval", "", COMMANDS, [str(arg) for arg in argv])
+    main([str(arg) for arg in argv])
 
 
 def refused(capsys, *argv):

@@ -10,13 +10,12 @@ import sys
 
 import pytest
 
-from eval.__main__ import COMMANDS
+from eval.__main__ import main
 from eval.commands import quality
 from eval.data.problems import Problem, code_of, last_number, read_problems
 from eval.data.questions import read_questions
 from eval.sandbox import inside, judge
 from frspec_jax.api import Generator
-from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError
 from tests.support.folders import checkpoint_folder
 
@@ -52,7 +51,7 @@ def shut_in():
 
 
 def evaluate(*argv):
-    dispatch("eval", "", COMMANDS, ["quality", *map(str, argv)])
+    main(["quality", *map(str, argv)])
 
 
 # Answers ------------------------------------------------------------------------------------------

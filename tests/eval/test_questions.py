@@ -6,12 +6,11 @@ import json
 
 import pytest
 
-from eval.__main__ import COMMANDS
+from eval.__main__ import main
 from eval.commands.accept import show, summary
 from eval.commands.flags import _size
 from eval.data.questions import TASKS, Question, read_questions, spread
 from frspec_jax.api import Result
-from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError
 
 
@@ -30,7 +29,7 @@ def test_questions_are_read_and_refused_by_line(tmp_path):
     file.write_text(json.dumps(row) + "\n{}\n")
     with pytest.raises(UserError, match="line 2"):
         read_questions(file)
-    with pytest.raises(UserError, match="data"):
+    with pytest.raises(UserError, match=r"data .* cannot be read"):
         read_questions(tmp_path / "absent.jsonl")
 
 
@@ -42,23 +41,29 @@ def test_questions_are_spread_evenly_over_tasks():
     assert len(spread(questions, 100)) == 22
 
 
-FIGURES = ("accept", "demo", "frequency", "identical", "loops", "speed", "tune")
-PLOTTED = ("frequency", "loops", "report", "speed", "tree", "tune")
+FIGURES = ("accept", "demo", "frequency", "identical", "loops", "speed", "stages", "tune")
+PLOTTED = ("frequency", "loops", "quality", "report", "run", "stages", "draft-tree", "tune")
 
 
 @pytest.mark.parametrize("command, flag", [*((c, "--json") for c in FIGURES), *((c, "--out") for c in PLOTTED)])
 def test_what_cannot_be_written_is_refused_first(command, flag, tmp_path, capsys):
     """Before the checkpoint is looked at, and long before the measurement whose figures would be lost."""
     (tmp_path / "file").write_text("")
-    rest = {"frequency": ["x.npz"], "report": ["RUN"], "tree": ["--prompt", "x"]}.get(command, [])
+    rest = {
+        "frequency": ["x.npz"],
+        "report": ["RUN"],
+        "stages": ["tiny"],
+        "draft-tree": ["--prompt", "x"],
+        "quality": ["--data", "x"],
+    }.get(command, [])
     for place in (tmp_path / "file" / "below", "/proc/no/x"):
         with pytest.raises(SystemExit) as stop:
-            dispatch("eval", "", COMMANDS, [command, *rest, flag, str(place)])
+            main([command, *rest, flag, str(place)])
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.startswith(f"error: {flag} {place} cannot be written: ")
     if flag == "--json":
         with pytest.raises(SystemExit):
-            dispatch("eval", "", COMMANDS, [command, *rest, flag, str(tmp_path)])
+            main([command, *rest, flag, str(tmp_path)])
         assert f"--json {tmp_path} is a folder; name a file" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -66,7 +71,7 @@ def test_what_cannot_be_written_is_refused_first(command, flag, tmp_path, capsys
 def test_sizes():
     assert [_size(text, 1200) for text in ("full", "1/4", "32")] == ["full", 300, 32]
     for text in ("quarter", "1/0", "-3", ""):
-        with pytest.raises(UserError, match="Draft.vocab"):
+        with pytest.raises(UserError, match=r"Draft\.vocab"):
             _size(text, 1200)
 
 

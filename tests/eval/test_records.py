@@ -56,8 +56,8 @@ def test_another_configuration_is_named_by_what_differs(tmp_path):
         pass
     for other, words in (
         ({"tree": {"size": 6, "depth": 3}, "--seed": 0}, "tree size 8, and this command has 6"),
-        ({"tree": {"size": 8, "depth": 3}, "--seed": 1}, "--seed 0, and this command has 1"),
-        ({"tree": {"size": 8, "depth": 3}}, "--seed 0, and this command has None"),
+        ({"tree": {"size": 8, "depth": 3}, "--seed": 1}, "seed 0, and this command has 1"),
+        ({"tree": {"size": 8, "depth": 3}}, "seed 0, and this command has None"),
     ):
         with pytest.raises(UserError, match=words), records.opened(tmp_path, other):
             pass

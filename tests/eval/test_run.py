@@ -16,14 +16,13 @@ import time
 import numpy as np
 import pytest
 
-from eval.__main__ import COMMANDS
+from eval.__main__ import main
 from eval.data.questions import Question, alternated, digest, of_tasks, read_questions
 from eval.methods import contest, side_by_side
 from eval.methods.contest import Contest, parting
 from eval.methods.peers import PeerResult
 from frspec_jax import Request, api, defaults
 from frspec_jax.api import Generator
-from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
@@ -67,7 +66,7 @@ def command(ckpt, data, out, *flags):
 
 
 def evaluate(*argv):
-    dispatch("eval", "", COMMANDS, [str(arg) for arg in argv])
+    main([str(arg) for arg in argv])
 
 
 def timeless(folder):

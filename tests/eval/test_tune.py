@@ -8,12 +8,11 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from eval.__main__ import COMMANDS
+from eval.__main__ import main
 from eval.commands.tune import Bench, point
 from eval.methods.search import Choice, Point, climb
 from frspec_jax import TreeConfig, api, defaults, generate, tuned
 from frspec_jax.api import Result
-from frspec_jax.commands import dispatch
 from frspec_jax.errors import UserError
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
 
@@ -31,7 +30,7 @@ def copy(ckpt, tmp_path):
 
 
 def tune(*argv):
-    dispatch("eval", "", COMMANDS, ["tune", *map(str, argv)])
+    main(["tune", *map(str, argv)])
 
 
 # The search ---------------------------------------------------------------------------------------
