@@ -5,11 +5,9 @@ A ranking holds the counts of all ids, so that one file serves every size of the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from flax import struct
 from jax import Array
 
 from frspec_jax.errors import UserError
+from frspec_jax.files import written_aside
 from pallas_kernels.subvocab_head import quantised
 
 
@@ -69,20 +68,13 @@ class Ranking:
 
     def save(self, path: Path) -> None:
         """Write an .npz file; an interruption leaves the old file, or none."""
-        part = path.with_name(f".{path.name}.part-{os.getpid()}.npz")
-        try:
+        with written_aside(path, f"--out {path}", suffix=".npz") as part:
             np.savez_compressed(
                 part,
                 counts=self.counts,
                 tokenizer=np.array(self.tokenizer),
                 corpora=np.array(self.corpora, dtype=np.str_),
             )
-            part.replace(path)
-        except OSError as error:
-            raise UserError(f"--out {path} cannot be written: {error.strerror}; name another file") from None
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
 
     @classmethod
     def load(cls, path: Path) -> Ranking:
