@@ -27,7 +27,7 @@ from frspec_jax.errors import reported
 from frspec_jax.presets import SHAPES, model_config
 from train.batches import Batch
 from train.devices import product_rate
-from train.optimiser import new_state
+from train.optimiser import new_state, seed_words
 from train.recipe import Recipe, initial_params, train_step
 
 STEPS = 5
@@ -50,7 +50,7 @@ def measure(config: ModelConfig, recipe: Recipe, batch: Batch) -> dict[str, floa
     ranked, seconds = jnp.arange(config.vocab_size), []
     for _ in range(STEPS + 1):
         start = time.perf_counter()
-        state, metrics = train_step(state, draft.layer_of(config), recipe, head, head, ranked, jnp.int32(0), batch)
+        state, metrics = train_step(state, draft.layer_of(config), recipe, head, head, ranked, seed_words(0), batch)
         jax.block_until_ready((state.params, metrics))
         seconds.append(time.perf_counter() - start)
     step, tokens = statistics.median(seconds[1:]), batch.segment.size

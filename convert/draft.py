@@ -15,7 +15,7 @@ from convert.folder import TensorFolder
 from convert.hf import add_dtype
 from convert.progress import tensor_progress
 from convert.weights import DTYPES, fill, tensor_count
-from frspec_jax.checkpoint import Checkpoint, write_draft
+from frspec_jax.checkpoint import Checkpoint, check_draft_name, write_draft
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
 from frspec_jax.files import new_folder
@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
 
 def open_target(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint of --target, once --name is seen to be a name."""
-    if args.name != Path(args.name).name or args.name.startswith("."):
-        raise UserError(f"--name {args.name} must be a plain name, without slashes or a leading dot")
+    check_draft_name(args.name)
     return Checkpoint.open(args.target)
 
 

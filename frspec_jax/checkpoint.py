@@ -28,6 +28,7 @@ from frspec_jax import drafters, files
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
+from frspec_jax.files import orbax_refusals
 from frspec_jax.llama import LlamaParams
 from frspec_jax.shapes import model_shapes
 
@@ -55,7 +56,7 @@ def save_params(folder: Path, params: Any) -> None:
     """Write a pytree of weights to `folder` (Orbax); returns once it is on disk."""
     if jax.process_count() > 1:
         params = jax.tree.map(np.asarray, params)  # Orbax expects a jax.Array to be written by every process
-    with _checkpointer() as checkpointer:
+    with orbax_refusals(), _checkpointer() as checkpointer:
         checkpointer.save(Path(folder).resolve(), args=ocp.args.StandardSave(params))
 
 
@@ -93,6 +94,18 @@ def amend_draft(folder: Path, draft: DraftSpec, about: dict[str, Any]) -> None:
     data = json.loads(file.read_text())
     data |= {**draft.to_json(), "about": {**data.get("about", {}), **about}}
     files.write_json(file, data)
+
+
+def check_draft_name(name: str, flag: str = "--name") -> None:
+    """Refuse what cannot be a folder's name under drafts/, or what --draft could not choose.
+
+    Raises:
+      UserError: the sentence, with the flag.
+    """
+    if not name or name != Path(name).name or name.startswith(".") or not name.isprintable():
+        raise UserError(f"{flag} {name} must be a plain name, without slashes or a leading dot")
+    if name == "none":
+        raise UserError(f"{flag} {name} would be no draft to --draft; choose another name")
 
 
 # Reading -----------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -47,11 +49,34 @@ def writing(what: object, mend: str = "name another place") -> Iterator[None]:
     Interrupted system calls and a reader that went away (`| head`) are no such refusals.
     """
     try:
-        yield
+        with orbax_refusals():
+            yield
     except (BrokenPipeError, InterruptedError):
         raise
     except OSError as error:
         raise not_written(what, error, mend) from None
+
+
+@contextlib.contextmanager
+def orbax_refusals() -> Iterator[None]:
+    """Turn what Orbax makes of the system's refusal to write, a ValueError, back into the OSError that it was.
+
+    Its log of it, hundreds of lines from several threads, is left out: all of it comes as the exception.
+    """
+    log = logging.getLogger("absl")
+    log.addFilter(_not_of_orbax)
+    try:
+        yield
+    except ValueError as error:
+        if (found := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+    finally:
+        log.removeFilter(_not_of_orbax)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
 # Parts -------------------------------------------------------------------------------------------
@@ -185,7 +210,7 @@ def written_aside(out: Path, what: object = None, *, suffix: str = "") -> Iterat
       UserError: it cannot be written; nothing is left of it, and an older file stands as it was.
     """
     out = Path(out)
-    with writing(what or out), part_of(out, suffix=suffix) as part:
+    with writing(what or out, "name another file"), part_of(out, suffix=suffix) as part:
         yield part
         put_in_place(part, out)
 

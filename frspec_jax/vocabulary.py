@@ -17,7 +17,6 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from frspec_jax import files
 from frspec_jax.errors import UserError
 from pallas_kernels.subvocab_head import quantised
 
@@ -68,9 +67,13 @@ class Ranking:
 
     def save(self, path: Path) -> None:
         """Write an .npz file; an interruption leaves the old file, or none."""
-        corpora = np.array(self.corpora, dtype=np.str_)
-        with files.written_aside(path, f"--out {path}") as part, open(part, "wb") as file:
-            np.savez_compressed(file, counts=self.counts, tokenizer=np.array(self.tokenizer), corpora=corpora)
+        with files.written_aside(path, f"--out {path}", suffix=".npz") as part:
+            np.savez_compressed(
+                part,
+                counts=self.counts,
+                tokenizer=np.array(self.tokenizer),
+                corpora=np.array(self.corpora, dtype=np.str_),
+            )
 
     @classmethod
     def load(cls, path: Path) -> Ranking:

@@ -27,6 +27,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig, Sampling
 from frspec_jax.defaults import defaults
 from frspec_jax.errors import UserError
+from frspec_jax.files import folder_lock
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
 from frspec_jax.placement import Placement
@@ -37,6 +38,35 @@ from train.features import FeatureWriter
 
 STEPS = 8  # tokens between two looks at the host
 ROW = 32  # prompts are padded to whole multiples, so that few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSettings:
+    """What is answered, how, and where it goes; the same settings go on where an interrupted run stopped.
+
+    Raises:
+      UserError: a figure that makes no sense, by its flag.
+    """
+
+    prompts: tuple[Path, ...]  # files or folders of conversations
+    out: Path  # the store
+    max_new_tokens: int = 224
+    capacity: int = 384  # tokens of prompt and answer together
+    slots: int = 64  # answers in the making at a time
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: str | None = None  # of the target; None: what suits the device
+    limit_tokens: int | None = None  # no new prompt is taken once the store holds so many
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "slots", "limit_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.capacity < 64 or self.capacity % 64:
+            raise UserError(f"--capacity {self.capacity} must be a multiple of 64")
+        if not -(2**31) <= self.seed < 2**31:
+            raise UserError(f"--seed {self.seed} must be a number of 32 bits, from -2147483648 to 2147483647")
+        Sampling(self.temperature)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,21 +97,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for flag in ("max_new_tokens", "slots"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
-    if args.capacity < 64 or args.capacity % 64:
-        raise UserError(f"--capacity {args.capacity} must be a multiple of 64")
-    settings = Sampling(args.temperature)
-    checkpoint = Checkpoint.open(args.ckpt)
-    files = corpus_files(args.prompts)
-    params = checkpoint.params(jnp.dtype(args.dtype) if args.dtype else defaults().dtype)
-    writer = FeatureWriter(args.out, checkpoint)
-    longest = args.capacity - 2 * STEPS
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(AnswerSettings)}
+    settings = AnswerSettings(**{**given, "prompts": tuple(args.prompts)})
+    make_store(settings, Checkpoint.open(args.ckpt))
+
+
+def make_store(settings: AnswerSettings, checkpoint: Checkpoint) -> None:
+    """Let the target answer prompts into a store, or go on with one; no other process may meanwhile.
+
+    Raises:
+      UserError: the prompts cannot be read; the store is another target's, another process writes it, or the disk
+        is full: what was answered stays, and the same command goes on.
+    """
+    files = corpus_files(settings.prompts)
+    with folder_lock(settings.out, f"--out {settings.out}"):
+        params = checkpoint.params(jnp.dtype(settings.dtype) if settings.dtype else defaults().dtype)
+        with FeatureWriter(settings.out, checkpoint) as writer:
+            _answer_files(settings, checkpoint, params, files, writer)
+        print(f"{settings.out} holds {writer.tokens:,} tokens in {len(writer.sources):,} sequences")
+
+
+def _answer_files(
+    settings: AnswerSettings, checkpoint: Checkpoint, params: LlamaParams, files: list[Path], writer: FeatureWriter
+) -> None:
+    longest = settings.capacity - 2 * STEPS
 
     def waiting() -> Iterator[tuple[int, list[int]]]:
         for number, text in enumerate(first_turns(files)):
-            if args.limit_tokens and writer.tokens >= args.limit_tokens:
+            if settings.limit_tokens and writer.tokens >= settings.limit_tokens:
                 return
             if number not in writer.sources:
                 messages = [{"role": "user", "content": text}]
@@ -102,15 +145,11 @@ def run(args: argparse.Namespace) -> None:
             done[0], done[1] = done[0] + answers, done[1] + tokens
             progress.update(task, answers=done[0], tokens=done[1], stored=writer.tokens)
 
-        try:
-            answer_prompts(
-                params, checkpoint.config, waiting(), checkpoint.stop_ids, keep, slots=args.slots,
-                capacity=args.capacity, max_new_tokens=args.max_new_tokens, settings=settings, seed=args.seed,
-                progress=show,
-            )  # fmt: skip
-        finally:
-            writer.close()
-    print(f"{args.out} holds {writer.tokens:,} tokens in {len(writer.sources):,} sequences")
+        answer_prompts(
+            params, checkpoint.config, waiting(), checkpoint.stop_ids, keep, slots=settings.slots,
+            capacity=settings.capacity, max_new_tokens=settings.max_new_tokens,
+            settings=Sampling(settings.temperature), seed=settings.seed, progress=show,
+        )  # fmt: skip
 
 
 def first_turns(files: Iterable[Path]) -> Iterator[str]:

@@ -76,7 +76,7 @@ class Packing:
         """Batches without end, from step `first_step` on; of each only the rows `share`."""
         pieces, step, epoch = self._pieces(held_out=False), 0, 0
         while True:
-            rng = np.random.default_rng((self.seed, epoch))
+            rng = np.random.default_rng((self.seed % 2**64, epoch))
             packed = self._packed([pieces[i] for i in rng.permutation(len(pieces))])
             order = rng.permutation(len(packed))
             for at in range(0, len(order) - self.rows + 1, self.rows) or [0]:

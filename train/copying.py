@@ -33,7 +33,7 @@ from train.batches import Batch
 from train.features import FeatureStore, open_corpora
 from train.optimiser import head_logits
 from train.recipe import unrolled_passes, valid
-from train.session import draft_to_fit
+from train.task import draft_to_fit
 
 STEPS, RATE = 400, 0.03  # of Adam, on the figures' logarithms
 PASSES = 3  # self-fed steps that count alike

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from frspec_jax.errors import UserError
+from frspec_jax.files import written_aside
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,12 +74,8 @@ def draw(works: list[Path], out: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize="small")
-    part_file = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
-        figure.savefig(part_file, dpi=110)
-        part_file.replace(out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}; name another file") from None
+        with written_aside(out, f"--out {out}", suffix=out.suffix) as part_file:
+            figure.savefig(part_file, dpi=110)
     finally:
         pyplot.close(figure)
-        part_file.unlink(missing_ok=True)

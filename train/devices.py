@@ -54,6 +54,14 @@ def first_process() -> bool:
     return jax.process_index() == 0
 
 
+def meet(what: str) -> None:
+    """Wait until all processes have come here. what: a name for the place."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
 def mesh_for(rows: int, accumulate: int = 1) -> Mesh:
     """All devices of all hosts in a line.
 

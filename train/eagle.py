@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from frspec_jax.checkpoint import Checkpoint
@@ -19,33 +17,37 @@ from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.llama import LlamaParams
 from train import session
 from train.batches import Packing
-from train.recipe import PRESETS, Recipe, agreement, initial_params, train_step
-from train.session import Task
+from train.optimiser import key_of, seed_words
+from train.recipe import PRESETS, agreement, initial_params, train_step
+from train.settings import add_arguments as add_run_arguments
+from train.settings import settings_of
 from train.start import ONE, Units, fitted, folded, unfolded
+from train.task import Task, starting_draft
 
 PASSES = 5  # self-fed steps that an evaluation looks at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    session.add_arguments(parser, EagleConfig.kind, PRESETS)
+    add_run_arguments(parser, EagleConfig.kind, PRESETS)
 
 
 def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
-    recipe: Recipe = session.recipe_of(args, PRESETS)
-    found = session.starting_draft(args, checkpoint, EagleConfig.kind)
+    settings = settings_of(args, PRESETS)
+    recipe, seed = settings.recipe, seed_words(settings.seed)
+    found = starting_draft(settings.start_from, checkpoint, EagleConfig.kind)
 
     def task_of(target: LlamaParams, packing: Packing) -> Task:
         table = np.asarray(target.embedding, np.float32)
         units = Units.measured(packing, table) if recipe.units == "measured" else ONE
         if found is None:
             draft = EagleConfig.like(checkpoint.config)
-            params = initial_params(jax.random.key(args.seed), draft, checkpoint.config)
+            params = initial_params(key_of(seed), draft, checkpoint.config)
             if recipe.start == "fitted":
                 params = fitted(params, packing, table, units)
         else:
             draft, params = found[0].copies(False), unfolded(found[1], units)  # how it copies is fitted afterwards
-        layer, seed = draft.layer_of(checkpoint.config), jnp.int32(args.seed)
+        layer = draft.layer_of(checkpoint.config)
         embedding, head = target.embedding, target.head
         return Task(
             spec=draft,
@@ -60,4 +62,4 @@ def run(args: argparse.Namespace) -> None:
             finished=lambda params: folded(params, units),
         )
 
-    session.train(args, checkpoint, recipe, task_of)
+    session.train(settings, checkpoint, task_of)

@@ -29,9 +29,11 @@ from frspec_jax.llama import LlamaParams
 from pallas_kernels.products import take_rows
 from train import session
 from train.batches import Batch, Packing
-from train.optimiser import Optimisation, gradients, head_logits, product_flops
+from train.optimiser import Optimisation, gradients, head_logits, key_of, product_flops, seed_words
 from train.recipe import hits, random_params, self_fed_passes, valid
-from train.session import Task
+from train.settings import add_arguments as add_run_arguments
+from train.settings import settings_of
+from train.task import Task, starting_draft
 
 PASSES = 5  # self-fed steps that an evaluation looks at
 
@@ -51,18 +53,18 @@ PRESETS = {"default": Eagle3Recipe(), "eagle3": PUBLISHED}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    session.add_arguments(parser, Eagle3Config.kind, PRESETS)
+    add_run_arguments(parser, Eagle3Config.kind, PRESETS)
     parser.add_argument("--draft-vocab", metavar="N", help="rows of the draft's head (default: a quarter, if ranked)")
 
 
 def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
-    recipe: Eagle3Recipe = session.recipe_of(args, PRESETS)
-    config = checkpoint.config
-    found = session.starting_draft(args, checkpoint, Eagle3Config.kind)
+    settings = settings_of(args, PRESETS)
+    recipe, config = settings.recipe, checkpoint.config
+    found = starting_draft(settings.start_from, checkpoint, Eagle3Config.kind)
     if found is None:
         if config.num_layers < 3:
-            raise UserError(f"--ckpt {args.ckpt} has {config.num_layers} layers; EAGLE-3 reads the last but two")
+            raise UserError(f"--ckpt {checkpoint.path} has {config.num_layers} layers; EAGLE-3 reads the last but two")
         ids = np.sort(draft_ids(checkpoint, Draft(vocab=args.draft_vocab)))
         spec = new_draft(config, len(ids))
     elif args.draft_vocab is not None:
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
     def task_of(target: LlamaParams, _: Packing) -> Task:
         embedding, head = target.embedding, target.head
-        key = jax.random.key(args.seed)
+        key = key_of(seed_words(settings.seed))
         params = initial_params(key, spec, config, head, ids) if found is None else found[1]
         layer, kept = spec.layer_of(config), jnp.asarray(ids, jnp.int32)
         return Task(
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
             finished=lambda params: dataclasses.replace(params, ids=kept),
         )
 
-    session.train(args, checkpoint, recipe, task_of, spec.taps, draft_vocab=len(ids))
+    session.train(settings, checkpoint, task_of, spec.taps, draft_vocab=len(ids))
 
 
 def new_draft(target: ModelConfig, draft_vocab_size: int) -> Eagle3Config:

@@ -12,9 +12,9 @@ the next one goes on behind them. Reading is by memory map.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from frspec_jax import kv_cache, llama
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
+from frspec_jax.files import folder_lock, write_json, writing
 from frspec_jax.llama import LlamaParams
 from frspec_jax.placement import Placement
+from train import devices
 from train.corpus import Record, corpus_files, read_corpus
 
 FORMAT = "frspec-jax features 1"
@@ -45,16 +47,34 @@ def _meta(checkpoint: Checkpoint, taps: Taps) -> dict[str, object]:
 
 
 class FeatureWriter:
-    """Appends sequences to a store, which it makes, or reopens after an interruption."""
+    """Appends sequences to a store, which it makes, or reopens after an interruption; as a context, it closes it.
+
+    The caller keeps other processes out, with `files.folder_lock`.
+
+    Raises:
+      UserError: the folder is another target's store, or cannot be written.
+    """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, taps: Taps = ()) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         meta = folder / "meta.json"
         if meta.exists():
             FeatureStore(folder, checkpoint, taps)  # refuses another target's store
-        else:
-            meta.write_text(json.dumps(_meta(checkpoint, taps), indent=2) + "\n")
-        width = (1 + len(taps)) * checkpoint.config.hidden_size
+        with writing(folder, "name another folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not meta.exists():
+                write_json(meta, _meta(checkpoint, taps))
+            self._open((1 + len(taps)) * checkpoint.config.hidden_size)
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, width: int) -> None:
+        """Open the files behind their last whole sequence; width: columns of a feature."""
+        folder = self._folder
         self._index = open(folder / "index.i64", "ab")  # noqa: SIM115 (open as long as the writer)
         whole = self._index.tell() // 16
         self._index.truncate(whole * 16)
@@ -71,19 +91,24 @@ class FeatureWriter:
         """Add a sequence: tokens [L], answer [L] (0 or 1), features [L, (1 + taps) H] of the same L tokens.
 
         source: the number of the prompt or record that it came from, so that a resumed run skips it.
+
+        Raises:
+          UserError: the disk is full; the sequences before stay, and this one is as if it had never been.
         """
-        for (file, dtype), column in zip(self._columns, (features, answer, tokens), strict=True):
-            file.write(np.ascontiguousarray(column, dtype).tobytes())
-            file.flush()
+        with writing(self._folder, "name another folder"):
+            for (file, dtype), column in zip(self._columns, (features, answer, tokens), strict=True):
+                file.write(np.ascontiguousarray(column, dtype).tobytes())
+                file.flush()
+            self._index.write(np.array([source, self.tokens + len(tokens)], np.int64).tobytes())
+            self._index.flush()
         self.tokens += len(tokens)
         self.sources.add(source)
-        self._index.write(np.array([source, self.tokens], np.int64).tobytes())
-        self._index.flush()
 
     def close(self) -> None:
-        for file, _ in self._columns:
-            file.close()
-        self._index.close()
+        """Let go of the files. All that counts was flushed; what a full disk has refused already stays out."""
+        for file in (*(file for file, _ in self._columns), self._index):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 class FeatureStore:
@@ -162,12 +187,12 @@ def open_corpora(
     if files or plain:
         length = max(LENGTH, row)
         sequences = texts(files, [FeatureStore(path, checkpoint) for path in plain], checkpoint)
-        _made_of(cache, [*files, *plain], length)
-        writer = FeatureWriter(cache, checkpoint, taps)
-        try:
-            compute_features(sequences, checkpoint, target, writer, length=length, taps=taps)
-        finally:
-            writer.close()
+        if devices.first_process():  # hosts that see one folder would write over each other
+            with folder_lock(cache, f"--work {cache}"):
+                _made_of(cache, [*files, *plain], length)
+                with FeatureWriter(cache, checkpoint, taps) as writer:
+                    compute_features(sequences, checkpoint, target, writer, length=length, taps=taps)
+        devices.meet("features")
         stores.append(FeatureStore(cache, checkpoint, taps))
     return stores
 
@@ -177,10 +202,7 @@ def _made_of(cache: Path, sources: list[Path], length: int) -> None:
     note = {"length": length, "sources": [path.name for path in sources]}
     file = cache / "made_of.json"
     if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")  # hosts that see one folder may all come here
-        part.write_text(json.dumps(note, indent=2) + "\n")
-        part.replace(file)
+        write_json(file, note)
     elif json.loads(file.read_text()) != note:
         raise UserError(
             f"{cache} holds the features of other texts, or of texts cut for another --row; "

@@ -24,8 +24,10 @@ from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
 from train import session
 from train.batches import Batch, Packing
-from train.optimiser import TargetHeadLoss, gradients, head_logits
-from train.session import Task
+from train.optimiser import TargetHeadLoss, gradients, head_logits, key_of, seed_words
+from train.settings import RunSettings, settings_of
+from train.settings import add_arguments as add_run_arguments
+from train.task import Task, starting_draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +44,17 @@ PRESETS = {"default": MedusaRecipe()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    session.add_arguments(parser, MedusaConfig.kind, PRESETS)
+    add_run_arguments(parser, MedusaConfig.kind, PRESETS)
 
 
 def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
-    recipe: MedusaRecipe = session.recipe_of(args, PRESETS)
-    spec, params = _start(args, checkpoint, recipe)
+    settings = settings_of(args, PRESETS)
+    spec, params = _start(settings, checkpoint)
+    recipe = settings.recipe
 
     def task_of(target: LlamaParams, _: Packing) -> Task:
-        seed, head = jnp.int32(args.seed), target.head
+        seed, head = seed_words(settings.seed), target.head
         return Task(
             spec=spec,
             params=params,
@@ -62,14 +65,13 @@ def run(args: argparse.Namespace) -> None:
             flops=recipe.flops(params, head, passes=1, outputs=recipe.heads),
         )
 
-    session.train(args, checkpoint, recipe, task_of)
+    session.train(settings, checkpoint, task_of)
 
 
-def _start(args: argparse.Namespace, checkpoint: Checkpoint, recipe: MedusaRecipe) -> tuple[MedusaConfig, MedusaParams]:
+def _start(settings: RunSettings[MedusaRecipe], checkpoint: Checkpoint) -> tuple[MedusaConfig, MedusaParams]:
     """New heads, or those of --start-from."""
-    if recipe.heads < 1 or recipe.layers < 1:
-        raise UserError(f"--heads {recipe.heads} and --layers {recipe.layers}: give at least one of each")
-    found = session.starting_draft(args, checkpoint, MedusaConfig.kind)
+    recipe = settings.recipe
+    found = starting_draft(settings.start_from, checkpoint, MedusaConfig.kind)
     if found is None:
         config = checkpoint.config
         choices = published_choices(recipe.heads)
@@ -77,10 +79,12 @@ def _start(args: argparse.Namespace, checkpoint: Checkpoint, recipe: MedusaRecip
         return spec, initial_params(spec, config)
     spec, params = found
     if spec.own_lm_heads:
-        raise UserError(f"--start-from {args.start_from} has LM heads of its own; heads that share the target's train")
+        raise UserError(
+            f"--start-from {settings.start_from} has LM heads of its own; heads that share the target's train"
+        )
     if (spec.num_heads, spec.num_layers) != (recipe.heads, recipe.layers):
         raise UserError(
-            f"--start-from {args.start_from} has {spec.num_heads} heads of {spec.num_layers} residual blocks; "
+            f"--start-from {settings.start_from} has {spec.num_heads} heads of {spec.num_layers} residual blocks; "
             f"say --heads {spec.num_heads} --layers {spec.num_layers}"
         )
     return spec, params
@@ -155,10 +159,10 @@ def train_step(
     """One step of the optimiser.
 
     Args:
-      head: [V, H], the target's. ranked: [V] int32, all ids by frequency. seed: int32 scalar; with the
+      head: [V, H], the target's. ranked: [V] int32, all ids by frequency. seed: [2] uint32; with the
         step's number it decides the random ids.
     """
-    rows = recipe.cast(recipe.loss_head(head, ranked, jax.random.fold_in(jax.random.key(seed), state.step)))
+    rows = recipe.cast(recipe.loss_head(head, ranked, jax.random.fold_in(key_of(seed), state.step)))
 
     def loss(params: MedusaParams, part: Batch, counts: Array) -> tuple[Array, dict[str, Array]]:
         return loss_terms(params, rows, part, recipe, counts)

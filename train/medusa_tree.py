@@ -27,7 +27,7 @@ from frspec_jax.vocabulary import crop
 from train.batches import Batch, Packing
 from train.features import open_corpora
 from train.medusa import rank_hits
-from train.session import draft_to_fit
+from train.task import draft_to_fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

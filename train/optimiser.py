@@ -8,10 +8,12 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from jax import Array, lax
 
+from frspec_jax.errors import UserError
 from pallas_kernels.products import einsum_f32, rows_f32, turned
 from train.batches import Batch, Rows
 
@@ -20,10 +22,25 @@ Metrics = dict[str, Array]
 # Given weights, a batch, and how many pairs count in each part (pass or head) of the whole batch: loss and metrics.
 Loss = Callable[[Any, Batch, Array], tuple[Array, Metrics]]
 
+# What a figure of a recipe may be, by its name: from and to. A rate above 10 is a slip of the finger, and infinite or
+# negative weights train to nothing.
+LARGEST = 2**31 - 1
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("steps", "accumulate", "unroll", "heads", "layers"), (1, LARGEST)),
+    **dict.fromkeys(("warmup", "loss_vocab", "loss_random"), (0, LARGEST)),
+    **dict.fromkeys(("lr", "weight_decay", "noise", "unroll_decay", "head_decay"), (0, 10)),
+    **dict.fromkeys(("feature_weight", "ce_weight"), (0, 1e6)),
+    "clip": (1e-9, 1e9),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimisation:
-    """The optimiser, its schedule, and how a step is computed."""
+    """The optimiser, its schedule, and how a step is computed.
+
+    Raises:
+      UserError: a figure outside of `LIMITS`, by its flag.
+    """
 
     steps: int = 2000
     lr: float = 1e-3
@@ -35,6 +52,13 @@ class Optimisation:
     accumulate: int = 1  # parts of a batch whose gradients are taken one after the other, to save memory
     compute: Literal["float32", "bfloat16"] = "float32"  # of products; weights and optimiser stay float32
     remat: Literal["none", "heads"] = "none"  # heads: logits are computed again for the gradient, not kept
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name, low)
+            if not low <= value <= high:  # as is no nan
+                wanted = f"at least {low:g}" if value < low else f"at most {high:g}" if value > high else "a number"
+                raise UserError(f"--{name.replace('_', '-')} {value} must be {wanted}")
 
     def cast(self, tree: Tree) -> Tree:
         """Floats in the precision of products."""
@@ -122,6 +146,16 @@ class TargetHeadLoss(Optimisation):
         vocab, hidden = head.shape
         rows = min(vocab, self.loss_vocab + self.loss_random) if self.loss_vocab else vocab
         return passes * product_flops(params) + (2 + 4 * outputs) * rows * hidden
+
+
+def seed_words(seed: int) -> np.ndarray:
+    """A seed of 64 bits, signed or not, as two words [2] uint32, the high one first: what a step takes in."""
+    return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+
+
+def key_of(words: Array | np.ndarray) -> Array:
+    """The random key of `seed_words`: that of `jax.random.key` where 31 bits are enough, which is all that it takes."""
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
 def head_logits(rows: Rows, head: Array) -> Array:

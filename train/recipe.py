@@ -24,7 +24,7 @@ from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.layers import LayerParams, gated_mlp, linear, project_qkv, rms_norm, rotation
 from pallas_kernels.products import einsum_f32, take_rows
 from train.batches import Batch
-from train.optimiser import TargetHeadLoss, gradients, head_logits
+from train.optimiser import TargetHeadLoss, gradients, head_logits, key_of
 from train.start import ONE, Units, folded
 
 MASKED = -1e30
@@ -224,10 +224,10 @@ def train_step(
     """One step of the optimiser, on weights in `units`.
 
     Args:
-      embedding, head: [V, H], the target's. ranked: [V] int32, all ids by frequency. seed: int32 scalar;
-        with the step's number it decides the noise and the random ids.
+      embedding, head: [V, H], the target's. ranked: [V] int32, all ids by frequency. seed: [2] uint32, as
+        `seed_words` makes it; with the step's number it decides the noise and the random ids.
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(key_of(seed), state.step)
     ids_key, noise_key = jax.random.split(key)
     embedding, head = recipe.cast((embedding, recipe.loss_head(head, ranked, ids_key)))
     if recipe.noise:

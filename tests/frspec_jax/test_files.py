@@ -72,7 +72,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, w
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written: Not a directory; name another place"):
+    with pytest.raises(UserError, match="cannot be written: Not a directory; name another file"):
         files.write_text(tmp_path / "file" / "a", "")
     with pytest.raises(UserError, match=r"work .*cannot be written: Not a directory; name another folder"):
         files.check_writable(tmp_path / "file" / "a" / "b", "--work w")

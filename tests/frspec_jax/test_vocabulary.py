@@ -145,7 +145,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    with pytest.raises(UserError, match="cannot be written: No space left on device; name another file"):
+    with pytest.raises(UserError, match="cannot be written: No space left on device; make room"):
         ranking([5, 5]).save(file)
     assert Ranking.load(file).counts.tolist() == [1, 2]
     assert [left.name for left in tmp_path.iterdir()] == ["ranking.npz"]

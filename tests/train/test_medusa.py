@@ -24,7 +24,7 @@ from train.__main__ import main
 from train.batches import Batch
 from train.medusa import MedusaRecipe, agreement, initial_params, loss_terms, train_step
 from train.medusa_tree import measured, most_valuable
-from train.optimiser import new_state
+from train.optimiser import new_state, seed_words
 
 CFG = toy.config(vocab_size=40)
 HEADS = 4
@@ -111,7 +111,7 @@ def test_training_lowers_every_heads_loss(row, heads, optimizer):
     recipe = MedusaRecipe(steps=60, lr=1e-2, warmup=2, loss_vocab=20, loss_random=10, optimizer=optimizer)
     state, kl = new_state(initial_params(spec, CFG), recipe), []
     for _ in range(recipe.steps):
-        state, metrics = train_step(state, recipe, head, jnp.arange(40), jnp.int32(0), row)
+        state, metrics = train_step(state, recipe, head, jnp.arange(40), seed_words(0), row)
         kl.append([float(metrics[f"kl_{i}"]) for i in range(HEADS)])
     first, last = np.mean(kl[:3], axis=0), np.mean(kl[-5:], axis=0)
     assert (last < 0.7 * first).all(), (first, last)
@@ -203,7 +203,7 @@ def test_heads_can_start_from_others(ckpt, whole, tmp_path, capsys):
 
 
 def test_refusals_of_runs(ckpt, whole, tmp_path, capsys):
-    assert "--heads 0" in refusal(capsys, command(whole, ckpt, tmp_path / "work", "none", "--heads", "0"))
+    assert "--heads 0" in refusal(capsys, command(whole, ckpt, tmp_path / "work", "no", "--heads", "0"))
     argv = command(whole, ckpt, whole.parent, "other", "--heads", "2")
     assert "holds a run with another recipe" in refusal(capsys, argv)
     argv = ["eagle", whole, "--ckpt", ckpt.path, "--work", tmp_path / "e", "--start-from", "whole"]

@@ -174,7 +174,7 @@ def test_two_hosts_give_the_run_of_one(ckpt, store, tmp_path):
 def test_the_best_weights_are_kept(ckpt, store, tmp_path, monkeypatch):
     """Held-out agreement is made to fall: then the draft is what the first evaluation saw."""
     scores = iter([0.5, 0.2, 0.0])
-    from train.session import Task
+    from train.task import Task
 
     monkeypatch.setattr(Task, "held_out", lambda self, state, batches: {"top1": [next(scores)], "top3": [0.0]})
     argv = ("eagle", store, "--ckpt", ckpt.path, "--work", tmp_path / "work", "--name", "best", *FLAGS)

@@ -14,7 +14,7 @@ from tests.support import toy
 from tests.support.runs import same
 from train.batches import Batch, Packing
 from train.features import FeatureStore, FeatureWriter
-from train.optimiser import new_state
+from train.optimiser import new_state, seed_words
 from train.recipe import Recipe, agreement, initial_params, train_step, unrolled_passes
 from train.start import ONE, Units, fitted, folded, unfolded
 
@@ -120,7 +120,7 @@ def test_in_units_a_draft_soon_hears_which_token_came(linear):
         batches = packing.training(0)
         for _ in range(recipe.steps):
             state, _ = train_step(
-                state, LAYER, recipe, jnp.asarray(embedding), head, jnp.arange(40), jnp.int32(0), next(batches), units
+                state, LAYER, recipe, jnp.asarray(embedding), head, jnp.arange(40), seed_words(0), next(batches), units
             )
         drafted = folded(state.params["draft"], units)
         hits, _, pairs = np.asarray(agreement(drafted, LAYER, jnp.asarray(embedding), head, held_out, 1))[0]

@@ -40,7 +40,7 @@ from train.__main__ import main
 from train.batches import Batch, Packing
 from train.corpus import Record
 from train.features import FeatureStore, FeatureWriter, encode, open_corpora
-from train.optimiser import head_logits, new_state, orthogonalised
+from train.optimiser import head_logits, new_state, orthogonalised, seed_words
 from train.recipe import Recipe, agreement, loss_terms, train_step, unrolled_passes
 
 ROOT = Path(__file__).parents[2]
@@ -416,7 +416,7 @@ def test_training_lowers_the_loss(drafting, recipe):
     losses = []
     for _ in range(recipe.steps):
         state, metrics = train_step(
-            state, drafting.layer, recipe, drafting.embedding, drafting.head, jnp.arange(40), jnp.int32(0), batch
+            state, drafting.layer, recipe, drafting.embedding, drafting.head, jnp.arange(40), seed_words(0), batch
         )
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < 0.3 * losses[0]
@@ -434,7 +434,14 @@ def test_noise_and_random_ids_are_a_function_of_seed_and_step(drafting, changes)
         state = state.replace(step=jnp.int32(first))
         for _ in range(first, last):
             state, metrics = train_step(
-                state, drafting.layer, recipe, drafting.embedding, drafting.head, jnp.arange(40), jnp.int32(seed), batch
+                state,
+                drafting.layer,
+                recipe,
+                drafting.embedding,
+                drafting.head,
+                jnp.arange(40),
+                seed_words(seed),
+                batch,
             )
             found.append(float(metrics["loss"]))
         return found

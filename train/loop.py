@@ -1,0 +1,176 @@
+"""The steps of a run, and what happens every so many of them: a line of metrics, an evaluation, a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.training.train_state import TrainState
+from jax import Array
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.errors import UserError
+from train import devices
+from train.batches import Batch, Packing
+from train.features import FeatureStore
+from train.folder import Run
+from train.optimiser import Metrics
+from train.probe import Probe
+from train.settings import RunSettings
+from train.speed import Speed
+from train.task import Task
+
+REPORT_EVERY = 10  # steps between two lines of metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """Something to do every `steps` steps (0: never), and after the run's last step if `last` says so."""
+
+    steps: int
+    action: Callable[[TrainState], None]
+    last: bool = False
+
+    def due(self, step: int, end: int) -> bool:
+        """Whether it is to be done after a step; end: the run's last."""
+        return bool(self.steps) and (step % self.steps == 0 or (self.last and step == end))
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run that can go on: its folder is open, and what it trains on stands on the devices."""
+
+    settings: RunSettings[Any]
+    checkpoint: Checkpoint
+    stores: list[FeatureStore]
+    packing: Packing
+    mesh: Mesh
+    task: Task
+    folder: Run
+    held_out: list[Batch]  # what an evaluation reads
+    ranked: Array  # [V] int32, all ids by frequency
+    probe: Probe | None  # measures the accepted length; None where nobody asks for it
+    console: Console
+    state: TrainState  # new, or that of the last checkpoint
+
+
+class Loop:
+    """Takes the steps of an opened run, from its state to the recipe's last."""
+
+    def __init__(self, opened: Opened) -> None:
+        settings, task, self._opened = opened.settings, opened.task, opened
+        self._task, self._folder = task, opened.folder
+        tokens = settings.rows * settings.row
+        self._speed = Speed(tokens, task.flops * tokens, task.recipe.compute, opened.mesh.size)
+        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        self._progress = Progress(*columns, console=opened.console)
+        self._bar = self._progress.add_task("training", total=task.recipe.steps, shown="")
+        self._metrics: Metrics = {}  # of the latest step
+        self._record = -1.0  # of the evaluations so far
+        self._every = (
+            Every(REPORT_EVERY, self._report, last=True),
+            Every(settings.eval_every, self._evaluate, last=True),
+            Every(settings.accept_every if opened.probe else 0, self._measure),
+            Every(settings.save_every, self._save),
+        )
+
+    def run(self) -> TrainState:
+        """Steps until the recipe's last; Ctrl-C saves what is done before it leaves.
+
+        Raises:
+          UserError: the loss or the weights are no numbers any more, or the disk refuses.
+        """
+        state, end = self._opened.state, self._task.recipe.steps
+        first = int(state.step)
+        batches = self._opened.packing.training(first, devices.share(self._opened.settings.rows))
+        scores = [_score(row["held_out"]) for row in self._folder.rows(first) if "held_out" in row]
+        self._record = max(scores, default=-1.0)
+        self._speed.restart()
+        self._progress.update(self._bar, completed=first)
+        with self._progress:
+            try:
+                for step in range(first + 1, end + 1):
+                    state = self._step(state, batches)
+                    for every in self._every:
+                        if every.due(step, end):
+                            every.action(state)
+                    self._progress.update(self._bar, completed=step)
+            except KeyboardInterrupt:
+                # A step takes its state's memory over; if it was broken off, the checkpoint before it must do.
+                if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, Array)):
+                    with contextlib.suppress(UserError):
+                        self._save(state)
+                raise
+        return state
+
+    def _step(self, state: TrainState, batches: Iterator[Batch]) -> TrainState:
+        batch = devices.spread(next(batches), self._opened.mesh)
+        state, self._metrics = self._task.step(state, self._opened.ranked, batch)
+        loss = float(self._metrics["loss"])
+        if not math.isfinite(loss):
+            raise self._diverged(state, f"the loss is {loss}")
+        self._speed.count()
+        return state
+
+    def _report(self, state: TrainState) -> None:
+        shown = {key: round(float(value), 4) for key, value in self._metrics.items()}
+        self._folder.log({"step": int(state.step), **self._speed.figures(), **shown})
+        text = f"loss {shown['loss']:.3f}  top-1 {shown['top1_0']:.1%}  {self._speed}"
+        self._progress.update(self._bar, shown=text)
+        self._speed.restart()
+
+    def _evaluate(self, state: TrainState) -> None:
+        self._check(state)
+        found, step = self._task.held_out(state, self._opened.held_out), int(state.step)
+        self._folder.log({"step": step, "held_out": found})
+        self._progress.console.print(
+            f"step {step}: held-out top-1 by {self._task.parts} {found['top1']}, top-3 {found['top3']}"
+        )
+        if _score(found) >= self._record:  # of equals the later, which has seen more
+            self._record = _score(found)
+            self._folder.save_best(state)
+        self._speed.restart()
+
+    def _measure(self, state: TrainState) -> None:
+        assert self._opened.probe is not None, "or it is never due"
+        length, step = self._opened.probe.accepted_length(state.params["draft"]), int(state.step)
+        if length is not None:
+            self._folder.log({"step": step, "accepted_length": length})
+            self._progress.console.print(f"step {step}: accepted length {length:.3f}, bonus counted")
+            self._folder.draw()
+        self._speed.restart()
+
+    def _save(self, state: TrainState) -> None:
+        self._check(state)
+        self._folder.save(state)
+
+    def _check(self, state: TrainState) -> None:
+        """Refuse weights that are no numbers before they are kept: the loss shows them a step too late."""
+        if not bool(_all_finite(state.params)):
+            raise self._diverged(state, "a weight is no finite number")
+
+    def _diverged(self, state: TrainState, what: str) -> UserError:
+        return UserError(
+            f"step {int(state.step)}: {what}; train again with a lower --lr than {self._task.recipe.lr:g} and "
+            f"another --work, for what {self._folder.folder} holds stays as it was saved"
+        )
+
+
+@jax.jit
+def _all_finite(params: Any) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+
+
+def _score(held_out: dict[str, list[float]]) -> float:
+    """What the best weights are best by: top-1 agreement, averaged over parts."""
+    return float(np.mean(held_out["top1"]))
