@@ -206,6 +206,16 @@ def test_kernels_lower_at_the_shapes_of(name, dtype):
 
 
 @cross_lowering
+@pytest.mark.parametrize("head_dim", [8, 80, 96])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_attention_lowers_where_head_dim_is_no_power_of_two(head_dim, dtype):
+    """Or one below Triton's least."""
+    model = dataclasses.replace(SHAPES["smollm2-135m"], head_dim=head_dim)
+    attend = functools.partial(tree_attention.tree_attention, implementation="pallas")
+    assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, dtype))) == 1
+
+
+@cross_lowering
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_whole_round_lowers_at_the_shapes_of(name, monkeypatch):
     monkeypatch.setattr(kv_cache, "stored", lambda dtype: dtype)  # as on the GPU that it is lowered for
