@@ -17,6 +17,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from frspec_jax import files
 from frspec_jax.errors import UserError
 from pallas_kernels.subvocab_head import quantised
 
