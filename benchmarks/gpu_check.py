@@ -73,9 +73,14 @@ def run(step: Step, left: float, log: Path) -> dict[str, Any]:
         with open(log, "wb") as file:
             try:
                 done = subprocess.run(
-                    [sys.executable, *step.command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit,
-                    env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": step.xla_flags}, check=False,
-                )  # fmt: skip
+                    [sys.executable, *step.command],
+                    cwd=ROOT,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=limit,
+                    env={**os.environ, **ENVIRONMENT, "XLA_FLAGS": step.xla_flags},
+                    check=False,
+                )
                 outcome = "passed" if done.returncode == 0 else f"failed (exit status {done.returncode})"
             except subprocess.TimeoutExpired:
                 outcome = f"stopped after {limit:.0f} s"

@@ -77,8 +77,13 @@ def main() -> None:
         recipe = Recipe(compute=compute, optimizer=optimizer, unroll=args.unroll)
         figures = measure(config, recipe, batch)
         found.append({"compute": compute, "optimizer": optimizer, **figures})
-        table.add_row(compute, optimizer, f"{figures['seconds']:.2f}", f"{figures['tokens_per_second']:,}",
-                      f"{figures['utilisation']:.0%}")  # fmt: skip
+        table.add_row(
+            compute,
+            optimizer,
+            f"{figures['seconds']:.2f}",
+            f"{figures['tokens_per_second']:,}",
+            f"{figures['utilisation']:.0%}",
+        )
     Console().print(table)
     provenance.save(
         args.json, {"shapes": args.shapes, "batch": [args.rows, args.row], "unroll": args.unroll, "steps": found}

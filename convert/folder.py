@@ -97,8 +97,15 @@ class TensorFolder:
             tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
         except Exception as error:  # torch raises many kinds for a file that is cut short or unsafe
             raise UserError(f"{file} cannot be read as weights of torch ({_reason(file, error)})") from None
-        codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-                 torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}  # fmt: skip
+        codes = {
+            torch.float64: "F64",
+            torch.float32: "F32",
+            torch.float16: "F16",
+            torch.bfloat16: "BF16",
+            torch.int64: "I64",
+            torch.int32: "I32",
+            torch.bool: "BOOL",
+        }
 
         def load(tensor: Any) -> np.ndarray:
             tensor = tensor.contiguous()

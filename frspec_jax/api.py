@@ -27,8 +27,18 @@ from frspec_jax.llama import LlamaParams
 from pallas_kernels.dispatch import AUTO, Kernels
 
 __all__ = [
-    "NO_DRAFT", "Draft", "Generator", "Prompt", "Reading", "Request", "Result", "Runtime", "Stream", "Text", "load",
-]  # fmt: skip
+    "NO_DRAFT",
+    "Draft",
+    "Generator",
+    "Prompt",
+    "Reading",
+    "Request",
+    "Result",
+    "Runtime",
+    "Stream",
+    "Text",
+    "load",
+]
 DTYPES = ("float32", "bfloat16")
 
 

@@ -30,9 +30,11 @@ def arguments() -> argparse.ArgumentParser:
     source = prompt.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="one prompt")
     source.add_argument(
-        "--prompt-file", type=Path, metavar="FILE",
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
         help='a file that is one prompt, or JSON Lines (.jsonl): each with "prompt", or chat "messages"',
-    )  # fmt: skip
+    )
     prompt.add_argument("--system", metavar="TEXT", help="the system message of a chat")
     prompt.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     output = parser.add_argument_group("output")

@@ -105,9 +105,13 @@ def arguments() -> argparse.ArgumentParser:
         prog="python -m pallas_kernels.bench", description="Time each Pallas kernel against XLA, at real shapes."
     )
     parser.add_argument(
-        "--shapes", nargs="+", choices=SHAPES, default=["llama3-8b", "llama3.2-1b", "qwen2-7b"], metavar="MODEL",
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        default=["llama3-8b", "llama3.2-1b", "qwen2-7b"],
+        metavar="MODEL",
         help=f"of {', '.join(SHAPES)} (default: llama3-8b llama3.2-1b qwen2-7b)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--context", nargs="+", type=int, default=[1024, 4096], metavar="N", help="live cache rows (default: 1024 4096)"
     )
@@ -115,9 +119,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--no-sweep", action="store_true", help="one config a shape: the one that would suit")
     parser.add_argument("--calls", type=int, default=64, metavar="N", help="calls a measurement (default: 64)")
     parser.add_argument(
-        "--tune", nargs="?", const="own", choices=("own", "package"),
+        "--tune",
+        nargs="?",
+        const="own",
+        choices=("own", "package"),
         help="keep the winners for `auto`: in your own tables, in the cache folder (the default), or in the package's",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument(
         "--dry", action="store_true", help="no GPU: interpret the kernels at a tiny shape; shows that all of it runs"

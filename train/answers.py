@@ -135,8 +135,13 @@ def _answer_files(
     def keep(number: int, tokens: np.ndarray, prompt: int, features: np.ndarray) -> None:
         writer.append(number, tokens, (np.arange(len(tokens)) >= prompt).astype(np.uint8), features)
 
-    columns = (TextColumn("{task.fields[answers]:,} answers, {task.fields[tokens]:,} tokens decoded, "
-                          "{task.fields[stored]:,} in the store"), TimeElapsedColumn())  # fmt: skip
+    columns = (
+        TextColumn(
+            "{task.fields[answers]:,} answers, {task.fields[tokens]:,} tokens decoded, "
+            "{task.fields[stored]:,} in the store"
+        ),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=None, answers=0, tokens=0, stored=writer.tokens)
         done = [0, 0]
@@ -146,10 +151,18 @@ def _answer_files(
             progress.update(task, answers=done[0], tokens=done[1], stored=writer.tokens)
 
         answer_prompts(
-            params, checkpoint.config, waiting(), checkpoint.stop_ids, keep, slots=settings.slots,
-            capacity=settings.capacity, max_new_tokens=settings.max_new_tokens,
-            settings=Sampling(settings.temperature), seed=settings.seed, progress=show,
-        )  # fmt: skip
+            params,
+            checkpoint.config,
+            waiting(),
+            checkpoint.stop_ids,
+            keep,
+            slots=settings.slots,
+            capacity=settings.capacity,
+            max_new_tokens=settings.max_new_tokens,
+            settings=Sampling(settings.temperature),
+            seed=settings.seed,
+            progress=show,
+        )
 
 
 def first_turns(files: Iterable[Path]) -> Iterator[str]:

@@ -119,9 +119,11 @@ def places(
 
     parts: list[Places] = []
     shown = track(
-        with_answers(stores, sequences, row), "sequences", min(sequences, sum(map(len, stores))),
+        with_answers(stores, sequences, row),
+        "sequences",
+        min(sequences, sum(map(len, stores))),
         console=Console(stderr=True),
-    )  # fmt: skip
+    )
     for tokens, answer, features in shown:
         more = -len(tokens) % ROW
         found, counted = of_one(

@@ -94,8 +94,16 @@ def run(args: argparse.Namespace) -> None:
 
 def new_draft(target: ModelConfig, draft_vocab_size: int) -> Eagle3Config:
     """A draft with the shape of one of the target's own layers, and its rotary embedding."""
-    same = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps", "rope_theta",
-            "rope_scaling")  # fmt: skip
+    same = (
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+    )
     return Eagle3Config(
         **{name: getattr(target, name) for name in same},
         draft_vocab_size=draft_vocab_size,
@@ -189,9 +197,14 @@ def loss_terms(
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("state",))
 def train_step(
-    state: TrainState, config: ModelConfig, recipe: Eagle3Recipe, embedding: Array, head: Array, ids: Array,
+    state: TrainState,
+    config: ModelConfig,
+    recipe: Eagle3Recipe,
+    embedding: Array,
+    head: Array,
+    ids: Array,
     batch: Batch,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+) -> tuple[TrainState, dict[str, Array]]:
     """One step of the optimiser; the arguments are those of `loss_terms`."""
     embedding, head = recipe.cast((embedding, head))
 

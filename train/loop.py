@@ -71,8 +71,14 @@ class Loop:
         self._task, self._folder = task, opened.folder
         tokens = settings.rows * settings.row
         self._speed = Speed(tokens, task.flops * tokens, task.recipe.compute, opened.mesh.size)
-        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
-                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        columns = (
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=opened.console)
         self._bar = self._progress.add_task("training", total=task.recipe.steps, shown="")
         self._metrics: Metrics = {}  # of the latest step

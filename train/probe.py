@@ -40,9 +40,13 @@ class Probe:
     """The accepted length of a draft in the making: greedy, the device's default tree, over the full vocabulary."""
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: DraftSpec, target: LlamaParams, prompts: list[np.ndarray],
+        self,
+        checkpoint: Checkpoint,
+        spec: DraftSpec,
+        target: LlamaParams,
+        prompts: list[np.ndarray],
         finished: Callable[[Any], Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._checkpoint, self._spec, self._prompts, self._finished = checkpoint, spec, prompts, finished
         self._target = _on_one_device(target)
 

@@ -46,10 +46,22 @@ class Recipe(TargetHeadLoss):
 
 # EAGLE's published recipe: feature loss first, noise of 0.2 * 512 / T in all, one pass.
 EAGLE2 = Recipe(
-    steps=800_000, lr=3e-5, warmup=2000, decay="linear", optimizer="adamw", weight_decay=0.01, clip=0.5,
-    feature_weight=1.0, ce_weight=0.1, unroll=1, noise=0.1, loss_vocab=0, loss_random=0,
-    start="random", units="one",
-)  # fmt: skip
+    steps=800_000,
+    lr=3e-5,
+    warmup=2000,
+    decay="linear",
+    optimizer="adamw",
+    weight_decay=0.01,
+    clip=0.5,
+    feature_weight=1.0,
+    ce_weight=0.1,
+    unroll=1,
+    noise=0.1,
+    loss_vocab=0,
+    loss_random=0,
+    start="random",
+    units="one",
+)
 PRESETS = {"default": Recipe(), "eagle2": EAGLE2}
 
 
@@ -218,9 +230,16 @@ def loss_terms(
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe", "units"), donate_argnames=("state",))
 def train_step(
-    state: TrainState, config: ModelConfig, recipe: Recipe, embedding: Array, head: Array, ranked: Array, seed: Array,
-    batch: Batch, units: Units = ONE,
-) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    state: TrainState,
+    config: ModelConfig,
+    recipe: Recipe,
+    embedding: Array,
+    head: Array,
+    ranked: Array,
+    seed: Array,
+    batch: Batch,
+    units: Units = ONE,
+) -> tuple[TrainState, dict[str, Array]]:
     """One step of the optimiser, on weights in `units`.
 
     Args:

@@ -73,10 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str, presets: Mapping[s
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
     parser.add_argument(
-        "--own-answers", type=int, metavar="N",
+        "--own-answers",
+        type=int,
+        metavar="N",
         help="let the target answer the prompts of these conversations first, N tokens or so, into WORK/answers, and "
         "train on that; counts the checkpoint's ranking too, where it has none",
-    )  # fmt: skip
+    )
     parser.add_argument("--name", default=kind, help=f"the draft's name under CKPT/drafts (default: {kind})")
     parser.add_argument("--work", type=Path, help="folder of the run (default: CKPT/training/NAME)")
     parser.add_argument("--start-from", metavar="NAME", help="a draft (name or folder) whose weights to start from")
@@ -87,21 +89,28 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str, presets: Mapping[s
     parser.add_argument("--rows", type=int, default=8, help="packed rows a batch (default: 8)")
     parser.add_argument("--row", type=int, default=512, help="tokens a row; longer sequences are cut (default: 512)")
     parser.add_argument(
-        "--loss-on", choices=("all", "answers"), default="answers",
+        "--loss-on",
+        choices=("all", "answers"),
+        default="answers",
         help="pairs that the loss counts: those of answers, or of prompts too (default: answers)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=int, default=0, help="of initial weights, data order and noise (default: 0)")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between evaluations (default: 100)")
     parser.add_argument("--eval-batches", type=int, default=1, help="held-out batches an evaluation reads (default: 1)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
     parser.add_argument(
-        "--accept-every", type=int, default=500, metavar="N",
+        "--accept-every",
+        type=int,
+        default=500,
+        metavar="N",
         help="steps between measurements of the accepted length, on held-out prompts; 0: never (default: 500)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--keep", choices=("best", "last"), default="best",
+        "--keep",
+        choices=("best", "last"),
+        default="best",
         help="which weights become the draft: the best by held-out agreement, or the last (default: best)",
-    )  # fmt: skip
+    )
     recipe = parser.add_argument_group("recipe", "defaults are the preset's" if len(presets) > 1 else None)
     hints = typing.get_type_hints(type(presets["default"]))
     for field in dataclasses.fields(presets["default"]):

@@ -60,10 +60,14 @@ def folded(params: EagleParams, units: Units) -> EagleParams:
         fc=params.fc * column,
         fc_bias=written(params.fc_bias),
         layer=dataclasses.replace(
-            layer, qkv=layer.qkv / unit, output=layer.output * unit, output_bias=written(layer.output_bias),
-            down=layer.down * unit, down_bias=written(layer.down_bias),
+            layer,
+            qkv=layer.qkv / unit,
+            output=layer.output * unit,
+            output_bias=written(layer.output_bias),
+            down=layer.down * unit,
+            down_bias=written(layer.down_bias),
         ),
-    )  # fmt: skip
+    )
 
 
 def unfolded(params: EagleParams, units: Units) -> EagleParams:
@@ -86,9 +90,12 @@ def fitted(params: EagleParams, packing: Packing, embedding: np.ndarray, units: 
     for batch in itertools.islice(packing.training(0), batches):
         counted = np.asarray(batch.mask) > 0
         read = np.concatenate(
-            [embedding[np.asarray(batch.next_tokens)[counted]] / units.embedding,
-             np.asarray(batch.features)[counted] / units.feature], axis=1,
-        )  # fmt: skip
+            [
+                embedding[np.asarray(batch.next_tokens)[counted]] / units.embedding,
+                np.asarray(batch.features)[counted] / units.feature,
+            ],
+            axis=1,
+        )
         squares += read.T @ read
         products += read.T @ (np.asarray(batch.targets)[counted] / units.feature)
     np.fill_diagonal(squares, np.diag(squares) * (1 + RIDGE) + 1e-6)

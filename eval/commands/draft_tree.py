@@ -53,9 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-vocab", metavar="N", help="V' of the cropped tree (default: as in generate)")
     parser.add_argument("--prompt", default="Why do leaves turn red in autumn?", metavar="TEXT")
     parser.add_argument(
-        "--after", type=int, metavar="N",
+        "--after",
+        type=int,
+        metavar="N",
         help=f"tokens of the answer before the tree (default: of the first {PLACES}, where most is accepted)",
-    )  # fmt: skip
+    )
     parser.add_argument("--tree-size", type=int, default=9, metavar="N", help="nodes with the root (default: 9)")
     parser.add_argument("--depth", type=int, default=3, metavar="D", help="levels below the root (default: 3)")
     parser.add_argument("--draft-top-k", type=int, default=2, metavar="K", help="beams and children (default: 2)")
@@ -157,16 +159,25 @@ def _draw_tree(axis: Axes, one: Drawn, inside: set[int]) -> None:
         above = int(one.parent[node])
         kept = node in one.accepted
         axis.plot(
-            [one.depth[above], one.depth[node]], [places[above], places[node]],
-            color=ACCEPTED if kept else "#b0b0b0", linewidth=2.5 if kept else 1, zorder=1,
-        )  # fmt: skip
+            [one.depth[above], one.depth[node]],
+            [places[above], places[node]],
+            color=ACCEPTED if kept else "#b0b0b0",
+            linewidth=2.5 if kept else 1,
+            zorder=1,
+        )
     for node, word in enumerate(one.words):
         colour = ACCEPTED if node in one.accepted else PLAIN if int(one.ids[node]) in inside else OUTSIDE
         axis.text(
-            one.depth[node], places[node], f"{node} {_short(word, 14)!r}", ha="center", va="center",
-            fontsize="small", parse_math=False, color="black" if colour == PLAIN else "white",
+            one.depth[node],
+            places[node],
+            f"{node} {_short(word, 14)!r}",
+            ha="center",
+            va="center",
+            fontsize="small",
+            parse_math=False,
+            color="black" if colour == PLAIN else "white",
             bbox={"boxstyle": "round,pad=0.3", "facecolor": colour, "edgecolor": "none"},
-        )  # fmt: skip
+        )
     axis.set_xlim(-0.4, max(one.depth) + 0.4)
     axis.set_ylim(max(places) + 0.7, -0.7)
     axis.set_xticks(range(max(one.depth) + 1), ["root", *(f"depth {d}" for d in range(1, max(one.depth) + 1))])
@@ -174,8 +185,10 @@ def _draw_tree(axis: Axes, one: Drawn, inside: set[int]) -> None:
     axis.spines[:].set_visible(False)
     axis.set_title(
         f"{one.title}: {len(one.accepted)} tokens, the bonus {_short(one.bonus, 14)!r} counted",
-        fontsize="medium", loc="left", parse_math=False,
-    )  # fmt: skip
+        fontsize="medium",
+        loc="left",
+        parse_math=False,
+    )
 
 
 def _draw_mask(axis: Axes, one: Drawn) -> None:

@@ -30,15 +30,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str, dtyp
         "--draft", metavar="NAME,...", help="names or folders of drafts to measure (default: the only one there is)"
     )
     parser.add_argument(
-        "--draft-vocab", default=vocabularies, metavar="N,N,...",
+        "--draft-vocab",
+        default=vocabularies,
+        metavar="N,N,...",
         help=f"sub-vocabularies to measure: numbers, full, or shares such as 1/4 (default: {vocabularies})",
-    )  # fmt: skip
+    )
     add_tree_flags(parser)
     parser.add_argument(
-        "--copying", choices=COPYING, default="off",
+        "--copying",
+        choices=COPYING,
+        default="off",
         help="EAGLE-2 drafts also propose what followed the same tokens earlier in the text; both: each method without "
         "it and with it (default: off)",
-    )  # fmt: skip
+    )
     add_dtype_flag(parser, dtype)
 
 
@@ -47,9 +51,12 @@ def add_question_arguments(parser: argparse.ArgumentParser, questions: int | Non
         "--data", type=Path, metavar="DIR", help="folder or file of Spec-Bench and HumanEval (default: a small sample)"
     )
     parser.add_argument(
-        "--questions", type=int, default=questions, metavar="N",
+        "--questions",
+        type=int,
+        default=questions,
+        metavar="N",
         help=f"evenly over the tasks (default: {'all' if questions is None else questions})",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=tokens, metavar="N", help=f"of an answer (default: {tokens})"
     )
@@ -65,9 +72,13 @@ def decoding_request(args: argparse.Namespace) -> Request:
 
 def add_ranking_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--ranking", nargs="+", type=Path, default=[], metavar="FILE",
+        "--ranking",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
         help="take sub-vocabularies from each of these .npz files (default: the checkpoint's ranking)",
-    )  # fmt: skip
+    )
 
 
 def progress_bar() -> Progress:

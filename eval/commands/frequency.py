@@ -90,8 +90,12 @@ def long_tail(found: dict[str, Ranking]) -> Figure:
         whole.plot(places / len(share), share[places - 1], color=colour, label=plots.plain(name))
     whole.axvline(0.25, color="black", linewidth=1, linestyle=":")
     whole.axhline(0.95, color="black", linewidth=1, linestyle=":")
-    whole.annotate("the paper, Llama 3: 25 % of the vocabulary\nmake up more than 95 % of occurrences", (0.27, 0.93),
-                   va="top", fontsize="small")  # fmt: skip
+    whole.annotate(
+        "the paper, Llama 3: 25 % of the vocabulary\nmake up more than 95 % of occurrences",
+        (0.27, 0.93),
+        va="top",
+        fontsize="small",
+    )
     zipf.set_xscale("log")
     zipf.set_yscale("log")
     zipf.set_xlabel("rank of the token")
@@ -112,8 +116,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         shares = (f"{value:.1%}" for value in row["share_of_vocabulary_for"].values())
         table.add_row(
-            row["name"], f"{row['vocabulary']:,}", f"{row['tokens']:,}", *shares,
-            f"{row['last_three_quarters']:.1%}", f"{row['never_seen']:.1%}",
-        )  # fmt: skip
+            row["name"],
+            f"{row['vocabulary']:,}",
+            f"{row['tokens']:,}",
+            *shares,
+            f"{row['last_three_quarters']:.1%}",
+            f"{row['never_seen']:.1%}",
+        )
     results_console().print(table)
     print("last 3/4 of V: what the rarest three quarters make up; the paper: under 5% (Llama 3, SlimPajama)")

@@ -38,16 +38,17 @@ NOT_JUDGED = "not judged: --execute runs model-written code"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "1/4")
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR",
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
         help="folder with humaneval/HumanEval.jsonl.gz and gsm8k/test.jsonl, or one of them",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--out", type=output.folder_of("--out"), required=True, metavar="RUN", help="folder of the answers; resumes"
     )
     parser.add_argument("--questions", type=int, metavar="N", help="evenly over the benchmarks (default: all)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)"
-    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
     parser.add_argument("--temperature", default="0,1", metavar="T,T,...", help="0 is greedy (default: 0,1)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="answers above temperature 0 (default: 5)")
     parser.add_argument(
@@ -101,9 +102,14 @@ def temperatures_of(text: str) -> list[float]:
 
 
 def fill(
-    kept: records.Records, problems: list[Problem], found: dict[str, Generator], model: Path | None, request: Request,
-    temperatures: list[float], seeds: int,
-) -> None:  # fmt: skip
+    kept: records.Records,
+    problems: list[Problem],
+    found: dict[str, Generator],
+    model: Path | None,
+    request: Request,
+    temperatures: list[float],
+    seeds: int,
+) -> None:
     """Ask what the records do not hold yet: every problem at every temperature, greedy once, else for every seed."""
     done = {(record["question"], record["repeat"]) for record in kept.lines}
     plan = [
@@ -126,10 +132,15 @@ def fill(
             if rival is not None and temperature == 0:
                 tokens = rival.answer(vanilla.encode(problem.prompt), request.max_new_tokens).tokens
                 answers[PEER] = found["vanilla"].checkpoint.tokenizer.decode(tokens, skip_special_tokens=True)
-            kept.append({
-                "question": f"{problem.key} T={temperature:g}", "repeat": seed, "problem": problem.key,
-                "temperature": temperature, "answers": answers,
-            })  # fmt: skip
+            kept.append(
+                {
+                    "question": f"{problem.key} T={temperature:g}",
+                    "repeat": seed,
+                    "problem": problem.key,
+                    "temperature": temperature,
+                    "answers": answers,
+                }
+            )
             progress.advance(bar)
 
 
@@ -169,11 +180,13 @@ def table_4(scores: Scores, seeds: int) -> tables.Table:
         rows.append((benchmark, f"{temperature:g}", str(count) if count else tables.NOTHING, *mine, *paper))
     headings = [*(f"ours: {name}" for name in names), *(f"paper: {key}" for key in theirs)]
     return tables.Table(
-        "quality", "Task quality (Table 4)",
+        "quality",
+        "Task quality (Table 4)",
         "Per cent solved: HumanEval pass@1, GSM8K accuracy; above temperature 0 the mean ± standard deviation of "
         f"{seeds} seeds. The paper's model is Llama-3-8B.",
-        ("Benchmark", "Temperature", "Problems", *headings), rows,
-    )  # fmt: skip
+        ("Benchmark", "Temperature", "Problems", *headings),
+        rows,
+    )
 
 
 def percent(by_seed: Mapping[int, list[bool]]) -> str:

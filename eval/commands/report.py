@@ -21,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that python -m eval run has written")
     add_out_argument(parser, "where to write (default: report/ in the first RUN)")
     parser.add_argument(
-        "--tie", type=float, metavar="GAP",
+        "--tie",
+        type=float,
+        metavar="GAP",
         help="choices closer than this are a near-tie (default: 1e-3 in float32, 0.25 in bfloat16)",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -78,9 +78,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def fill(
-    kept: records.Records, questions: list[Question], repeats: int, found: dict[str, Generator], rival: Path | None,
+    kept: records.Records,
+    questions: list[Question],
+    repeats: int,
+    found: dict[str, Generator],
+    rival: Path | None,
     request: Request,
-) -> None:  # fmt: skip
+) -> None:
     """Ask what the records do not hold yet."""
     done = {(record["question"], record["repeat"]) for record in kept.lines}
     plan = [(question, repeat) for repeat in range(repeats) for question in questions]

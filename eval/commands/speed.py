@@ -86,9 +86,14 @@ def compare(
 
 
 def _row(
-    name: str, model: Generator, results: dict[str, list[Result]], prompts: list[np.ndarray], request: Request,
-    speed: float, context: int,
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    model: Generator,
+    results: dict[str, list[Result]],
+    prompts: list[np.ndarray],
+    request: Request,
+    speed: float,
+    context: int,
+) -> dict[str, Any]:
     mine, base = results[name], results["vanilla"]
     times = [stages.stage_times(model, prompt, request) for prompt in prompts[:3]]
     tokens, rounds = sum(len(r.tokens) - 1 for r in mine), sum(r.rounds for r in mine)
@@ -111,9 +116,15 @@ def _row(
 
 
 HEADINGS = {
-    "name": "method", "tokens_per_second": "tokens/s", "speed_up": "× vanilla", "accepted_length": "accepted",
-    "draft_ms": "draft ms", "verify_ms": "verify ms", "times_floor": "× floor", "identical_to_vanilla": "identical",
-}  # fmt: skip
+    "name": "method",
+    "tokens_per_second": "tokens/s",
+    "speed_up": "× vanilla",
+    "accepted_length": "accepted",
+    "draft_ms": "draft ms",
+    "verify_ms": "verify ms",
+    "times_floor": "× floor",
+    "identical_to_vanilla": "identical",
+}
 
 
 def show(figures: dict[str, Any]) -> None:

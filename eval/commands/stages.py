@@ -114,10 +114,15 @@ def figures_of(args: argparse.Namespace, tree: TreeConfig) -> dict[str, Any]:
                 rows.append(_row(name, size, context, stages, whole))
                 progress.advance(task)
     figures = {
-        "shapes": args.model, "random_weights": True, "dtype": jnp.dtype(dtype).name,
-        "tree": dataclasses.asdict(tree), "kernels": args.kernels, "draft_int8": args.draft_int8,
-        "bandwidth_gb_per_second": round(speed / 1e9, 1), "rows": rows,
-    }  # fmt: skip
+        "shapes": args.model,
+        "random_weights": True,
+        "dtype": jnp.dtype(dtype).name,
+        "tree": dataclasses.asdict(tree),
+        "kernels": args.kernels,
+        "draft_int8": args.draft_int8,
+        "bandwidth_gb_per_second": round(speed / 1e9, 1),
+        "rows": rows,
+    }
     if args.peer_step:
         figures["transformers_step_us"] = {str(c): round(us, 1) for c, us in step_us(config, args.context).items()}
     _with_paper(figures)
@@ -138,20 +143,27 @@ def _fits(vocabulary: int | str, args: argparse.Namespace, config: ModelConfig) 
 def _timed(stages: Iterator[Stage], weights: engine.Weights, calls: int, speed: float) -> list[dict[str, Any]]:
     return [
         {
-            "stage": stage.name, "times": stage.times, "bytes": stage.bytes,
+            "stage": stage.name,
+            "times": stage.times,
+            "bytes": stage.bytes,
             "us": round(timing.looped(stage.step, weights, stage.carry, calls), 2),
             "floor_us": round(1e6 * stage.bytes / speed, 2),
         }
         for stage in stages
-    ]  # fmt: skip
+    ]
 
 
 def _row(name: str, vocabulary: int | None, context: int, stages: list[dict[str, Any]], whole: float) -> dict[str, Any]:
     floor = sum(s["floor_us"] * s["times"] for s in stages if not s["stage"].startswith("("))
     return {
-        "name": name, "draft_vocab": vocabulary, "context": context, "stages": stages, "round_us": round(whole, 1),
-        "floor_us": round(floor, 1), "times_floor": round(whole / floor, 3),
-    }  # fmt: skip
+        "name": name,
+        "draft_vocab": vocabulary,
+        "context": context,
+        "stages": stages,
+        "round_us": round(whole, 1),
+        "floor_us": round(floor, 1),
+        "times_floor": round(whole / floor, 3),
+    }
 
 
 def _with_paper(figures: dict[str, Any]) -> None:

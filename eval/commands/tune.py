@@ -56,9 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
     parser.add_argument(
-        "--draft-vocab", default="full,1/2,1/4,1/8,1/16", metavar="N,N,...",
+        "--draft-vocab",
+        default="full,1/2,1/4,1/8,1/16",
+        metavar="N,N,...",
         help="sub-vocabularies to try: numbers, full, or shares (default: full,1/2,1/4,1/8,1/16)",
-    )  # fmt: skip
+    )
     space = SPACES["cpu"]
     for flag, name, letter in (
         ("--tree-size", "size", "N"),
@@ -66,9 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--draft-top-k", "top_k", "K"),
     ):
         parser.add_argument(
-            flag, metavar=f"{letter},{letter},...",
+            flag,
+            metavar=f"{letter},{letter},...",
             help=f"to try (default: CPU {space[name]}, GPU {SPACES['gpu'][name]})",
-        )  # fmt: skip
+        )
     add_question_arguments(parser, questions=7, tokens=64)
     add_dtype_flag(parser)
     add_out_argument(parser, "where the plots go (default: the draft's folder)")
@@ -210,8 +213,10 @@ def point(choice: Choice | None, results: list[api.Result]) -> Point:
 
 def show(best: Choice, rivals: dict[str, dict[str, Any]]) -> None:
     """The outcome."""
-    table = Table(title=f"{provenance.machine()}: V' {best.draft_vocab:,}, {best.tree.size} nodes, depth {best.depth}, "
-                        f"top-k {best.top_k}")  # fmt: skip
+    table = Table(
+        title=f"{provenance.machine()}: V' {best.draft_vocab:,}, {best.tree.size} nodes, depth {best.depth}, "
+        f"top-k {best.top_k}"
+    )
     for heading in ("setting", "tokens/s", "× vanilla", "accepted", "round ms"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for name, row in rivals.items():

@@ -86,9 +86,13 @@ def _parse(file: Path, parse: Callable[[int, Any], Problem]) -> list[Problem]:
 def _human_eval(_: int, row: Any) -> Problem:
     stub = row["prompt"]
     return Problem(
-        f"HumanEval/{row['task_id'].rpartition('/')[2]}", "HumanEval", CODE_PROMPT.format(stub), stub=stub,
-        entry=row["entry_point"], test=row["test"],
-    )  # fmt: skip
+        f"HumanEval/{row['task_id'].rpartition('/')[2]}",
+        "HumanEval",
+        CODE_PROMPT.format(stub),
+        stub=stub,
+        entry=row["entry_point"],
+        test=row["test"],
+    )
 
 
 def _gsm8k(number: int, row: Any) -> Problem:

@@ -17,9 +17,7 @@ from frspec_jax import json_lines
 from frspec_jax.errors import UserError
 
 TASKS = ("MT", "Conv", "RAG", "Math", "QA", "Summ", "Code")  # the paper's columns, in its order
-CONVERSATION = {
-    "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities", "mt_bench"
-}  # fmt: skip
+CONVERSATION = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities", "mt_bench"}
 CATEGORIES = {
     **dict.fromkeys(CONVERSATION, "Conv"),
     "translation": "MT",

@@ -79,10 +79,18 @@ class Peer:
         clock = _Clock()
         with self._torch.inference_mode():
             out = self._model.generate(
-                ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=self._stop_ids, pad_token_id=self._stop_ids[0], temperature=None, top_p=None, top_k=None,
-                streamer=clock, **assisted,
-            )  # fmt: skip
+                ids,
+                attention_mask=self._torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=self._stop_ids,
+                pad_token_id=self._stop_ids[0],
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                streamer=clock,
+                **assisted,
+            )
         end = time.perf_counter()
         first = clock.times[0] if clock.times else end
         return PeerResult(

@@ -24,11 +24,18 @@ def step_us(config: ModelConfig, contexts: list[int]) -> dict[int, float]:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     kind = transformers.Qwen2Config if config.architecture == "qwen2" else transformers.LlamaConfig
     sizes = kind(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, max_position_embeddings=max(contexts) + TOKENS + 1,
-        tie_word_embeddings=config.tied_head, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=max(contexts) + TOKENS + 1,
+        tie_word_embeddings=config.tied_head,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(sizes, dtype=dtype).eval()
     found = {}
@@ -41,9 +48,13 @@ def step_us(config: ModelConfig, contexts: list[int]) -> dict[int, float]:
             start = time.perf_counter()
             with torch.inference_mode():
                 model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
-                    do_sample=False, cache_implementation="static",
-                )  # fmt: skip
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=tokens,
+                    min_new_tokens=tokens,
+                    do_sample=False,
+                    cache_implementation="static",
+                )
             if device == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - start

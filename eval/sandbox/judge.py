@@ -51,9 +51,15 @@ def _run(program: str, seconds: float, megabytes: int) -> tuple[bool, str]:
         Path(empty).chmod(0o755)
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(CHILD), str(megabytes), str(int(seconds) + 1)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=empty, env={},
-            start_new_session=True, text=True, errors="replace",
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=empty,
+            env={},
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
         try:
             out, err = process.communicate(f"{token}\n{program}", timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -121,11 +121,16 @@ def paper_rows(measure: str, temperature: float) -> list[Row]:
             rows.setdefault(  # vanilla stands in several tables with the same figures
                 (label, table["model"]),
                 Row(
-                    label, f"paper, Table {table['table']}: {table['model']}", kind,
-                    size / table["vocabulary"] if size else 1.0, corpus, row["values"], row["average"],
+                    label,
+                    f"paper, Table {table['table']}: {table['model']}",
+                    kind,
+                    size / table["vocabulary"] if size else 1.0,
+                    corpus,
+                    row["values"],
+                    row["average"],
                     row.get("percent"),
                 ),
-            )  # fmt: skip
+            )
     return list(rows.values())
 
 
@@ -171,11 +176,13 @@ def accepted_length(run: Run) -> Table:
         share = NOTHING if percent is None else f"{percent:.1f}%"
         body.append((row.label, row.model, *_cells(row, 2), f"{row.average:.2f}", share))
     return Table(
-        "accepted_length", "Accepted length (Tables 1, 6, 7)",
+        "accepted_length",
+        "Accepted length (Tables 1, 6, 7)",
         "Tokens a round, pooled over the rounds of a task; the bonus token is counted. % is of the average with the "
         "full vocabulary. Averages are means over the tasks that were asked.",
-        ("Configuration", "Model", *TASKS, "Average", "% of full"), body,
-    )  # fmt: skip
+        ("Configuration", "Model", *TASKS, "Average", "% of full"),
+        body,
+    )
 
 
 def decoding_speed(run: Run) -> Table:
@@ -188,11 +195,13 @@ def decoding_speed(run: Run) -> Table:
         for row in sorted(rows, key=lambda row: row.place)
     ]
     return Table(
-        "decoding_speed", "Decoding speed, tokens/s (Tables 2, 3, 5, 8)",
+        "decoding_speed",
+        "Decoding speed, tokens/s (Tables 2, 3, 5, 8)",
         f"Tokens over seconds of decoding, prefill left out. Ours: {run.manifest['machine']}, {run.manifest['dtype']}; "
         "the paper's: its own CUDA engine on a GPU.",
-        ("Method", "Model", *TASKS, "Average", "× vanilla"), body,
-    )  # fmt: skip
+        ("Method", "Model", *TASKS, "Average", "× vanilla"),
+        body,
+    )
 
 
 def _of(row: Row) -> str:
@@ -209,11 +218,13 @@ def speed_up(run: Run) -> Table:
         found = speed_ups(run.tallies[name], run.tallies["vanilla"])
         body.append((name, *(str(found.get(task, NOTHING)) for task in (*TASKS, "Average"))))
     return Table(
-        "speed_up", "Speed-up over vanilla decoding",
+        "speed_up",
+        "Speed-up over vanilla decoding",
         "Ratio of decoding tokens/s; in brackets the 95 % interval of a bootstrap over the questions of each "
         "task, where there are several.",
-        ("Method", *TASKS, "Average"), body,
-    )  # fmt: skip
+        ("Method", *TASKS, "Average"),
+        body,
+    )
 
 
 def with_prefill(run: Run) -> Table:
@@ -224,11 +235,13 @@ def with_prefill(run: Run) -> Table:
         spread = f"{np.mean(rates):.2f} ± {np.std(rates, ddof=1):.2f}" if len(rates) > 1 else NOTHING
         body.append((row.label, *_cells(row, 2), f"{row.average:.2f}", spread))
     return Table(
-        "with_prefill", "Tokens/s, prefill included",
+        "with_prefill",
+        "Tokens/s, prefill included",
         "Tokens over seconds of prefill and decoding. Last column: decoding tokens/s over all questions, mean and "
         "standard deviation over the repeats.",
-        ("Method", *TASKS, "Average", "decoding, by repeat"), body,
-    )  # fmt: skip
+        ("Method", *TASKS, "Average", "decoding, by repeat"),
+        body,
+    )
 
 
 def coverage(run: Run) -> Table:
@@ -239,10 +252,12 @@ def coverage(run: Run) -> Table:
         cells = (f"{row.values[task]:.1%}" if task in row.values else NOTHING for task in TASKS)
         body.append((row.label, f"{run.methods[row.label]['draft_vocab']:,}", *cells, f"{row.average:.1%}"))
     return Table(
-        "coverage", "Coverage of the emitted tokens",
+        "coverage",
+        "Coverage of the emitted tokens",
         "The share of the tokens in the answers that the draft could have proposed at all.",
-        ("Method", "V'", *TASKS, "Average"), body,
-    )  # fmt: skip
+        ("Method", "V'", *TASKS, "Average"),
+        body,
+    )
 
 
 def by_depth(run: Run) -> Table:
@@ -253,10 +268,12 @@ def by_depth(run: Run) -> Table:
         (name, *(f"{x:.1%}" for x in shares), *[NOTHING] * (deepest - len(shares))) for name, shares in found.items()
     ]
     return Table(
-        "acceptance_by_depth", "Acceptance by depth",
+        "acceptance_by_depth",
+        "Acceptance by depth",
         "Of the rounds that accepted every draft above it, the share that accepted one at this depth; all tasks.",
-        ("Method", *(f"depth {depth}" for depth in range(1, deepest + 1))), body,
-    )  # fmt: skip
+        ("Method", *(f"depth {depth}" for depth in range(1, deepest + 1))),
+        body,
+    )
 
 
 def identity(run: Run, tie: float) -> Table:
@@ -269,10 +286,12 @@ def identity(run: Run, tie: float) -> Table:
         same, near, different = whole.identity(tie)
         body.append((name, f"{whole.answers}", f"{same / whole.answers:.1%}", f"{same}", f"{near}", f"{different}"))
     return Table(
-        "identity", "Answers identical to vanilla's",
+        "identity",
+        "Answers identical to vanilla's",
         f"Near-ties: parted where the target's two best choices lay within {tie:g}, which rounding decides.",
-        ("Method", "answers", "share identical", "identical", "parted at a near-tie", "different"), body,
-    )  # fmt: skip
+        ("Method", "answers", "share identical", "identical", "parted at a near-tie", "different"),
+        body,
+    )
 
 
 def every(run: Run, tie: float) -> list[Table]:

@@ -119,8 +119,17 @@ class Eagle3Config:
 
     def layer_of(self, target: ModelConfig) -> ModelConfig:
         """The draft's layer as a one-layer model, with its own rotary embedding."""
-        own = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps",
-               "rope_theta", "rope_scaling", "attention_bias")  # fmt: skip
+        own = (
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "rms_norm_eps",
+            "rope_theta",
+            "rope_scaling",
+            "attention_bias",
+        )
         return dataclasses.replace(
             target, num_layers=1, output_bias=False, mlp_bias=False, **{name: getattr(self, name) for name in own}
         )

@@ -148,10 +148,12 @@ def best_rows(weights: MedusaWeights, feature: Array, levels: int, ranks: int, k
     outputs = [residual(blocks, feature.astype(blocks[0].weight.dtype)) for blocks in weights.blocks[:levels]]
     if len(weights.lm_heads) == 1:  # all heads read through one: a single product
         outputs = [jnp.concatenate(outputs)]
-    return jnp.concatenate([
-        subvocab_top_k(rows, head.weight, ranks, head.scale, implementation=kernels.head)[1]
-        for rows, head in zip(outputs, weights.lm_heads, strict=False)
-    ])  # fmt: skip
+    return jnp.concatenate(
+        [
+            subvocab_top_k(rows, head.weight, ranks, head.scale, implementation=kernels.head)[1]
+            for rows, head in zip(outputs, weights.lm_heads, strict=False)
+        ]
+    )
 
 
 @dataclasses.dataclass(frozen=True)

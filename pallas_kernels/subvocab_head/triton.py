@@ -100,9 +100,12 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
         weight = plt.load(tile, mask=real, other=0) if ragged else plt.load(tile)
         x = x_ref[:, pl.ds(number * block_h, block_h)]
         product = lax.dot_general(
-            weight.astype(x.dtype), x, (((1,), (1,)), ((), ())), precision=precision,
+            weight.astype(x.dtype),
+            x,
+            (((1,), (1,)), ((), ())),
+            precision=precision,
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        )
         return (number + 1, total + product), None
 
     begin: tuple[Any, Array] = np.int32(0), jnp.zeros((block_v, columns), jnp.float32)

@@ -146,9 +146,12 @@ def _kernel(
         weights = jnp.exp(scores - new_peak[:, None])
         old = jnp.exp(peak - new_peak)
         mix = lax.dot_general(
-            weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), precision=precision,
+            weights.astype(v.dtype),
+            v,
+            (((1,), (0,)), ((), ())),
+            precision=precision,
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        )
         return new_peak, total * old + weights.sum(-1), mixed * old[:, None] + mix
 
     blocks = (committed + tokens + step - 1) // step

@@ -65,8 +65,13 @@ def test_the_report_holds_rounds_against_the_aims(tmp_path):
     found = [line.split(" | ")[1:] for line in gpu_check.targets(tmp_path)]
     figures = [(float(value), line.split(": ")[-1].strip(" |")) for value, line in found]
     assert figures == [
-        (1.109, "reached"), (1.6, "missed"), (1.2, "reached"), (8.0, "missed"), (1.05, "reached"), (1.1, "missed"),
-    ]  # fmt: skip
+        (1.109, "reached"),
+        (1.6, "missed"),
+        (1.2, "reached"),
+        (8.0, "missed"),
+        (1.05, "reached"),
+        (1.1, "missed"),
+    ]
 
 
 @pytest.mark.parametrize(

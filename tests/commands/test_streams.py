@@ -72,8 +72,19 @@ def test_a_platform_that_is_not_there(ckpt):
 def test_ctrl_c_while_weights_are_read(ckpt):
     """At some moment of loading, whichever: never that the checkpoint is damaged."""
     for wait in (1.0, 1.6, 2.2):
-        command = [sys.executable, "-m", "frspec_jax.generate", "--ckpt", str(ckpt), "--prompt", "hi",
-                   "--max-new-tokens", "900", "--context", "1000"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "frspec_jax.generate",
+            "--ckpt",
+            str(ckpt),
+            "--prompt",
+            "hi",
+            "--max-new-tokens",
+            "900",
+            "--context",
+            "1000",
+        ]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         time.sleep(wait)
         process.send_signal(signal.SIGINT)

@@ -112,9 +112,18 @@ def test_hass_drafts_load_as_eagle_2(ckpt, tmp_path):
     """HASS publishes EAGLE-2's layer under EAGLE-2's names; its config.json has more of the target's entries."""
     folder = published_eagle(tmp_path / "HASS-Tiny", ckpt, bias=False)
     edit_json(
-        folder / "config.json", vocab_size=160, hidden_act="silu", pretraining_tp=1, rope_scaling=None, use_cache=True,
-        initializer_range=0.02, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, torch_dtype="float16",
-    )  # fmt: skip
+        folder / "config.json",
+        vocab_size=160,
+        hidden_act="silu",
+        pretraining_tp=1,
+        rope_scaling=None,
+        use_cache=True,
+        initializer_range=0.02,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+        torch_dtype="float16",
+    )
     plain = imported(published_eagle(tmp_path / "draft", ckpt, bias=False), ckpt, "eagle")
     hass = imported(folder, ckpt, "hass")
     assert hass[0] == plain[0] and same(hass[1], plain[1])

@@ -115,8 +115,21 @@ def test_brackets_in_a_table_are_brackets(capsys):
 
 def test_a_draft_in_brackets_is_shown_by_its_name(copy, tmp_path, capsys):
     shutil.copytree(copy / "drafts" / "eagle", copy / "drafts" / "[mine]")
-    main(["accept", "--ckpt", str(copy), "--draft", "eagle,[mine]", "--draft-vocab", "full", "--questions", "1",
-          "--max-new-tokens", "4"])  # fmt: skip
+    main(
+        [
+            "accept",
+            "--ckpt",
+            str(copy),
+            "--draft",
+            "eagle,[mine]",
+            "--draft-vocab",
+            "full",
+            "--questions",
+            "1",
+            "--max-new-tokens",
+            "4",
+        ]
+    )
     assert "EAGLE-2 [[mine]]" in capsys.readouterr().out
 
 
@@ -150,8 +163,20 @@ def test_a_task_of_single_tokens_has_no_figures(tmp_path, capsys):
 
 # Tuning -------------------------------------------------------------------------------------------
 
-SMALL = ("--questions", "1", "--max-new-tokens", "4", "--draft-vocab", "full", "--tree-size", "4", "--depth", "2",
-         "--draft-top-k", "2")  # fmt: skip
+SMALL = (
+    "--questions",
+    "1",
+    "--max-new-tokens",
+    "4",
+    "--draft-vocab",
+    "full",
+    "--tree-size",
+    "4",
+    "--depth",
+    "2",
+    "--draft-top-k",
+    "2",
+)
 
 
 def paced(monkeypatch, speed_up):

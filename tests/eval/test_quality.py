@@ -155,10 +155,14 @@ def test_a_program_writes_and_removes_nothing(tmp_path):
     file = tmp_path / "kept"
     file.write_text("as it was")
     tmp_path.chmod(0o777)
-    for code in (f"open({str(file)!r}, 'w')", f"open({str(tmp_path / 'new')!r}, 'x')",
-                 f"import os; os.remove({str(file)!r})", f"import os; os.truncate({str(file)!r}, 0)",
-                 f"import os; os.open({str(file)!r}, os.O_WRONLY | os.O_TRUNC)",
-                 f"import pathlib; pathlib.Path({str(file)!r}).unlink()"):  # fmt: skip
+    for code in (
+        f"open({str(file)!r}, 'w')",
+        f"open({str(tmp_path / 'new')!r}, 'x')",
+        f"import os; os.remove({str(file)!r})",
+        f"import os; os.truncate({str(file)!r}, 0)",
+        f"import os; os.open({str(file)!r}, os.O_WRONLY | os.O_TRUNC)",
+        f"import pathlib; pathlib.Path({str(file)!r}).unlink()",
+    ):
         assert not judge.passes(code)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"] and file.read_text() == "as it was"
 
@@ -214,7 +218,11 @@ def test_answers_are_kept_and_code_runs_only_when_asked_to(ckpt, data, tmp_path,
     assert all(len(set(line["answers"].values())) == 1 and len(line["answers"]) == 2 for line in lines)
     rows = table(out)
     assert [(row["Benchmark"], row["Temperature"], row["Problems"]) for row in rows] == [
-        ("HumanEval", "0", "–"), ("HumanEval", "1", "–"), ("GSM8K", "0", "2"), ("GSM8K", "1", "2")]  # fmt: skip
+        ("HumanEval", "0", "–"),
+        ("HumanEval", "1", "–"),
+        ("GSM8K", "0", "2"),
+        ("GSM8K", "1", "2"),
+    ]
     assert rows[0]["ours: vanilla"] == quality.NOT_JUDGED and rows[0]["paper: engine FR-Spec"] == "58.5"
     assert rows[3]["paper: transformers EAGLE-2"] == "66.5 ± 2.9" and " ± " in rows[3]["ours: vanilla"]
     # The same command asks nothing again; with --execute it judges what is there.

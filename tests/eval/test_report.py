@@ -231,9 +231,16 @@ def test_the_papers_figures_agree_with_their_averages():
 
 
 @pytest.mark.parametrize(
-    ("size", "vocabulary", "share"), [(65536, 128256, 2), (65536, 151936, 2), (8192, 128256, 16), (8192, 151936, 16),
-                                      (12288, 49152, 4), (128256, 128256, 1)]
-)  # fmt: skip
+    ("size", "vocabulary", "share"),
+    [
+        (65536, 128256, 2),
+        (65536, 151936, 2),
+        (8192, 128256, 16),
+        (8192, 151936, 16),
+        (12288, 49152, 4),
+        (128256, 128256, 1),
+    ],
+)
 def test_shares(size, vocabulary, share):
     assert tables.share_of(size / vocabulary) == share
 

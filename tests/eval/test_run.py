@@ -61,8 +61,20 @@ def data(tmp_path_factory):
 
 
 def command(ckpt, data, out, *flags):
-    return ["run", "--ckpt", ckpt, "--data", data, "--out", out, "--max-new-tokens", "12",
-            "--draft-vocab", "full,1/4", *flags]  # fmt: skip
+    return [
+        "run",
+        "--ckpt",
+        ckpt,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--max-new-tokens",
+        "12",
+        "--draft-vocab",
+        "full,1/4",
+        *flags,
+    ]
 
 
 def evaluate(*argv):
@@ -113,8 +125,11 @@ def test_the_second_turn_sees_the_first_answer(whole, ckpt):
     first, second = timeless(whole)[0]["turns"]
     tokens = first["methods"]["vanilla"]["tokens"]
     answer = model.checkpoint.tokenizer.decode(tokens, skip_special_tokens=True)
-    talk = [{"role": "user", "content": "a poem"}, {"role": "assistant", "content": answer},
-            {"role": "user", "content": "once more"}]  # fmt: skip
+    talk = [
+        {"role": "user", "content": "a poem"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "once more"},
+    ]
     result = model.generate(talk, Request(12))
     assert second["prompt_tokens"] == result.prompt_tokens
     assert second["methods"]["vanilla"]["tokens"] == result.tokens

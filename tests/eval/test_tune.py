@@ -53,8 +53,11 @@ def test_the_search_finds_the_best_and_measures_nothing_twice():
     best, points = climb(Choice(64, 4, 2, 2), SPACE, measured, lambda: None)
     every = [
         Choice(v, n, d, k)
-        for v in SPACE["draft_vocab"] for n in SPACE["size"] for d in SPACE["depth"] for k in SPACE["top_k"]
-    ]  # fmt: skip
+        for v in SPACE["draft_vocab"]
+        for n in SPACE["size"]
+        for d in SPACE["depth"]
+        for k in SPACE["top_k"]
+    ]
     assert model_of_cost(best).rate == max(model_of_cost(choice).rate for choice in every)
     assert len(asked) == len(set(asked)) == len(points) < len(every)
 
@@ -142,8 +145,20 @@ def test_without_a_ranking_the_vocabulary_stays_full(copy):
 
 # The command --------------------------------------------------------------------------------------
 
-SMALL = ("--questions", "2", "--max-new-tokens", "8", "--draft-vocab", "full,1/4", "--tree-size", "4,6",
-         "--depth", "2", "--draft-top-k", "2")  # fmt: skip
+SMALL = (
+    "--questions",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--draft-vocab",
+    "full,1/4",
+    "--tree-size",
+    "4,6",
+    "--depth",
+    "2",
+    "--draft-top-k",
+    "2",
+)
 
 
 @pytest.fixture

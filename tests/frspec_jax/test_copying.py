@@ -89,9 +89,13 @@ def test_raised_tokens_are_those_of_a_softmax_over_raised_logits(cropped):
     said = np.take_along_axis(logits - log_z, np.maximum(follows, 0), axis=-1)
     rise = copying.rises(SOME, jnp.asarray(follows), jnp.asarray(weight))
     scores, tokens = copying.raised(
-        jnp.asarray(np.take_along_axis(own, best, -1), jnp.float32), jnp.asarray(best, jnp.int32),
-        jnp.asarray(follows), jnp.asarray(said, jnp.float32), jnp.asarray(inside[follows]), rise,
-    )  # fmt: skip
+        jnp.asarray(np.take_along_axis(own, best, -1), jnp.float32),
+        jnp.asarray(best, jnp.int32),
+        jnp.asarray(follows),
+        jnp.asarray(said, jnp.float32),
+        jnp.asarray(inside[follows]),
+        rise,
+    )
 
     for row in range(3):
         total = np.where(inside, logits[row], -np.inf)

@@ -219,9 +219,12 @@ def test_64_bits_as_jaxs_default_change_nothing(checkpoint, model, tmp_path):
     )
     env = {**os.environ, "JAX_ENABLE_X64": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, checkpoint.path], cwd=Path(__file__).parents[2], env=env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, checkpoint.path],
+        cwd=Path(__file__).parents[2],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
     with jax.enable_x64(True):

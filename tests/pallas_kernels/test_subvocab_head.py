@@ -31,8 +31,9 @@ def reference(x, head, k) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from([(1, 32, 100, 10), (10, 32, 1000, 10), (4, 16, 8193, 4), (3, 8, 5, 5), (8, 64, 1, 1)]),
-    st.integers(0, 2**32 - 1), st.sampled_from([0.1, 1.0, 8.0]),
-)  # fmt: skip
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.1, 1.0, 8.0]),
+)
 def test_it_is_log_softmax_and_a_sort(how, shape, seed, spread):
     rows, hidden, size, k = shape
     rng = np.random.default_rng(seed)

@@ -82,9 +82,12 @@ def error(mine, exact) -> float:
 @both
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(SHAPES), st.floats(0, 1), st.sampled_from(["alone", "chain", "tree", "any"]),
-    st.integers(0, 2**32 - 1), st.sampled_from([(0.1, 2e-6), (1.0, 2e-6), (4.0, 2e-5)]),
-)  # fmt: skip
+    st.sampled_from(SHAPES),
+    st.floats(0, 1),
+    st.sampled_from(["alone", "chain", "tree", "any"]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(0.1, 2e-6), (1.0, 2e-6), (4.0, 2e-5)]),
+)
 def test_it_is_softmax_attention(how, shape, fill, kind, seed, spread):
     """Wide spreads give scores beyond 20, whose own rounding in float32 is some 1e-6: weights carry it on."""
     committed = round(fill * (shape[4] - shape[0]))  # from an empty cache to a full one

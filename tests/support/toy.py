@@ -27,10 +27,20 @@ from pallas_kernels.visibility import causal
 
 def config(vocab_size: int = 24, **changes: Any) -> ModelConfig:
     base = ModelConfig(
-        architecture="llama", vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
-        num_kv_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=RopeScaling(), max_context=2048,
+        architecture="llama",
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=RopeScaling(),
+        max_context=2048,
         tied_head=False,
-    )  # fmt: skip
+    )
     return dataclasses.replace(base, **changes)
 
 
@@ -62,9 +72,17 @@ def eagle3(cfg: ModelConfig, seed: int = 1, ids: np.ndarray | None = None) -> tu
     """A draft with a head over `ids`, ascending (all of them by default)."""
     ids = np.arange(cfg.vocab_size) if ids is None else ids
     shape = Eagle3Config(
-        hidden_size=cfg.hidden_size, intermediate_size=40, num_heads=4, num_kv_heads=2, head_dim=8, rms_norm_eps=1e-5,
-        rope_theta=5e3, rope_scaling=RopeScaling(), draft_vocab_size=len(ids), taps=(0, 1, cfg.num_layers),
-    )  # fmt: skip
+        hidden_size=cfg.hidden_size,
+        intermediate_size=40,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=5e3,
+        rope_scaling=RopeScaling(),
+        draft_vocab_size=len(ids),
+        taps=(0, 1, cfg.num_layers),
+    )
     return shape, random_like(shape.shapes(cfg), seed, 0.25).replace(ids=jnp.asarray(ids, jnp.int32))
 
 

@@ -53,9 +53,13 @@ def test_the_loss_is_that_of_a_softmax_over_raised_logits(ckpt, tmp_path):
         pairs = len(tokens) - 1
         wide = features.astype(np.float32)[None]
         batch = Batch(
-            wide[:, :-1], tokens[None, 1:], wide[:, 1:], answer[None, 1:].astype(np.float32),
-            np.ones((1, pairs), np.int32), np.arange(pairs)[None],
-        )  # fmt: skip
+            wide[:, :-1],
+            tokens[None, 1:],
+            wide[:, 1:],
+            answer[None, 1:].astype(np.float32),
+            np.ones((1, pairs), np.int32),
+            np.arange(pairs)[None],
+        )
         head = np.asarray(target.head, np.float64)
         outputs = unrolled_passes(params, layer, target.embedding, jax.tree.map(jnp.asarray, batch), PASSES)
         for s, output in enumerate(outputs):

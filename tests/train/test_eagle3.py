@@ -148,8 +148,24 @@ def test_training_lowers_the_loss(row, draft, optimizer):
 
 # The command -------------------------------------------------------------------------------------
 
-FLAGS = ("--rows", 2, "--row", 16, "--steps", 6, "--save-every", 3, "--eval-every", 4, "--warmup", 1, "--unroll", 2,
-         "--draft-vocab", 64)  # fmt: skip
+FLAGS = (
+    "--rows",
+    2,
+    "--row",
+    16,
+    "--steps",
+    6,
+    "--save-every",
+    3,
+    "--eval-every",
+    4,
+    "--warmup",
+    1,
+    "--unroll",
+    2,
+    "--draft-vocab",
+    64,
+)
 TAPS = (2, 2, 2)  # of five layers: the third, the middle one, and the last but two
 
 
@@ -197,8 +213,31 @@ def test_features_have_the_targets_streams_beside_them(ckpt, whole):
 def test_a_plain_store_is_run_through_the_target_again(ckpt, whole, tmp_path):
     """A store of EAGLE-2's features has the same tokens: the run that they give is the same, bit for bit."""
     corpus = whole.parent / "chats.jsonl"
-    main([str(a) for a in ("eagle", corpus, "--ckpt", ckpt.path, "--work", tmp_path / "two", "--name", "two",
-                           "--rows", 2, "--row", 16, "--steps", 1, "--loss-vocab", 64, "--unroll", 1)])  # fmt: skip
+    main(
+        [
+            str(a)
+            for a in (
+                "eagle",
+                corpus,
+                "--ckpt",
+                ckpt.path,
+                "--work",
+                tmp_path / "two",
+                "--name",
+                "two",
+                "--rows",
+                2,
+                "--row",
+                16,
+                "--steps",
+                1,
+                "--loss-vocab",
+                64,
+                "--unroll",
+                1,
+            )
+        ]
+    )
     main(command(tmp_path / "two" / "features", ckpt, tmp_path / "work", "again"))
     assert same(drafted(ckpt, "again")[1], drafted(ckpt, "whole")[1])
 

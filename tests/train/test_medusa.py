@@ -139,8 +139,26 @@ def test_the_tree_holds_the_most_valuable_paths(seed, count, ranks, nodes):
 
 # The commands ------------------------------------------------------------------------------------
 
-FLAGS = ("--rows", 2, "--row", 16, "--steps", 6, "--save-every", 3, "--eval-every", 4, "--warmup", 1,
-         "--loss-vocab", 64, "--loss-random", 32, "--heads", 3)  # fmt: skip
+FLAGS = (
+    "--rows",
+    2,
+    "--row",
+    16,
+    "--steps",
+    6,
+    "--save-every",
+    3,
+    "--eval-every",
+    4,
+    "--warmup",
+    1,
+    "--loss-vocab",
+    64,
+    "--loss-random",
+    32,
+    "--heads",
+    3,
+)
 
 
 @pytest.fixture(scope="module")

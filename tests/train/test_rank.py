@@ -44,9 +44,11 @@ def make_checkpoint(folder: Path, text: list[str], vocab_size: int = VOCAB) -> P
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=380, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        vocab_size=380,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(text, trainer)
     start = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     tokenizer.post_processor = start  # as Llama's: counts must leave it out
@@ -174,8 +176,11 @@ def test_the_command_as_a_user_types_it(tmp_path, ckpt):
     flags = ["--out", out, "--roles", "assistant", "--processes", "2", "--evaluate", held_out]
     done = subprocess.run(
         [sys.executable, "-m", "train", "rank", folder, "--ckpt", ckpt, *flags],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     expected = by_hand(ckpt, [*said, " ".join(spoken)])
     ranking = Ranking.load(out)

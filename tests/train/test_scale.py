@@ -27,8 +27,26 @@ from train.optimiser import gradients
 from train.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ("--rows", 4, "--row", 16, "--steps", 6, "--save-every", 3, "--eval-every", 3, "--warmup", 1,
-         "--loss-vocab", 64, "--loss-random", 32, "--unroll", 2)  # fmt: skip
+FLAGS = (
+    "--rows",
+    4,
+    "--row",
+    16,
+    "--steps",
+    6,
+    "--save-every",
+    3,
+    "--eval-every",
+    3,
+    "--warmup",
+    1,
+    "--loss-vocab",
+    64,
+    "--loss-random",
+    32,
+    "--unroll",
+    2,
+)
 
 
 # One step ----------------------------------------------------------------------------------------

@@ -362,9 +362,10 @@ def counted(row: Batch, s: int) -> list[int]:
     """The pairs that pass s is judged by: of an answer, with s pairs of their own sequence before them."""
     segment = row.segment
     return [
-        t for t in range(len(segment))
+        t
+        for t in range(len(segment))
         if row.mask[t] and segment[t] and t >= s and len({int(segment[u]) for u in range(t - s, t + 1)}) == 1
-    ]  # fmt: skip
+    ]
 
 
 def test_the_loss_is_the_mean_over_pairs_that_count(drafting):
@@ -452,8 +453,26 @@ def test_noise_and_random_ids_are_a_function_of_seed_and_step(drafting, changes)
 
 # The command -------------------------------------------------------------------------------------
 
-FLAGS = ("--rows", 2, "--row", 16, "--steps", 6, "--save-every", 3, "--eval-every", 4, "--warmup", 1,
-         "--loss-vocab", 64, "--loss-random", 32, "--unroll", 1)  # fmt: skip
+FLAGS = (
+    "--rows",
+    2,
+    "--row",
+    16,
+    "--steps",
+    6,
+    "--save-every",
+    3,
+    "--eval-every",
+    4,
+    "--warmup",
+    1,
+    "--loss-vocab",
+    64,
+    "--loss-random",
+    32,
+    "--unroll",
+    1,
+)
 
 # The command line, killed in its fifth step, as soon as the checkpoint of the third is whole.
 KILLED = """
