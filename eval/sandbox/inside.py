@@ -1,4 +1,4 @@
-"""The child of `judge.py`: shuts itself in, then runs the program on standard input. Imports nothing of ours.
+"""The child of `sandbox.py`: shuts itself in, then runs the program on standard input. Imports nothing of ours.
 
 Arguments: megabytes of memory, seconds of processor time. Standard input: a token, then the program.
 The token is written to standard output once the program has run to its end.
@@ -15,23 +15,20 @@ import sys
 from typing import Any
 
 # Imported while the interpreter's own files can still be read: they may be root's.
-COMMON = tuple(
-    """
-    bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools hashlib heapq
-    itertools json math numbers operator random re statistics string sys textwrap time typing unicodedata
-    """.split()
-)
+COMMON = (
+    "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions",
+    "functools", "hashlib", "heapq", "itertools", "json", "math", "numbers", "operator", "random", "re", "statistics",
+    "string", "sys", "textwrap", "time", "typing", "unicodedata",
+)  # fmt: skip
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 NOBODY = 65534
 READABLE = "rbtU"  # characters of a mode that only reads
 # Audit events (PEP 578) of what a program that computes an answer never does.
-REFUSED = tuple(
-    """
-    ctypes fcntl os.chmod os.chown os.exec os.fork os.forkpty os.kill os.killpg os.link os.mkdir os.posix_spawn
-    os.putenv os.remove os.rename os.rmdir os.spawn os.symlink os.system os.truncate os.unsetenv pty. shutil.
-    signal.pthread_kill socket. subprocess.
-    """.split()
-)
+REFUSED = (
+    "ctypes", "fcntl", "os.chmod", "os.chown", "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.link",
+    "os.mkdir", "os.posix_spawn", "os.putenv", "os.remove", "os.rename", "os.rmdir", "os.spawn", "os.symlink",
+    "os.system", "os.truncate", "os.unsetenv", "pty.", "shutil.", "signal.pthread_kill", "socket.", "subprocess.",
+)  # fmt: skip
 
 
 def leave_network() -> None:
