@@ -28,6 +28,7 @@ from frspec_jax.drafters import copying
 from frspec_jax.drafters.copying import Copying
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.errors import UserError
+from frspec_jax.files import check_writable
 from frspec_jax.llama import LlamaParams
 from train.batches import Batch
 from train.features import FeatureStore, open_corpora
@@ -67,11 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for flag in ("sequences", "row"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    for flag, least in (("sequences", 1), ("row", 2)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be at least {least}")
     checkpoint = Checkpoint.open(args.ckpt)
     folder, spec, params = draft_to_fit(checkpoint, args.draft, EagleConfig, "which does not copy; give an EAGLE-2 one")
+    check_writable(folder, f"--draft {folder}")
     target = checkpoint.params()
     stores = open_corpora(args.corpus, checkpoint, target, args.work or args.ckpt / "training" / "copying", args.row)
     found = places(spec.layer_of(checkpoint.config), params, target, stores, args.sequences, args.row)

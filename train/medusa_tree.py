@@ -23,6 +23,7 @@ from frspec_jax.config import TREE_LIMIT
 from frspec_jax.drafters.medusa import Choices, MedusaConfig, MedusaParams
 from frspec_jax.drafting import Draft, draft_ids
 from frspec_jax.errors import UserError
+from frspec_jax.files import check_writable
 from frspec_jax.vocabulary import crop
 from train.batches import Batch, Packing
 from train.features import open_corpora
@@ -52,11 +53,15 @@ def run(args: argparse.Namespace) -> None:
     folder, spec, params = draft_to_fit(
         checkpoint, args.draft, MedusaConfig, "whose tree is not fixed; give a Medusa one"
     )
+    for flag, least in (("rows", 1), ("row", 2), ("batches", 1)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be at least {least}")
     if not 1 <= args.nodes < TREE_LIMIT:
         raise UserError(f"--nodes {args.nodes} is out of range: 1 to {TREE_LIMIT - 1}")
     ids = draft_ids(checkpoint, Draft(vocab=args.draft_vocab))
     if not 1 <= args.ranks <= len(ids):
         raise UserError(f"--ranks {args.ranks} is out of range: 1 to {len(ids)}, the vocabulary of the draft")
+    check_writable(folder, f"--draft {folder}")
     target = checkpoint.params()
     work = args.work or args.ckpt / "training" / "medusa-tree"
     stores = open_corpora(args.corpus, checkpoint, target, work, args.row)

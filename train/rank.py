@@ -14,6 +14,7 @@ import io
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +29,7 @@ from rich.text import Text
 
 from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
+from frspec_jax.files import check_writable
 from frspec_jax.prompts import ROLES
 from train.corpus import corpus_files, read_corpus
 
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{out} exists already; replace it with --force, or name another file with --out")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    check_writable(out.parent, f"--out {out}")
     rankings = [Ranking.load(path) for path in args.merge or ()]
     for path, ranking in zip(args.merge or (), rankings, strict=True):
         ranking.check(tokenizer, vocab_size, path)
@@ -248,11 +251,20 @@ def _open_tokenizer(path: str) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent reports it
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     from tokenizers import Tokenizer
 
     _worker_tokenizer = Tokenizer.from_file(path)
     _worker_tokenizer.no_truncation()  # a tokenizer.json can ask for it, meant for training
     _worker_tokenizer.no_padding()
+
+
+def _end_with_the_parent() -> None:
+    """Wait for the end of the process that started this one, a kill included, and end too: nobody else would."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _count(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 from rich.console import Console
@@ -87,6 +88,10 @@ def open_run(
     held_out = [devices.spread(batch, mesh) for batch in packing.held_out(settings.eval_batches, share)]
     if not held_out:
         raise UserError(f"{len(stores)} corpora hold too few sequences; one in {HELD_OUT} is held out for evaluation")
+    if not any(bool(jnp.any(batch.mask)) for batch in held_out):
+        raise UserError(
+            "the held-out sequences hold no answer to measure on; give more of them, or raise --row or --eval-batches"
+        )
     task = task_of(target, packing)
     # On the devices for good, as the target's weights are: otherwise the second step would compile anew.
     state = folder.restore(devices.everywhere(new_state(task.params, recipe), mesh))
