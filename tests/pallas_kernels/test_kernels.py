@@ -14,7 +14,6 @@ import re
 import tomllib
 from types import SimpleNamespace
 
-import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +31,7 @@ from pallas_kernels.subvocab_head import cases as head_cases
 from pallas_kernels.subvocab_head import quantised, subvocab_top_k
 from pallas_kernels.tree_attention import cases as attention_cases
 from pallas_kernels.visibility import causal
+from tests import conftest
 from tests.pallas_kernels import test_subvocab_head, test_tree_attention
 from tests.support import toy
 
