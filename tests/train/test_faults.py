@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from folders import checkpoint_folder
-from runs import chats, drafted, refusal, same
 
 from frspec_jax import files
 from frspec_jax.checkpoint import Checkpoint
+from tests.support.folders import checkpoint_folder
+from tests.support.runs import chats, drafted, refusal, same
 from train import eagle
 from train.__main__ import main
 from train.features import FeatureStore
