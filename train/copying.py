@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,8 @@ def fitted(found: Places) -> tuple[Copying, float]:
     optimiser = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
 
     def of_logs(logs: Array) -> Array:
-        return loss(Copying(**dict(zip(names, jnp.exp(logs), strict=True))), found)
+        figures: dict[str, Any] = dict(zip(names, jnp.exp(logs), strict=True))
+        return loss(Copying(**figures), found)
 
     @jax.jit
     def step(logs: Array, state: optax.OptState) -> tuple[Array, optax.OptState]:

@@ -31,7 +31,7 @@ from train.features import FeatureStore
 from train.folder import Run
 from train.optimiser import key_of, seed_words
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLAGS = ("--rows", 2, "--row", 16, "--steps", 6, "--save-every", 3, "--eval-every", 4, "--warmup", 1,
          "--loss-vocab", 64, "--loss-random", 32, "--unroll", 1, "--accept-every", 0)  # fmt: skip
 
