@@ -126,8 +126,9 @@ class Generator:
 
     def __init__(self, checkpoint: Checkpoint, drafting: Drafting, weights: engine.Weights, runtime: Runtime) -> None:
         self.checkpoint, self.drafting, self.weights, self.runtime = checkpoint, drafting, weights, runtime
-        self._lock = threading.Lock()  # over what follows
+        self._lock = threading.Lock()  # over the caches
         self._caches: engine.Caches | None = None  # of the last text that ended, for the next to begin in
+        self._compiling = threading.Lock()  # over the plans that are compiled
         self._warm: set[engine.Plan] = set()
 
     @property
@@ -171,9 +172,24 @@ class Generator:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if request.system is not None:
             messages = [{"role": "system", "content": request.system}, *messages]
-        return np.asarray(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), np.int32
-        )
+        return self._templated(messages)
+
+    def _templated(self, messages: list[Any]) -> np.ndarray:
+        """Messages through the chat template, which may be broken, or refuse them in words of its own."""
+        try:
+            ids = self.checkpoint.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template may raise anything: it is a program
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"the chat template of {self.checkpoint.path} cannot say these messages ({reason[:200]}); "
+                "mend chat_template.jinja, or use --raw"
+            ) from None
+        if not ids:
+            raise UserError(
+                f"the chat template of {self.checkpoint.path} makes nothing of these messages; "
+                "mend chat_template.jinja, or use --raw"
+            )
+        return np.asarray(ids, np.int32)
 
     def check(self, ids: Sequence[int] | np.ndarray, request: Request = Request()) -> int:
         """How many tokens may be emitted after a prompt of ids [T].
@@ -200,16 +216,14 @@ class Generator:
         plan = self.plan(sampling)
         if plan in self._warm:
             return
-        with self._lock:  # a second thread waits for the program instead of compiling it too
+        with self._compiling:  # a second thread waits for the program instead of compiling it too
             if plan in self._warm:
                 return
-            caches = self._caches or self._new_caches(plan)
-            self._caches = None
-            asked = engine.Asked.of(sampling, seed=0, limit=2)
+            caches, asked = self._take_caches() or self._new_caches(plan), engine.Asked.of(sampling, seed=0, limit=2)
             with jax.enable_x64(False):
                 state = engine.start(plan, self.weights, caches, np.zeros(1, np.int32), asked, chunk=self.runtime.chunk)
                 state = jax.block_until_ready(engine.run(plan, self.weights, state, np.int32(0)))
-            self._caches = state.caches
+            self.give_back(state.caches)
             self._warm.add(plan)
 
     def begin(self, prompt: Sequence[int] | np.ndarray | Reading, request: Request = Request()) -> Text:

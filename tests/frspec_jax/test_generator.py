@@ -208,6 +208,17 @@ def test_spaces_are_a_prompt_where_there_is_no_template(model):
         model.encode("  ")
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ nobody.knows.this }}", "{% if %}", "", "{{ raise_exception('only one turn') }}"]
+)
+def test_a_template_that_says_nothing_is_one_sentence(checkpoint, monkeypatch, template):
+    model = api.load(checkpoint, NO_DRAFT)
+    monkeypatch.setattr(checkpoint.tokenizer, "chat_template", template or "{# nothing #}")
+    with pytest.raises(UserError, match="the chat template of .* chat_template.jinja, or use raw") as refused:
+        model.encode("hi")
+    assert "\n" not in str(refused.value)
+
+
 def test_64_bits_as_jaxs_default_change_nothing(checkpoint, model, tmp_path):
     expected = model.generate_ids(PROMPT, Request(16, Sampling(1.0), seed=5)).tokens
     code = (
