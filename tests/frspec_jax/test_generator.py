@@ -214,7 +214,7 @@ def test_spaces_are_a_prompt_where_there_is_no_template(model):
 def test_a_template_that_says_nothing_is_one_sentence(checkpoint, monkeypatch, template):
     model = api.load(checkpoint, NO_DRAFT)
     monkeypatch.setattr(checkpoint.tokenizer, "chat_template", template or "{# nothing #}")
-    with pytest.raises(UserError, match="the chat template of .* chat_template.jinja, or use raw") as refused:
+    with pytest.raises(UserError, match=r"the chat template of .* chat_template\.jinja, or use raw") as refused:
         model.encode("hi")
     assert "\n" not in str(refused.value)
 
