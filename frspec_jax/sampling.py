@@ -20,7 +20,7 @@ from jax import Array, lax
 from frspec_jax.config import Sampling
 
 MASKED = -jnp.inf
-FEW = 64  # a top-k of no more than these looks at so many of the best logits instead of sorting all
+FEW = 256  # best logits that filters look at before they sort all: 1.4 ms instead of 250 on a CPU, for 8 rows of 49k
 
 # How a pass's tokens are chosen. "greedy" draws no noise. "sampled" draws it, and takes the best token for a request
 # whose temperature is 0. "typical" samples too, and accepts by Medusa's rule, which is lossy.
@@ -83,36 +83,51 @@ def warp(logits: Array, by: SamplingArrays) -> Array:
     logits: [N, V] float32. Tokens that tie with the last kept one are kept too.
     """
     logits = logits / by.temperature
-    vocab_size = logits.shape[-1]
-    few = min(FEW, vocab_size)
-    cuts = (by.top_p < 1) | ((by.top_k > 0) & (by.top_k < vocab_size))
-
-    def all_stay(logits: Array) -> Array:
-        return jnp.full((logits.shape[0], 1), MASKED)
-
-    def least_of_few(logits: Array) -> Array:
-        return least_kept(lax.top_k(logits, few)[0], by)
-
-    def least_of_all(logits: Array) -> Array:
-        return least_kept(-jnp.sort(-logits, axis=-1), by)
-
-    # Only a request that filters pays for looking at the order, and few for all of it.
-    way = jnp.where(cuts, jnp.where((by.top_k > 0) & (by.top_k <= few), 1, 2), 0)
-    least = lax.switch(way, [all_stay, least_of_few, least_of_all], logits)
+    filters = (by.top_p < 1) | ((by.top_k > 0) & (by.top_k < logits.shape[-1]))
+    least = lax.cond(filters, least_kept, lambda logits, by: jnp.full((logits.shape[0], 1), MASKED), logits, by)
     # min-p asks after the best token alone, which no filter removes: log P below the best logit.
     least = jnp.maximum(least, logits.max(-1, keepdims=True) + jnp.log(by.min_p))
     return jnp.where(logits < least, MASKED, logits)
 
 
-def least_kept(ranked: Array, by: SamplingArrays) -> Array:
-    """The least logit that top-k and top-p keep, [N, 1], of the best logits [N, R] in descending order."""
-    place = jnp.arange(ranked.shape[-1], dtype=jnp.int32)
-    among = (by.top_k <= 0) | (place < by.top_k)
-    ranked = jnp.where(among, ranked, MASKED)  # top-p then has only these to look at
-    shares = jax.nn.softmax(ranked, axis=-1)[:, ::-1]
-    tail = jnp.cumsum(shares, axis=-1)[:, ::-1]  # a token's own share and those after it
-    stays = (by.top_p >= 1) | (tail > 1 - by.top_p) | (place == 0)  # the best token stays, whatever rounding says
-    return jnp.min(jnp.where(stays & among, ranked, jnp.inf), axis=-1, keepdims=True)
+def least_kept(logits: Array, by: SamplingArrays) -> Array:
+    """The least logit of each row that top-k and top-p keep, [N, 1]; logits: [N, V].
+
+    The `FEW` best logits tell, unless top-k asks for more, or a row is so flat that they do not add up to top-p. Then
+    all are sorted, for the rows that need it: what a row keeps may not depend on the rows beside it.
+    """
+    few = min(FEW, logits.shape[-1])
+    best = lax.top_k(logits, few)[0]
+    limited = (by.top_k > 0) & (by.top_k <= few)
+    among = ~limited | (jnp.arange(few, dtype=jnp.int32) < by.top_k)
+    # Shares among what top-k leaves, which are then all here, or among all.
+    whole = jnp.where(
+        limited,
+        jax.nn.logsumexp(jnp.where(among, best, MASKED), axis=-1, keepdims=True),
+        jax.nn.logsumexp(logits, axis=-1, keepdims=True),
+    )
+    least, mass = least_of_nucleus(jnp.where(among, best, MASKED), whole, by)
+    enough = limited | ((by.top_k <= 0) & (mass >= by.top_p)) | (few == logits.shape[-1])  # [N, 1]
+
+    def of_all(logits: Array) -> Array:
+        ranked = -jnp.sort(-logits, axis=-1)
+        kept = (by.top_k <= 0) | (jnp.arange(ranked.shape[-1], dtype=jnp.int32) < by.top_k)
+        ranked = jnp.where(kept, ranked, MASKED)
+        return least_of_nucleus(ranked, jax.nn.logsumexp(ranked, axis=-1, keepdims=True), by)[0]
+
+    return jnp.where(enough, least, lax.cond(enough.all(), lambda _: least, of_all, logits))
+
+
+def least_of_nucleus(ranked: Array, whole: Array, by: SamplingArrays) -> tuple[Array, Array]:
+    """Of logits [N, R] in descending order, the least that top-p keeps, and the share that all R have: [N, 1] each.
+
+    whole: [N, 1], the logarithm of what exponentials are divided by. A token stays if those before it have less than P.
+    """
+    shares = jnp.exp(ranked - whole)
+    mass = jnp.cumsum(shares, axis=-1)
+    first = jnp.arange(ranked.shape[-1], dtype=jnp.int32) == 0  # the best token stays, whatever rounding says
+    stays = (ranked > MASKED) & ((by.top_p >= 1) | (mass - shares < by.top_p) | first)
+    return jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True), mass[:, -1:]
 
 
 def typical(logits: Array, by: SamplingArrays, tokens: Array, parent: Array) -> Array:
