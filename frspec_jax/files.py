@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ else:
     import fcntl
 
 LOCK = ".lock"  # of a folder that `folder_lock` holds; the process id of its holder stands in it
+SETTLE = 0.3  # seconds in which writes beside one that the system refused come to their end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -63,16 +65,22 @@ def orbax_refusals() -> Iterator[None]:
 
     Its log of it, hundreds of lines from several threads, is left out: all of it comes as the exception.
     """
-    log = logging.getLogger("absl")
+    log, unraisable = logging.getLogger("absl"), sys.unraisablehook
+    outermost = _not_of_orbax not in log.filters
     log.addFilter(_not_of_orbax)
     try:
         yield
     except ValueError as error:
         if (found := re.search(r"os_error_code='(\d+)'", str(error))) is None:
             raise
+        # The arrays beside the one that was refused are still being written, and nobody waits for them.
+        sys.unraisablehook = lambda one: None if "Event loop is closed" in str(one.exc_value) else unraisable(one)
+        time.sleep(SETTLE)
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
     finally:
-        log.removeFilter(_not_of_orbax)
+        if outermost:
+            log.removeFilter(_not_of_orbax)
+        sys.unraisablehook = unraisable
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
@@ -180,7 +188,11 @@ def _is_still(path: Path, held: int) -> bool:
 
 def _remove(part: Path) -> None:
     if part.is_dir():
-        shutil.rmtree(part, ignore_errors=True)
+        for _ in range(20):  # a thread of Orbax may still be writing a file into it
+            shutil.rmtree(part, ignore_errors=True)
+            if not part.exists():
+                return
+            time.sleep(SETTLE / 20)
     else:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -1,0 +1,47 @@
+"""Conversion on a full disk, and names that no draft can have: one sentence, and nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+
+import pytest
+from tiny_hf import converted
+
+from convert.__main__ import main
+
+
+@contextlib.contextmanager
+def files_of(size: int):
+    """No file grows beyond `size` bytes meanwhile: as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [2_000, 20_000])  # in config.json or the tokenizer; in the weights, which Orbax writes
+def test_a_full_disk_is_one_sentence_and_with_room_it_works(tiny_source, tmp_path, capfd, size):
+    capfd.readouterr()
+    with files_of(size), pytest.raises(SystemExit) as stopped:
+        main(["hf", str(tiny_source), "--out", str(tmp_path / "ckpt")])
+    assert stopped.value.code == 2
+    err = capfd.readouterr().err
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert "File too large" in line and f"--out {tmp_path / 'ckpt'}" in line
+    assert "Traceback" not in err and "absl" not in err and os.listdir(tmp_path) == []
+    assert converted("hf", tiny_source, tmp_path / "ckpt").config.vocab_size == 160
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "medusa"])
+@pytest.mark.parametrize("name", ["a/b", "x/../..", ".hid", "", "none"])
+def test_names_that_no_draft_can_have_are_refused(tiny_ckpt, tmp_path, capsys, kind, name):
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        main([kind, str(tmp_path / "draft"), "--target", str(tiny_ckpt.path), "--name", name])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: --name {name}")
