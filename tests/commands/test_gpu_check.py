@@ -80,7 +80,7 @@ def test_the_report_holds_rounds_against_the_aims(tmp_path):
         (["-m", "pallas_kernels.bench"], "no GPU is in sight"),
         (["-m", "pallas_kernels.bench", "--dry", "--calls", "0"], "--calls 0 and --context 1024: give at least 1"),
         (["-m", "pallas_kernels.bench", "--dry", "--json", "/proc/no/file"], "--json /proc/no/file cannot be written"),
-        (["-m", "eval", "speed", "--shapes", "tiny"], "--shapes MODEL and --random-weights go together"),
+        (["-m", "eval", "speed", "--shapes", "tiny"], "run: python -m eval stages MODEL"),
         ([*TINY, "--rounds", "0"], "--rounds 0 and --context 512: give at least 1"),
         ([*TINY, "--context", "64", "0"], "--rounds 20 and --context 0: give at least 1"),
         ([*TINY, "--out", "/proc/no"], "--out /proc/no cannot be written"),

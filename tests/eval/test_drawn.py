@@ -91,7 +91,7 @@ def test_what_is_drawn_is_what_is_decoded(ckpt):
 
 
 def test_the_tree_command(ckpt, tmp_path, capsys):
-    evaluate("tree", "--ckpt", ckpt, "--prompt", "the end", "--after", "3", "--out", tmp_path)
+    evaluate("draft-tree", "--ckpt", ckpt, "--prompt", "the end", "--after", "3", "--out", tmp_path)
     out = capsys.readouterr().out
     assert out.count("accepted") == 2 and f"V' = {VOCAB_SIZE}" in out and f"V' = {VOCAB_SIZE // 4}" in out
     assert (tmp_path / "draft_tree.png").stat().st_size > 20000 and PLAIN in (tmp_path / "draft_tree.svg").read_text()
@@ -102,7 +102,7 @@ def test_the_tree_command(ckpt, tmp_path, capsys):
         (("--prompt", " "), "empty"),
         (("--out", ckpt / "config.json" / "x"), "--out"),
     ):
-        assert words in refused(capsys, "tree", "--ckpt", ckpt, "--out", tmp_path / "x", *flags)
+        assert words in refused(capsys, "draft-tree", "--ckpt", ckpt, "--out", tmp_path / "x", *flags)
     assert not (tmp_path / "x").exists()
 
 
@@ -119,7 +119,7 @@ def test_every_drive_emits_the_same_tokens(ckpt):
 
 def test_a_drive_that_is_wrong_is_noticed(ckpt, monkeypatch):
     model = api.load(ckpt)
-    monkeypatch.setitem(loops.DRIVES, "a call a round", lambda plan, weights, state: state)
+    monkeypatch.setitem(loops.DRIVES, "a call a round", lambda text: None)
     with pytest.raises(RuntimeError, match="different tokens"):
         loops.compare({"m": model}, [model.encode("what is it")], Request(8))
     with pytest.raises(UserError, match="one token"):

@@ -66,7 +66,10 @@ def test_another_configuration_is_named_by_what_differs(tmp_path):
 def test_two_processes_do_not_write_one_run(tmp_path):
     with records.opened(tmp_path, {"a": 1}) as kept:
         kept.append({"question": "QA/1", "repeat": 0})
-        with pytest.raises(UserError, match="another process"), records.opened(tmp_path, {"a": 1}):
+        with (
+            pytest.raises(UserError, match=rf"being written by process {os.getpid()}\b"),
+            records.opened(tmp_path, {"a": 1}),
+        ):
             pass
     with records.opened(tmp_path, {"a": 1}) as kept:
         assert kept.lines == [{"question": "QA/1", "repeat": 0}]

@@ -235,7 +235,7 @@ def test_a_damaged_file_is_replaced(copy, capsys, as_if, content):
     [
         (("--tree-size", "4,x"), "--tree-size 4,x"),
         (("--depth", "0"), "--depth 0"),
-        (("--draft-vocab", "1/0"), "--draft-vocab 1/0"),
+        (("--draft-vocab", "1/0"), "--draft-vocab '1/0'"),
         (("--draft", "absent"), "--draft absent"),
         (("--questions", "0"), "--questions 0"),
         (("--out", "/dev/null/x"), "--out /dev/null/x"),
