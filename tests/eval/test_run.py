@@ -148,7 +148,7 @@ def test_the_manifest_says_what_was_measured(whole):
 @pytest.mark.parametrize("seed", range(3))
 def test_interrupted_between_any_two_answers(ckpt, data, whole, tmp_path, monkeypatch, seed):
     """Three answers a turn and seven turns: interrupted somewhere, over and over, until a run gets through."""
-    rng, out, honest = random.Random(seed), tmp_path / "run", Generator.answer
+    rng, out, honest = random.Random(seed), tmp_path / "run", Generator.generate_ids
     for _ in range(30):
         left = rng.randrange(4, 24)
 
@@ -159,7 +159,7 @@ def test_interrupted_between_any_two_answers(ckpt, data, whole, tmp_path, monkey
                 raise KeyboardInterrupt
             return honest(self, *args)
 
-        monkeypatch.setattr(Generator, "answer", fragile)
+        monkeypatch.setattr(Generator, "generate_ids", fragile)
         try:
             evaluate(*command(ckpt, data, out))
             break
@@ -197,7 +197,7 @@ def test_killed_outright(ckpt, data, whole, tmp_path):
 
 def test_a_finished_run_answers_nothing_again(ckpt, data, whole, tmp_path, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "run")
-    monkeypatch.setattr(Generator, "read", None)
+    monkeypatch.setattr(Generator, "begin", None)
     evaluate(*command(ckpt, data, out))
     assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
 
@@ -304,7 +304,7 @@ def test_another_configuration_is_refused(ckpt, data, whole, capsys, flags, word
         (("--temperature", "1", "--peer", "x"), "--peer answers greedily"),
         (("--peer", "absent"), "--peer absent is no file"),
         (("--tree-size", "1"), "--tree-size 1"),
-        (("--draft-vocab", "half"), "--draft-vocab half"),
+        (("--draft-vocab", "half"), "--draft-vocab 'half'"),
         (("--ranking", "absent.npz"), "absent.npz is no file"),
         (("--draft-vocab", "2"), "--draft-vocab 2 is too small"),
     ],
