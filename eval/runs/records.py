@@ -50,18 +50,19 @@ def opened(folder: Path, configuration: Mapping[str, Any]) -> Iterator[Records]:
         cannot be written or is damaged.
     """
     file = folder / "records.jsonl"
-    with files.folder_lock(folder, f"--out {folder}"), _for_appending(file) as handle:
+    with files.folder_lock(folder, f"--out {folder}"):
         manifest = {"format": FORMAT, **json.loads(json.dumps(configuration))}
         if (folder / "manifest.json").is_file():
             _refuse_other(folder, read_manifest(folder), manifest)
-        elif file.stat().st_size:
+        elif file.exists() and file.stat().st_size:
             raise UserError(f"--out {folder} holds records and no manifest.json; name another folder")
-        else:
-            files.write_json(folder / "manifest.json", manifest)
-        handle.seek(0)
-        lines, whole = _parse(file, handle.read())
-        handle.truncate(whole)
-        yield Records(file, lines, handle)
+        else:  # before the records: a disk without room for it is left as it was
+            files.write_json(folder / "manifest.json", manifest, f"--out {folder / 'manifest.json'}")
+        with _for_appending(file) as handle:
+            handle.seek(0)
+            lines, whole = _parse(file, handle.read())
+            handle.truncate(whole)
+            yield Records(file, lines, handle)
 
 
 @contextlib.contextmanager
