@@ -43,23 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     request = decoding_request(args)
     questions = spread(of_tasks(read_questions(args.data), args.tasks), args.questions)
-    _, found = models(args, args.ranking)
-    del found["vanilla"]
-    by_method: dict[str, dict[str, list[Result]]] = {name: {} for name in found}
+    _, methods = models(args, args.ranking)
+    del methods["vanilla"]
+    by_method: dict[str, dict[str, list[Result]]] = {name: {} for name in methods}
     with progress_bar() as progress:
         for question in progress.track(questions, description="questions"):
-            for name, results in answers(found, question, request).items():
+            for name, results in answers(methods, question, request).items():
                 by_method[name].setdefault(question.task, []).extend(results)
     side_by_side.check_rounds(
         min(sum(result.rounds for results in tasks.values() for result in results) for tasks in by_method.values())
     )
     figures = {
-        "tree": dataclasses.asdict(next(iter(found.values())).tree),
+        "tree": dataclasses.asdict(next(iter(methods.values())).tree),
         "max_new_tokens": args.max_new_tokens,
         "questions": len(questions),
         "methods": [
             {"name": name, **summary(by_method[name]), "coverage": coverage(model, by_method[name])}
-            for name, model in found.items()
+            for name, model in methods.items()
         ],
     }
     show(figures)
@@ -70,7 +70,7 @@ def answers(models: dict[str, Generator], question: Question, request: Request) 
     """Each method's answers to a question's turns; a turn that no longer fits is left out."""
     first = next(iter(models.values()))
     messages: list[dict[str, str]] = []
-    found: dict[str, list[Result]] = {name: [] for name in models}
+    given: dict[str, list[Result]] = {name: [] for name in models}
     for turn in question.turns:
         messages.append({"role": "user", "content": turn})
         prompt = first.encode(messages)
@@ -83,9 +83,9 @@ def answers(models: dict[str, Generator], question: Question, request: Request) 
             break
         readings: dict[Hashable, Reading] = {}
         for name, model in models.items():
-            found[name].append(side_by_side.answer(model, prompt, request, readings))
-        messages.append({"role": "assistant", "content": next(iter(found.values()))[-1].text})
-    return found
+            given[name].append(side_by_side.answer(model, prompt, request, readings))
+        messages.append({"role": "assistant", "content": next(iter(given.values()))[-1].text})
+    return given
 
 
 def summary(by_task: dict[str, list[Result]]) -> dict[str, Any]:

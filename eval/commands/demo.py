@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     request = decoding_request(args)
-    _, found = models(args)
+    _, methods = models(args)
     console = results_console()
-    fr_spec = [*found.values()][-1]
+    fr_spec = [*methods.values()][-1]
     with Console(stderr=True).status("compiling"):
         fr_spec.warm_up()
     for prompt in PROMPTS:
@@ -45,6 +45,6 @@ def run(args: argparse.Namespace) -> None:
         assert stream.result is not None
         console.print(f"\n{stream.result.summary()}", style="dim", highlight=False)
     console.print()
-    figures = compare(found, [fr_spec.encode(prompt) for prompt in PROMPTS], request)
+    figures = compare(methods, [fr_spec.encode(prompt) for prompt in PROMPTS], request)
     show(figures)
     save(args.json, figures)

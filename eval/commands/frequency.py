@@ -31,16 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    found: dict[str, Ranking] = {}
+    rankings: dict[str, Ranking] = {}
     for path in args.rankings:
         name, file = named(path)
-        if name in found:
+        if name in rankings:
             raise UserError(f"two rankings are called {name}; give files with names of their own")
-        found[name] = Ranking.load(file)
-        if not found[name].tokens:
+        rankings[name] = Ranking.load(file)
+        if not rankings[name].tokens:
             raise UserError(f"{file} counts no token; count it again with python -m train rank")
-    rows = [facts(name, ranking) for name, ranking in found.items()]
-    plots.save(long_tail(found), args.out, "token_frequency")
+    rows = [facts(name, ranking) for name, ranking in rankings.items()]
+    plots.save(long_tail(rankings), args.out, "token_frequency")
     save(args.json, {"rankings": rows})
     show(rows)
 
@@ -76,10 +76,10 @@ def facts(name: str, ranking: Ranking) -> dict[str, Any]:
     }
 
 
-def long_tail(found: dict[str, Ranking]) -> Figure:
+def long_tail(rankings: dict[str, Ranking]) -> Figure:
     """Frequency by rank, both axes logarithmic; and the cumulative share of occurrences by share of vocabulary."""
     drawn, (zipf, whole) = plots.figure(width=10.5, columns=2)
-    for number, (name, ranking) in enumerate(found.items()):
+    for number, (name, ranking) in enumerate(rankings.items()):
         colour = plots.COLOURS[number % len(plots.COLOURS)]
         counts = ranking.counts[ranking.order]
         seen = counts[counts > 0] / ranking.tokens

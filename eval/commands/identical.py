@@ -37,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    checkpoint, found = models(args)
+    checkpoint, methods = models(args)
     peer = Peer(args.peer, checkpoint.stop_ids, args.dtype)
     questions = spread(read_questions(args.data), args.questions)
-    prompts = [found["vanilla"].encode(q.turns[0]) for q in questions]
-    counts = {name: {"identical": 0, "near_ties": 0, "different": 0} for name in found}
+    prompts = [methods["vanilla"].encode(q.turns[0]) for q in questions]
+    counts = {name: {"identical": 0, "near_ties": 0, "different": 0} for name in methods}
     gaps: list[dict[str, Any]] = []
     request = Request(args.max_new_tokens)
-    answers = side_by_side.interleaved(found, prompts, request)
+    answers = side_by_side.interleaved(methods, prompts, request)
     for question, prompt, results in zip(
         questions, track(prompts, "prompts", console=Console(stderr=True)), answers, strict=True
     ):

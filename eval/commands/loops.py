@@ -83,27 +83,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     request = decoding_request(args)
-    _, found = models(args)
+    _, methods = models(args)
     texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]
-    prompts = [found["vanilla"].encode(text) for text in texts]
-    rows = compare(found, prompts, request)
+    prompts = [methods["vanilla"].encode(text) for text in texts]
+    rows = compare(methods, prompts, request)
     plots.save(drawing(rows), args.out, "loops")
     save(args.json, {"prompts": len(prompts), "max_new_tokens": args.max_new_tokens, "methods": rows})
     show(rows)
 
 
-def compare(found: dict[str, Generator], prompts: list[np.ndarray], request: Request) -> list[dict[str, Any]]:
+def compare(methods: dict[str, Generator], prompts: list[np.ndarray], request: Request) -> list[dict[str, Any]]:
     """Milliseconds a round by method and drive: medians over the prompts, drives interleaved.
 
     Raises:
       UserError: no prompt's answer takes a round.
     """
-    times: dict[str, dict[str, list[float]]] = {name: {drive: [] for drive in DRIVES} for name in found}
-    for model in found.values():
+    times: dict[str, dict[str, list[float]]] = {name: {drive: [] for drive in DRIVES} for name in methods}
+    for model in methods.values():
         for drive in DRIVES:
             timed(model, drive, prompts[0], request)  # compiles
     for turn, prompt in enumerate(track(prompts, "prompts", console=Console(stderr=True))):
-        for name, model in found.items():
+        for name, model in methods.items():
             outputs = set()
             for drive in side_by_side.in_turn(list(DRIVES), turn):
                 tokens, rounds, seconds = timed(model, drive, prompt, request)

@@ -68,11 +68,11 @@ def run(args: argparse.Namespace) -> None:
     problems = {problem.key: problem for problem in chosen}
     if args.execute:
         judge.check()
-    checkpoint, found = models(args)
+    checkpoint, methods = models(args)
     text = json.dumps([[problem.key, problem.prompt] for problem in problems.values()])
     configuration = {
         "kind": "quality",
-        **manifest.of_models(checkpoint, found),
+        **manifest.of_models(checkpoint, methods),
         "--max-new-tokens": request.max_new_tokens,
         "--temperature": args.temperature,
         "--seeds": args.seeds,
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         "problems": {"asked": len(problems), "digest": hashlib.sha256(text.encode()).hexdigest()[:16]},
     }
     with records.opened(args.out, configuration) as kept:
-        fill(kept, list(problems.values()), found, args.peer, request, temperatures, args.seeds)
+        fill(kept, list(problems.values()), methods, args.peer, request, temperatures, args.seeds)
         scores = judged(kept.lines, problems, args.execute)
     table = table_4(scores, args.seeds)
     files.write_text(args.out / "quality.md", table.markdown(), f"--out {args.out / 'quality.md'}")
@@ -93,18 +93,18 @@ def run(args: argparse.Namespace) -> None:
 def temperatures_of(text: str) -> list[float]:
     """What --temperature lists, each once."""
     try:
-        found = [float(part) for part in text.split(",")]
+        temperatures = [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--temperature {text}: give numbers with commas between them") from None
-    for temperature in found:
+    for temperature in temperatures:
         Sampling(temperature)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(temperatures))
 
 
 def fill(
     kept: records.Records,
     problems: list[Problem],
-    found: dict[str, Generator],
+    methods: dict[str, Generator],
     model: Path | None,
     request: Request,
     temperatures: list[float],
@@ -121,17 +121,17 @@ def fill(
     waiting = [item for item in plan if (f"{item[0].key} T={item[1]:g}", item[2]) not in done]
     if not waiting:
         return
-    vanilla = found["vanilla"]
+    vanilla = methods["vanilla"]
     rival = peers.Peer(model, vanilla.checkpoint.stop_ids, vanilla.dtype_name) if model else None
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(plan), completed=len(done))
         for problem, temperature, seed in waiting:
             progress.update(bar, description=problem.key)
             asked = Request(request.max_new_tokens, Sampling(temperature), seed)
-            answers = {name: one.generate(problem.prompt, asked).text for name, one in found.items()}
+            answers = {name: one.generate(problem.prompt, asked).text for name, one in methods.items()}
             if rival is not None and temperature == 0:
                 tokens = rival.answer(vanilla.encode(problem.prompt), request.max_new_tokens).tokens
-                answers[PEER] = found["vanilla"].checkpoint.tokenizer.decode(tokens, skip_special_tokens=True)
+                answers[PEER] = methods["vanilla"].checkpoint.tokenizer.decode(tokens, skip_special_tokens=True)
             kept.append(
                 {
                     "question": f"{problem.key} T={temperature:g}",

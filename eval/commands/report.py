@@ -29,16 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    found = [Run.read(folder) for folder in args.runs]
-    names = [one.name for one in found]
+    runs = [Run.read(folder) for folder in args.runs]
+    names = [one.name for one in runs]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two runs are called {name}, and their tables would lie in one folder; rename one")
     out: Path = args.out or args.runs[0] / "report"
     pages = ["# Evaluation\n", introduction()]
-    drawn = plots.save(plots.accepted_by_vocabulary(found), out, "accepted_length_by_vocabulary")
+    drawn = plots.save(plots.accepted_by_vocabulary(runs), out, "accepted_length_by_vocabulary")
     pages.append(picture(drawn, "Accepted length against V' / V: our runs, and the paper's models (dashed)"))
-    for one in found:
+    for one in runs:
         every = tables.every(one, one.tie if args.tie is None else args.tie)
         pages += [f"## {one.name}\n", conditions(one)]
         speed = plots.save(plots.tokens_per_second(one), out, f"{one.name}-tokens_per_second")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         pages += [table.markdown() for table in every]
         write(out, {f"{one.name}/{table.name}.csv": table.csv() for table in every})
     write(out, {"report.md": "\n".join(pages)})
-    print(f"{out / 'report.md'}: {len(found)} run{'s' if len(found) > 1 else ''}, tables and plots beside it")
+    print(f"{out / 'report.md'}: {len(runs)} run{'s' if len(runs) > 1 else ''}, tables and plots beside it")
 
 
 def write(out: Path, texts: Mapping[str, str]) -> None:

@@ -50,20 +50,20 @@ def run(args: argparse.Namespace) -> None:
     if args.peer:
         peers.check(args.peer)
     questions = alternated(spread(of_tasks(read_questions(args.data), args.tasks), args.questions))
-    checkpoint, found = models(args, args.ranking, args.context)
-    asked = [question for question in questions if fits(found, question, request)]
+    checkpoint, methods = models(args, args.ranking, args.context)
+    asked = [question for question in questions if fits(methods, question, request)]
     if not asked:
         raise UserError("no question fits --context; raise it")
     configuration = {
         "kind": "run",
-        **manifest.of_models(checkpoint, found, args.ranking),
+        **manifest.of_models(checkpoint, methods, args.ranking),
         "--max-new-tokens": request.max_new_tokens,
         "--temperature": request.sampling.temperature,
         "--top-k": request.sampling.top_k,
         "--top-p": request.sampling.top_p,
         "--seed": request.seed,
         "--repeats": args.repeats,
-        "--context": found["vanilla"].runtime.context,
+        "--context": methods["vanilla"].runtime.context,
         "--peer": args.peer.name if args.peer else None,
         "questions": {
             "asked": len(asked),
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         },
     }
     with records.opened(args.out, configuration) as kept:
-        fill(kept, asked, args.repeats, found, args.peer, request)
+        fill(kept, asked, args.repeats, methods, args.peer, request)
     print(f"{len(kept.lines)} answered questions in {args.out}; next: python -m eval report {args.out}")
 
 
@@ -81,7 +81,7 @@ def fill(
     kept: records.Records,
     questions: list[Question],
     repeats: int,
-    found: dict[str, Generator],
+    methods: dict[str, Generator],
     rival: Path | None,
     request: Request,
 ) -> None:
@@ -93,9 +93,9 @@ def fill(
         return
     with progress_bar() as progress:
         bar = progress.add_task("warming up", total=len(plan), completed=len(done))
-        vanilla = found["vanilla"]
+        vanilla = methods["vanilla"]
         other = None if rival is None else peers.Peer(rival, vanilla.checkpoint.stop_ids, vanilla.dtype_name)
-        contest = Contest(found, other, request)
+        contest = Contest(methods, other, request)
         contest.warm_up(questions[0])
         for turn, question, repeat in waiting:
             progress.update(bar, description=question.key)
@@ -104,10 +104,10 @@ def fill(
             progress.advance(bar)
 
 
-def fits(found: dict[str, Generator], question: Question, request: Request) -> bool:
+def fits(methods: dict[str, Generator], question: Question, request: Request) -> bool:
     """Whether every method's context has room for a question's first turn."""
-    prompt = first_prompt(found["vanilla"], question)
+    prompt = first_prompt(methods["vanilla"], question)
     try:
-        return all(model.check(prompt, request) > 0 for model in found.values())
+        return all(model.check(prompt, request) > 0 for model in methods.values())
     except UserError:
         return False

@@ -47,23 +47,23 @@ def moved(_: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     request = decoding_request(args)
-    checkpoint, found = models(args)
-    vanilla = found["vanilla"]
+    checkpoint, methods = models(args)
+    vanilla = methods["vanilla"]
     peer = Peer(args.peer, checkpoint.stop_ids, vanilla.dtype_name) if args.peer else None
     prompts = [vanilla.encode(q.turns[0]) for q in spread(read_questions(args.data), args.questions)]
-    figures = compare(found, prompts, request, peer)
+    figures = compare(methods, prompts, request, peer)
     show(figures)
     save(args.json, figures)
 
 
 def compare(
-    found: dict[str, Generator], prompts: list[np.ndarray], request: Request, peer: Peer | None = None
+    methods: dict[str, Generator], prompts: list[np.ndarray], request: Request, peer: Peer | None = None
 ) -> dict[str, Any]:
     """Run the methods side by side; a list of figures by method, and the bandwidth they are held against."""
-    results: dict[str, list[Result]] = {name: [] for name in found}
+    results: dict[str, list[Result]] = {name: [] for name in methods}
     peer_rates = []
     console = Console(stderr=True)
-    rounds = side_by_side.interleaved(found, prompts, request)
+    rounds = side_by_side.interleaved(methods, prompts, request)
     for prompt, answers in zip(track(prompts, "prompts", console=console), rounds, strict=True):
         for name, result in answers.items():
             results[name].append(result)
@@ -72,10 +72,10 @@ def compare(
     side_by_side.check_rounds(sum(result.rounds for result in results["vanilla"]))
     speed = bandwidth()
     context = int(np.mean([len(p) for p in prompts])) + request.max_new_tokens // 2
-    rows = [_row(name, found[name], results, prompts, request, speed, context) for name in found]
+    rows = [_row(name, methods[name], results, prompts, request, speed, context) for name in methods]
     if peer_rates:
         rows.insert(0, {"name": "transformers", "tokens_per_second": round(statistics.median(peer_rates), 2)})
-    tree = next(m.tree for m in found.values() if m.tree.size > 1)
+    tree = next(m.tree for m in methods.values() if m.tree.size > 1)
     return {
         "tree": {"size": tree.size, "depth": tree.depth, "top_k": tree.top_k},
         "prompts": len(prompts),

@@ -145,15 +145,15 @@ def space_of(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, list
     sizes = [vocab_size if size == "full" else int(size) for size in sizes_of(args.draft_vocab, vocab_size)]
     if not (checkpoint.path / "ranking.npz").is_file():
         sizes = [vocab_size]  # nothing to crop by
-    found = {"draft_vocab": sorted(set(sizes), reverse=True)}
+    space = {"draft_vocab": sorted(set(sizes), reverse=True)}
     defaults = SPACES["cpu" if jax.default_backend() == "cpu" else "gpu"]
     for flag, name, least in (("--tree-size", "size", 2), ("--depth", "depth", 1), ("--draft-top-k", "top_k", 1)):
         text = getattr(args, flag[2:].replace("-", "_")) or defaults[name]
         values = [part.strip() for part in text.split(",")]
         if not all(value.isdecimal() and int(value) >= least for value in values):
             raise UserError(f"{flag} {text}: give whole numbers from {least} on, with commas between them")
-        found[name] = sorted({int(value) for value in values})
-    return found
+        space[name] = sorted({int(value) for value in values})
+    return space
 
 
 def start_of(checkpoint: Checkpoint, draft: str | None, dtype: Any) -> Choice:
@@ -193,12 +193,12 @@ class Bench:
         points = {name: point(None, [answer[name] for answer in answers]) for name in models}
         return {
             name: {
-                "tokens_per_second": round(found.rate, 2),
-                "speed_up": round(found.rate / points["vanilla"].rate, 3),
-                "accepted_length": round(found.accepted_length, 3),
-                "round_ms": round(found.round_ms, 3),
+                "tokens_per_second": round(one.rate, 2),
+                "speed_up": round(one.rate / points["vanilla"].rate, 3),
+                "accepted_length": round(one.accepted_length, 3),
+                "round_ms": round(one.round_ms, 3),
             }
-            for name, found in points.items()
+            for name, one in points.items()
         }
 
 

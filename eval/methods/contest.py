@@ -69,9 +69,9 @@ class Contest:
                 if not figures:
                     raise
                 break
-            found = self._answers(side_by_side.in_turn(self.names, turn), prompt, limit)
-            figures.append({"prompt_tokens": len(prompt), "methods": self._compared(prompt, found)})
-            answer = vanilla.checkpoint.tokenizer.decode(found["vanilla"]["tokens"], skip_special_tokens=True)
+            answers = self._answers(side_by_side.in_turn(self.names, turn), prompt, limit)
+            figures.append({"prompt_tokens": len(prompt), "methods": self._compared(prompt, answers)})
+            answer = vanilla.checkpoint.tokenizer.decode(answers["vanilla"]["tokens"], skip_special_tokens=True)
             messages.append({"role": "assistant", "content": answer})
         return figures
 
@@ -79,14 +79,14 @@ class Contest:
         """Each method's answer. Methods that differ in V' alone share one reading of the prompt."""
         request = dataclasses.replace(self.request, max_new_tokens=limit)
         readings: dict[Hashable, Reading] = {}
-        found = {}
+        answers = {}
         for name in names:
             if name in PEERS:
                 assert self.peer is not None
-                found[name] = dataclasses.asdict(self.peer.answer(prompt, limit, lookup=PEERS[name]))
+                answers[name] = dataclasses.asdict(self.peer.answer(prompt, limit, lookup=PEERS[name]))
                 continue
-            found[name] = self._figures(name, side_by_side.answer(self.models[name], prompt, request, readings))
-        return found
+            answers[name] = self._figures(name, side_by_side.answer(self.models[name], prompt, request, readings))
+        return answers
 
     def _figures(self, name: str, result: Result) -> dict[str, Any]:
         """What a record keeps of one of our answers."""
@@ -102,16 +102,16 @@ class Contest:
         inside = np.isin(result.tokens, self._vocabularies[name])
         return figures | {"histogram": result.accepted_histogram, "covered": int(inside.sum())}
 
-    def _compared(self, prompt: np.ndarray, found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _compared(self, prompt: np.ndarray, answers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """The figures in the methods' own order, each held against vanilla's tokens.
 
         Tokens that equal vanilla's are not kept again; where a method's part from them, `parted`
         says at which token, and how near a tie the target's choice was there.
         """
-        expected = found["vanilla"]["tokens"]
+        expected = answers["vanilla"]["tokens"]
         compared = {}
         for name in self.names:
-            figures = found[name] | {"emitted": len(found[name]["tokens"])}
+            figures = answers[name] | {"emitted": len(answers[name]["tokens"])}
             if name != "vanilla" and figures["tokens"] == expected:
                 del figures["tokens"]
             elif name != "vanilla":

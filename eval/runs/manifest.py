@@ -20,7 +20,7 @@ from frspec_jax.vocabulary import DraftHead, Ranking
 HEAD_ROWS = 64  # of a cropped head, that tell it from another; all of them would take long
 
 
-def of_models(checkpoint: Checkpoint, found: dict[str, Generator], rankings: Sequence[Path] = ()) -> dict[str, Any]:
+def of_models(checkpoint: Checkpoint, methods: dict[str, Generator], rankings: Sequence[Path] = ()) -> dict[str, Any]:
     """The checkpoint, the methods by name, the rankings (default: the checkpoint's own), the machine, the versions."""
     files = rankings or [checkpoint.path / "ranking.npz"]
     return {
@@ -29,9 +29,9 @@ def of_models(checkpoint: Checkpoint, found: dict[str, Generator], rankings: Seq
             "fingerprint": checkpoint.fingerprint,
             "vocabulary": checkpoint.config.vocab_size,
         },
-        "methods": {name: of_method(model) for name, model in found.items()},
+        "methods": {name: of_method(model) for name, model in methods.items()},
         "rankings": {file.stem: of_ranking(file) for file in files if file.is_file()},
-        "dtype": str(found["vanilla"].weights.target.embedding.dtype),
+        "dtype": str(methods["vanilla"].weights.target.embedding.dtype),
         "machine": provenance.machine(),
         "versions": provenance.versions(),
     }

@@ -151,13 +151,13 @@ def our_rows(run: Run, names: list[str], value: Callable[[Tally], float]) -> lis
 
 def curves(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows from the full vocabulary down, by model and corpus: what a line of a plot over V' joins."""
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: -row.size):
         if row.kind != row.base:
             name = " ".join(filter(None, (row.model, row.family, row.corpus and f"({row.corpus})")))
             full = [other for other in rows if (other.model, other.kind) == (row.model, row.base)]
-            found.setdefault(name, full).append(row)
-    return found
+            groups.setdefault(name, full).append(row)
+    return groups
 
 
 def _cells(row: Row, digits: int) -> list[str]:

@@ -7,9 +7,9 @@ import os
 import resource
 
 import pytest
-from tiny_hf import converted
 
 from convert.__main__ import main
+from tests.support.tiny_hf import converted
 
 
 @contextlib.contextmanager
