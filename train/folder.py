@@ -134,9 +134,8 @@ class Run:
                 for manager in (self._last, self._best):
                     manager.wait_until_finished()
                     manager.close()
-        except UserError:
+        finally:
             self._clear()
-            raise
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
