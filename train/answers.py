@@ -64,8 +64,8 @@ class AnswerSettings:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
         if self.capacity < 64 or self.capacity % 64:
             raise UserError(f"--capacity {self.capacity} must be a multiple of 64")
-        if not -(2**31) <= self.seed < 2**31:
-            raise UserError(f"--seed {self.seed} must be a number of 32 bits, from -2147483648 to 2147483647")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed} must be a whole number from -2^63 to 2^63 - 1")
         Sampling(self.temperature)
 
 
