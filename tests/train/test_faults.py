@@ -222,7 +222,7 @@ def test_names_that_no_draft_can_have_are_refused_before_training(ckpt, corpus, 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--seed", str(2**31)), f"--seed {2**31} must be a number of 32 bits"),
+        (("--seed", str(2**63)), f"--seed {2**63} must be a whole number from -2^63"),
         (("--limit-tokens", "0"), "--limit-tokens 0 must be at least 1"),
         (("--slots", "0"), "--slots 0 must be at least 1"),
         (("--capacity", "100"), "--capacity 100 must be a multiple of 64"),
