@@ -28,7 +28,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._decoders, self._bytes, self._special = _facts(tokenizer)
+        self._decoders, self._bytes, self._silent, self._known = _facts(tokenizer)
         self._ids: list[int] = []
         self._shown = 0  # ids whose text is out
         self._anchor = 0  # ids from here to `_shown` are decoded again with new ones: what leads a text is stripped
@@ -40,7 +40,7 @@ class Detokenizer:
         if not self._decoders <= KNOWN:
             return ""
         end = len(self._ids)
-        while end > self._shown and self._ids[end - 1] in self._special | self._bytes:
+        while end > self._shown and self._open(self._ids[end - 1]):
             end -= 1
         if end == self._shown:
             return ""
@@ -54,6 +54,10 @@ class Detokenizer:
         self._shown = end
         return piece
 
+    def _open(self, number: int) -> bool:
+        """Whether bytes before and after this id are one run: it is a byte itself, or nothing is said by it."""
+        return number in self._bytes or number in self._silent or number not in self._known
+
     def finish(self) -> str:
         """The rest of the text, whatever its last bytes have become."""
         window = text_of(self._tokenizer, self._ids[self._anchor :])
@@ -62,13 +66,18 @@ class Detokenizer:
 
 
 @functools.lru_cache(maxsize=8)
-def _facts(tokenizer: Any) -> tuple[set[str], set[int], set[int]]:
-    """The kinds of decoders at work, the ids that are single bytes where bytes run together, and the special ids."""
+def _facts(tokenizer: Any) -> tuple[set[str], frozenset[int], frozenset[int], frozenset[int]]:
+    """The kinds of decoders at work; the ids that are single bytes where bytes run together; special ids; all ids.
+
+    A special token need not have a role (bos, eos) to be left out: whatever was added as one is. A model may have more
+    ids than its tokenizer, where its embedding was padded; those beyond say nothing either.
+    """
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
     kinds = {part["type"] for part in _parts(decoder)}
-    vocabulary = tokenizer.get_vocab() if "ByteFallback" in kinds else {}
-    single = {number for token, number in vocabulary.items() if BYTE.fullmatch(token)}
-    return kinds, single, set(tokenizer.all_special_ids)
+    vocabulary = tokenizer.get_vocab()
+    single = (n for token, n in vocabulary.items() if BYTE.fullmatch(token)) if "ByteFallback" in kinds else ()
+    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return kinds, frozenset(single), frozenset(special.union(tokenizer.all_special_ids)), frozenset(vocabulary.values())
 
 
 def _parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    inner.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_end|>"])  # the last has no role, such as eos
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -42,14 +42,26 @@ def test_pieces_joined_are_the_text(kind, data):
         parts = [[LINE], [F0], [A]]
     else:
         # Half of the ids from a few that matter most: bytes of one character, spaces, special tokens.
-        few = [LINE, F0, 3 + 0x9F, 3 + 0x98, 3 + 0x80, 0, 1, 2, *range(size - 14, size)]
-        ids = st.integers(0, size - 1) | st.sampled_from(few)
+        few = [LINE, F0, 3 + 0x9F, 3 + 0x98, 3 + 0x80, 0, 1, 2, *range(size - 14, size + 2)]
+        ids = st.integers(0, size + 20) | st.sampled_from(few)  # a padded embedding has ids that no token has
         parts = data.draw(st.lists(st.lists(ids, max_size=3), max_size=10))
     detokenizer = Detokenizer(tokenizer)
     pieces = [detokenizer.push(part) for part in parts]
     whole = text_of(tokenizer, [number for part in parts for number in part])
     assert whole.startswith("".join(pieces)), "what was given out cannot be taken back"
     assert "".join(pieces) + detokenizer.finish() == whole
+
+
+@pytest.mark.parametrize("between", ["<|im_end|>", "</s>", None])
+def test_bytes_run_on_over_what_says_nothing(between):
+    """A special token without a role, one with, and an id beyond the tokenizer's: a wrong byte after it spoils both."""
+    tokenizer = TOKENIZERS["byte fallback"]
+    silent = len(tokenizer) + 5 if between is None else tokenizer.convert_tokens_to_ids(between)
+    ids = [LINE, silent, F0, A]
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push([number]) for number in ids]
+    assert pieces[:-1] == ["", "", ""]
+    assert "".join(pieces) + detokenizer.finish() == text_of(tokenizer, ids) == "\ufffd\ufffd a"
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
