@@ -19,6 +19,7 @@ from frspec_jax.checkpoint import Checkpoint, check_draft_name, write_draft
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
 from frspec_jax.files import new_folder
+from frspec_jax.schema import Entries
 
 EMBEDDING = "embed_tokens.weight"
 TARGET_KEY = "frspec_target"  # our addition to config.json: the fingerprint of the draft's target
@@ -50,18 +51,16 @@ def layer_sizes(source: TensorFolder, target: Checkpoint) -> dict[str, Any]:
     config, file, wanted = source.config, f"{source.label}/config.json", target.config
     if config.get("num_hidden_layers", 1) != 1:
         raise UserError(f"{file}: a draft of {config['num_hidden_layers']} layers is not supported; EAGLE's has one")
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        sizes = {
-            "hidden_size": hidden,
-            "intermediate_size": int(config["intermediate_size"]),
-            "num_heads": heads,
-            "num_kv_heads": int(config.get("num_key_value_heads") or heads),
-            "head_dim": int(config.get("head_dim") or hidden // heads),
-            "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        }
-    except KeyError as missing:
-        raise UserError(f"{file}: the entry {missing} is missing") from None
+    entries = Entries(config, file)
+    hidden, heads = entries.whole("hidden_size"), entries.whole("num_attention_heads")
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": entries.whole("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": entries.whole("num_key_value_heads", heads),
+        "head_dim": entries.whole("head_dim", max(1, hidden // heads)),
+        "rms_norm_eps": entries.number("rms_norm_eps", 1e-6),
+    }
     if hidden != wanted.hidden_size:
         raise UserError(
             f"{file}: hidden_size {hidden}, but that of --target {target.path} is {wanted.hidden_size}; "

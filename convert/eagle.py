@@ -22,6 +22,7 @@ from convert.weights import draft_parts
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.errors import UserError
+from frspec_jax.schema import Entries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,9 +85,10 @@ def _check_bias(config: Mapping[str, Any], spec: EagleConfig, file: str) -> None
 
 
 def _note_rope(config: Mapping[str, Any], target: Checkpoint, file: str) -> None:
-    rope = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta") or rope.get("rope_theta")
-    if theta is not None and float(theta) != target.config.rope_theta:
+    entries = Entries(config, file)
+    rope, own = entries.inner("rope_parameters"), target.config.rope_theta
+    theta = entries.number("rope_theta", rope.number("rope_theta", own))
+    if theta != own:
         print(
             f"note: {file} says rope_theta {theta:g}; the target's {target.config.rope_theta:g} is used, "
             "as FR-Spec does",

@@ -21,6 +21,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig, RopeScaling
 from frspec_jax.drafters.eagle3 import Eagle3Config, default_taps
 from frspec_jax.errors import UserError
+from frspec_jax.schema import Entries
 
 TAPS_KEY = "eagle_aux_hidden_state_layer_ids"
 OTHER_MODELS_MAP = "the map belongs to a head that was trained for another vocabulary"
@@ -70,7 +71,8 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> Eagle3Config:
     for name in ("fc.weight", "midlayer.self_attn.q_proj.weight", "lm_head.weight"):
         if name not in names:
             raise UserError(f"{source.label} holds no {name}, so it is no whole EAGLE-3 draft")
-    vocabulary = int(config.get("vocab_size", target.config.vocab_size))
+    entries = Entries(config, file)
+    vocabulary = entries.whole("vocab_size", target.config.vocab_size)
     if vocabulary != target.config.vocab_size:
         raise UserError(
             f"{file}: vocab_size {vocabulary}, but that of --target {target.path} is {target.config.vocab_size}; "
@@ -82,12 +84,12 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> Eagle3Config:
             f"{file} says bias: {str(bool(config.get('bias', False))).lower()}, but the checkpoint has {has}; "
             "set it to what the draft was trained with"
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = entries.inner("rope_parameters", "rope_scaling")
     return Eagle3Config(
         **draft.layer_sizes(source, target),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        rope_scaling=RopeScaling.from_hf(rope, int(config.get("max_position_embeddings") or 2048)),
-        draft_vocab_size=int(config.get("draft_vocab_size") or source.shape("lm_head.weight")[0]),
+        rope_theta=rope.number("rope_theta", entries.number("rope_theta", 10000.0)),
+        rope_scaling=RopeScaling.from_hf(rope, entries.whole("max_position_embeddings", 2048)),
+        draft_vocab_size=entries.whole("draft_vocab_size", source.shape("lm_head.weight")[0]),
         taps=_taps(source, target.config.num_layers),
         fc_bias="fc.bias" in names,
         attention_bias="midlayer.self_attn.q_proj.bias" in names,
@@ -105,6 +107,8 @@ def _taps(source: TensorFolder, layers: int) -> tuple[int, ...]:
         raise UserError(f"--target has {layers} layers; an EAGLE-3 draft reads the last but two, so it needs three")
     nested = source.config.get("eagle_config")
     stated = source.config.get(TAPS_KEY) or (nested.get(TAPS_KEY) if isinstance(nested, dict) else None)
+    if stated is not None and not isinstance(stated, list):
+        raise UserError(f"{source.label}/config.json: {TAPS_KEY} is {stated!r}, and must be a list of layers")
     if stated is not None and tuple(stated) not in (taps, tuple(tap - 1 for tap in taps)):
         raise UserError(
             f"{source.label}/config.json: {TAPS_KEY} {list(stated)} are not the published ones "

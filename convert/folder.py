@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from frspec_jax.errors import UserError
+from frspec_jax.schema import Entries
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order of preference; sharded: NAME.index.json
 READABLE = {"F64", "F32", "F16", "BF16"}
@@ -125,7 +126,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {name}; give the folder of a Hugging Face model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({_reason(file, error)})") from None
     if not isinstance(data, dict):
         raise UserError(f"{file} is no JSON object; download it again")
@@ -138,7 +139,10 @@ def _weight_files(folder: Path, files: tuple[str, ...]) -> list[Path]:
             return [folder / name]
         index = f"{name}.index.json"
         if (folder / index).is_file():
-            shards = sorted(set(read_json(folder, index).get("weight_map", {}).values()))
+            named = Entries(read_json(folder, index), str(folder / index)).inner("weight_map").data.values()
+            if not all(isinstance(shard, str) for shard in named):
+                raise UserError(f"{folder / index}: weight_map must name a file for each tensor; download it again")
+            shards = sorted(set(named))
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing or not shards:
                 raise UserError(

@@ -92,7 +92,8 @@ def amend_draft(folder: Path, draft: DraftSpec, about: dict[str, Any]) -> None:
     """
     file = folder / "config.json"
     data = json.loads(file.read_text())
-    data |= {**draft.to_json(), "about": {**data.get("about", {}), **about}}
+    known = data.get("about")
+    data |= {**draft.to_json(), "about": {**(known if isinstance(known, dict) else {}), **about}}
     files.write_json(file, data)
 
 
@@ -131,7 +132,7 @@ def _load_params(folder: Path, shapes: Any) -> Any:
     try:
         with _checkpointer() as checkpointer:
             return checkpointer.restore(folder.resolve(), args=ocp.args.StandardRestore(wanted))
-    except Exception as error:  # Orbax raises many kinds for a folder that is cut short or of another shape
+    except (Exception, asyncio.CancelledError) as error:  # Orbax raises many kinds for a folder that is cut short
         if interrupted(error):
             raise KeyboardInterrupt from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -170,8 +171,8 @@ class Checkpoint:
         if not path.is_dir():
             raise UserError(f"--ckpt {path} is no folder; give one that python -m convert has written")
         if (path / "config.json").is_file() and not (path / "params").exists():
-            with contextlib.suppress(ValueError, OSError):
-                if "architectures" in json.loads((path / "config.json").read_text()):
+            with contextlib.suppress(ValueError, OSError, TypeError, RecursionError):
+                if "architectures" in json.loads((path / "config.json").read_text("utf-8")):
                     raise UserError(
                         f"--ckpt {path} is a Hugging Face model; run: python -m convert hf {path} --out {path.name}-jax"
                     )
@@ -180,7 +181,9 @@ class Checkpoint:
             config = ModelConfig.from_json(data)
         except UserError as error:
             raise UserError(f"{path}/config.json is damaged ({error}); convert the model again") from None
-        return cls(path, config, str(data.get("fingerprint")))
+        if not isinstance(data.get("fingerprint"), str):
+            raise UserError(f"{path}/config.json is damaged (it has no fingerprint); convert the model again")
+        return cls(path, config, data["fingerprint"])
 
     def params(self, dtype: Any = jnp.float32) -> LlamaParams:
         """The target's weights, in `dtype`, on the default device."""
@@ -212,7 +215,10 @@ class Checkpoint:
             except (OSError, ValueError, AttributeError, RecursionError) as error:
                 raise UserError(f"{file} is damaged ({error}); convert the model again") from None
             listed = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(isinstance(one, int) and 0 <= one < self.config.vocab_size for one in listed):
+            if not all(
+                isinstance(one, int) and not isinstance(one, bool) and 0 <= one < self.config.vocab_size
+                for one in listed
+            ):
                 raise UserError(
                     f"{file}: eos_token_id {value!r} must be token ids from 0 to {self.config.vocab_size - 1}; "
                     "convert the model again"

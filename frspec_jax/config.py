@@ -134,7 +134,11 @@ class ModelConfig:
         """
         entries = Entries(hf, source)
         names = hf.get("architectures") or []
-        known = [name for name in names if name in ARCHITECTURES] if isinstance(names, list) else []
+        known = (
+            [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
+            if isinstance(names, list)
+            else []
+        )
         if not known:
             raise UserError(
                 f"{source}: architecture {names or hf.get('model_type')!r} is not supported; "

@@ -56,13 +56,17 @@ def in_python(sentence: str) -> str:
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Turn `UserError` into one line on stderr and exit status 2, and Ctrl-C into status 130."""
+    if sys.stderr is None:  # closed (`2>&-`): what would be said there is said nowhere
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
+    if sys.stdout is None:
+        print("error: standard output is closed; send it to a file or a terminal", file=sys.stderr)
+        sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error.on_the_command_line}", file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ The text goes to standard output as it comes, and a line of figures to standard 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -60,6 +61,8 @@ def _standard_input() -> str:
         raise UserError("standard input is closed; give --prompt or --prompt-file")
     if sys.stdin.isatty():
         print("prompt (end with Ctrl-D):", file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # text is UTF-8, whatever the terminal's own encoding
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     try:
         return _unicode(sys.stdin.read(), "standard input")
     except UnicodeDecodeError:
@@ -82,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     with reported():
         # Everything that can be refused without a model is refused before one is loaded.
         sampling = flags.sampling_of(args)
+        _unicode(args.system or "", "--system")
         draft = flags.draft_of(args)
         generate(args, read_prompts(args), sampling, draft)
 

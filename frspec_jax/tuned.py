@@ -117,6 +117,6 @@ def _entries(folder: Path) -> dict[str, Any]:
         reason = f"it does not say format {FORMAT!r}"
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error)
     raise UserError(f"{file} is damaged ({reason}); delete it, or run python -m eval tune again")

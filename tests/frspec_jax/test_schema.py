@@ -14,7 +14,7 @@ from tests.support import toy
 from tests.support.folders import checkpoint_folder
 from tests.support.tiny_hf import edit_json
 
-WRONG = [None, "text", "", [], [1], {}, {"a": 1}, True, -1, 0, 1.5, float("nan"), float("inf"), 10**40]
+WRONG = [None, "text", "", [], [1], [[1]], [{}], {}, {"a": 1}, True, -1, 0, 1.5, float("nan"), float("inf"), 10**40]
 HF = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 160, "hidden_size": 48, "intermediate_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-5,
