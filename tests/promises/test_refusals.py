@@ -68,7 +68,7 @@ def test_flags(ckpt, capsys, flags, words):
 
 def test_prompts(ckpt, capsys, tmp_path):
     assert "empty" in refused(capsys, "--ckpt", ckpt, "--prompt", " \n")
-    assert "--context 256" in refused(capsys, "--ckpt", ckpt, "--context", "200", "--prompt", "word " * 200)
+    assert "--context 200" in refused(capsys, "--ckpt", ckpt, "--context", "200", "--prompt", "word " * 200)
     assert "cannot be read" in refused(capsys, "--ckpt", ckpt, "--prompt-file", tmp_path / "absent.txt")
     file = tmp_path / "prompts.jsonl"
     for line, words in (
