@@ -103,7 +103,13 @@ def _as(hint: Any, entries: Entries, key: str, value: Any) -> Any:
             raise entries.wrong(key, "a list")
         return tuple(_as(parts[0], entries, key, one) for one in value)
     if dataclasses.is_dataclass(hint):
-        return checked(typing.cast(type, hint), value, f"{entries.file}, {key}")
+        place, names = f"{entries.file}, {key}", {field.name for field in dataclasses.fields(hint)}
+        unknown = set(Entries(value, place).data) - names
+        if unknown:  # an inner object is ours alone: an entry that nobody reads is one that is misspelt
+            raise UserError(
+                f"{place}: the entry {min(map(str, unknown))!r} is not known; {', '.join(sorted(names))} are"
+            )
+        return checked(typing.cast(type, hint), value, place)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31:

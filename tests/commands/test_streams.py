@@ -97,7 +97,7 @@ def test_brackets_in_names_are_no_markup(capsys):
     from rich.table import Table
 
     table = Table("[mine]", title="[bold]a draft[/bold]")
-    table.add_row("EAGLE-2 [/mine]")
+    table.add_row("EAGLE-2 [/mine], which is long enough for the title")
     results_console().print(table)
     out = capsys.readouterr().out
     assert "[mine]" in out and "[bold]a draft[/bold]" in out and "EAGLE-2 [/mine]" in out

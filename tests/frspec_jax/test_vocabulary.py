@@ -80,10 +80,10 @@ def test_all_ids_are_the_identity_and_need_no_ranking(ranked):
 @pytest.mark.parametrize(
     ("size", "always", "said"),
     [
-        (7, [], r"--draft-vocab 7 is larger than the vocabulary \(6 tokens\); lower it"),
-        (2, [4, 5], "--draft-vocab 2 is too small: 2 control tokens .* give at least 3"),
-        (0, [], "--draft-vocab 0 is too small: .* give at least 1"),
-        (-3, [1], "--draft-vocab -3 is too small: .* give at least 2"),
+        (7, [], r"Draft\.vocab 7 is larger than the vocabulary \(6 tokens\); lower it"),
+        (2, [4, 5], r"Draft\.vocab 2 is too small: 2 control tokens .* give at least 3"),
+        (0, [], r"Draft\.vocab 0 is too small: .* give at least 1"),
+        (-3, [1], r"Draft\.vocab -3 is too small: .* give at least 2"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(size, always, said):
