@@ -83,15 +83,13 @@ def warp(logits: Array, by: SamplingArrays) -> Array:
     logits: [N, V] float32. Tokens that tie with the last kept one are kept too.
     """
     logits = logits / by.temperature
-    filters = (by.top_p < 1) | ((by.top_k > 0) & (by.top_k < logits.shape[-1]))
+    filters = (by.top_p < 1) | ((by.top_k > 0) & (by.top_k < logits.shape[-1])) | (by.min_p > 0)
     least = lax.cond(filters, least_kept, lambda logits, by: jnp.full((logits.shape[0], 1), MASKED), logits, by)
-    # min-p asks after the best token alone, which no filter removes: log P below the best logit.
-    least = jnp.maximum(least, logits.max(-1, keepdims=True) + jnp.log(by.min_p))
     return jnp.where(logits < least, MASKED, logits)
 
 
 def least_kept(logits: Array, by: SamplingArrays) -> Array:
-    """The least logit of each row that top-k and top-p keep, [N, 1]; logits: [N, V].
+    """The least logit of each row that the filters keep, [N, 1]; logits: [N, V].
 
     The `FEW` best logits tell, unless top-k asks for more, or a row is so flat that they do not add up to top-p. Then
     all are sorted, for the rows that need it: what a row keeps may not depend on the rows beside it.
@@ -107,7 +105,9 @@ def least_kept(logits: Array, by: SamplingArrays) -> Array:
         jax.nn.logsumexp(logits, axis=-1, keepdims=True),
     )
     least, mass = least_of_nucleus(jnp.where(among, best, MASKED), whole, by)
-    enough = limited | ((by.top_k <= 0) & (mass >= by.top_p)) | (few == logits.shape[-1])  # [N, 1]
+    every = (by.top_k <= 0) & (by.top_p >= 1)  # neither of the two removes any
+    least = jnp.where(every, MASKED, least)
+    enough = every | limited | ((by.top_k <= 0) & (mass >= by.top_p)) | (few == logits.shape[-1])  # [N, 1]
 
     def of_all(logits: Array) -> Array:
         ranked = -jnp.sort(-logits, axis=-1)
@@ -115,7 +115,9 @@ def least_kept(logits: Array, by: SamplingArrays) -> Array:
         ranked = jnp.where(kept, ranked, MASKED)
         return least_of_nucleus(ranked, jax.nn.logsumexp(ranked, axis=-1, keepdims=True), by)[0]
 
-    return jnp.where(enough, least, lax.cond(enough.all(), lambda _: least, of_all, logits))
+    least = jnp.where(enough, least, lax.cond(enough.all(), lambda _: least, of_all, logits))
+    # min-p asks after the best token alone, which no filter removes: log P below the best logit.
+    return jnp.maximum(least, best[:, :1] + jnp.log(by.min_p))
 
 
 def least_of_nucleus(ranked: Array, whole: Array, by: SamplingArrays) -> tuple[Array, Array]:
