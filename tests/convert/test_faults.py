@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 
 import pytest
 
 from convert.__main__ import main
+from tests.support.disk import files_of
 from tests.support.tiny_hf import converted
-
-
-@contextlib.contextmanager
-def files_of(size: int):
-    """No file grows beyond `size` bytes meanwhile: as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [2_000, 20_000])  # in config.json or the tokenizer; in the weights, which Orbax writes

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import pytest
 
 from frspec_jax import files
 from frspec_jax.checkpoint import Checkpoint
+from tests.support.disk import files_of
 from tests.support.folders import checkpoint_folder
 from tests.support.runs import chats, drafted, refusal, same
 from train import eagle
@@ -62,17 +62,6 @@ def command(corpus, ckpt, work, name, *flags, kind="eagle") -> list[str]:
 def left(folder: Path) -> set[str]:
     """What stands below a folder, by name, but for what Orbax calls its own."""
     return {path.name for path in folder.rglob("*")}
-
-
-@contextlib.contextmanager
-def files_of(size: int):
-    """No file grows beyond `size` bytes meanwhile: as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # A full disk -------------------------------------------------------------------------------------
