@@ -12,7 +12,7 @@ GGUF := material/SmolLM2-135M-Instruct.Q4_1.gguf
 CKPT := checkpoints/smollm2
 ASSETS := assets/smollm2-135m
 
-.PHONY: demo test gpu-check lint clean
+.PHONY: demo test gpu-check gpu-compile lint clean
 .DELETE_ON_ERROR:
 
 demo: $(CKPT)/.complete
@@ -34,6 +34,19 @@ AS_SHIPPED := tests/promises tests/pallas_kernels
 # `make gpu-check DRY=--dry` runs the same steps, tiny, on a CPU.
 gpu-check:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(DRY)
+
+# What a round would launch on an H100, compiled for one without a GPU: jax[cuda12] in an environment of its own (3 GB,
+# no driver), with a Python for which there are wheels. The ledger goes to results/gpu-compile.
+GPU_PYTHON ?= $(shell for p in python3.12 python3.13 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+GPU_JAX ?= 0.11.2
+gpu-compile: .venv-gpu-compile/.run
+	.venv-gpu-compile/bin/python -m benchmarks.gpu_compile --check
+
+.venv-gpu-compile/.run: pyproject.toml
+	$(GPU_PYTHON) -m venv .venv-gpu-compile
+	.venv-gpu-compile/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "jax[cuda12]==$(GPU_JAX)" -e . "pytest>=8" "hypothesis>=6.100" "pytest-xdist>=3.6"
+	touch $@
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check --fix .

@@ -7,10 +7,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from frspec_jax.config import TreeConfig
+from pallas_kernels import device
 
 CONTEXT = 4096  # tokens of prompt and answer, where none are asked for and the model was trained for as many
 
@@ -35,7 +35,7 @@ DEFAULTS = {
 
 def defaults(dtype: Any = None) -> Defaults:
     """The defaults of the device at hand, where weights are `dtype`; None: in the dtype that suits it best."""
-    if jax.default_backend() != "cpu":
+    if device.current().platform != "cpu":
         return DEFAULTS["gpu"]
     wide = dtype is not None and jnp.dtype(dtype) != jnp.bfloat16
     return DEFAULTS["cpu with amx" if has_amx() and not wide else "cpu"]

@@ -26,6 +26,7 @@ from frspec_jax.placement import Placement
 from frspec_jax.sampling import Draw, Rule, argument
 from frspec_jax.tree import DraftTree, accepted_path
 from pallas_kernels.dispatch import AUTO, Kernels
+from pallas_kernels.tree_attention import attention_rows
 
 RUNNING, STOPPED, FULL = 0, 1, 2  # DecodeState.finished
 
@@ -45,6 +46,11 @@ class Plan:
     stop_ids: tuple[int, ...] = ()
     rule: Rule = "greedy"
     kernels: Kernels = AUTO  # the target's; a drafter carries its own
+
+    def within(self, rows: int) -> Plan:
+        """The same for as long as a text fits `rows` rows of the caches."""
+        kernels = dataclasses.replace(self.kernels, rows=rows)
+        return dataclasses.replace(self, kernels=kernels, drafter=self.drafter.within(rows))
 
     @property
     def margin(self) -> int:
@@ -247,7 +253,9 @@ def accept(plan: Plan, state: DecodeState, tree: DraftTree, verdict: Verdict, ca
     emitted = state.emitted + count
     return dataclasses.replace(
         state,
-        caches=dataclasses.replace(caches, target=kv_cache.compact(caches.target, state.length, path)),
+        caches=dataclasses.replace(
+            caches, target=kv_cache.compact(caches.target, state.length, path, plan.kernels.attention)
+        ),
         length=state.length + count,
         root=block[count - 1],
         accepted=Accepted(verdict.features[path], block, count),
@@ -255,7 +263,7 @@ def accept(plan: Plan, state: DecodeState, tree: DraftTree, verdict: Verdict, ca
         emitted=emitted,
         finished=jnp.where(stopped, STOPPED, jnp.where(emitted >= state.asked.limit, FULL, RUNNING)).astype(jnp.int32),
         rounds=state.rounds + 1,
-        histogram=state.histogram.at[count - 1].add(1),
+        histogram=state.histogram + (index == count - 1),
     )
 
 
@@ -269,10 +277,25 @@ def decode_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeStat
 def decode_rounds(plan: Plan, weights: Weights, state: DecodeState, rounds: Array) -> DecodeState:
     """Decode until the sequence is finished, or `rounds` more rounds are done: 1 streams, many generate."""
     last = state.rounds + rounds
+
+    def on(state: DecodeState) -> Array:
+        return (state.finished == RUNNING) & (state.rounds < last)
+
+    def stretch(rows: int, state: DecodeState) -> DecodeState:
+        """The rounds that fit `rows` rows."""
+        here = plan.within(rows)
+        return lax.while_loop(
+            lambda s: on(s) & (s.length + plan.margin <= rows), lambda s: decode_round(here, weights, s), state
+        )
+
+    sizes = attention_rows(state.caches.capacity, plan.kernels.attention)
+    if len(sizes) == 1:
+        return lax.while_loop(on, lambda s: decode_round(plan, weights, s), state)
+    # Chosen between rounds, so that no round waits for it.
+    smaller = jnp.array(sizes[:-1], jnp.int32)
+    stretches = [functools.partial(stretch, rows) for rows in sizes]
     return lax.while_loop(
-        lambda s: (s.finished == RUNNING) & (s.rounds < last),
-        lambda s: decode_round(plan, weights, s),
-        state,
+        on, lambda s: lax.switch((s.length + plan.margin > smaller).sum(dtype=jnp.int32), stretches, s), state
     )
 
 

@@ -109,7 +109,7 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
             dtype=args.dtype,
             context=args.context,
             chunk=args.chunk,
-            kernels=Kernels(args.kernels, args.kernels),
+            kernels=Kernels.all(args.kernels),
         )
     for prompt in asked:  # a prompt that does not fit is refused before any is answered
         model.check(model.encode(prompt, request), request)

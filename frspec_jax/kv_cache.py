@@ -6,12 +6,17 @@ where a scan over a stack copies it (see tests/promises/test_no_copies.py, which
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array, lax
+from jax import Array
 
 from frspec_jax.config import ModelConfig
+from frspec_jax.placement import Placement
+from pallas_kernels import device
+from pallas_kernels.compaction import compact as compacted
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.rotary_append import Rotation
+from pallas_kernels.rotary_append import rotary_append as rotate_and_append
 
 BLOCK = 256  # capacities are multiples of it, so that attention may walk the cache in whole blocks
 
@@ -41,7 +46,7 @@ def stored(dtype: jnp.dtype) -> jnp.dtype:
 
     To update a bfloat16 array in place, XLA's CPU backend widens and narrows all of it, which took half of a pass.
     """
-    bits = jax.default_backend() == "cpu" and dtype == jnp.bfloat16
+    bits = device.current().platform == "cpu" and dtype == jnp.bfloat16
     return jnp.dtype(jnp.uint16) if bits else dtype
 
 
@@ -53,37 +58,21 @@ def empty(config: ModelConfig, capacity: int, dtype: jnp.dtype) -> KVCache:
     return tuple(LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
 
-def write(cache: LayerKV, keys: Array, values: Array, start: Array) -> LayerKV:
-    """Write rows `start` .. `start + T - 1`.
-
-    keys, values: [T, kv_heads, head_dim]. The caller sees to it that the rows fit: XLA would
-    otherwise shift the window back and overwrite committed rows.
-    """
-    at = (0, start, 0)
-    return LayerKV(
-        lax.dynamic_update_slice(cache.keys, _kept(keys.swapaxes(0, 1), cache.keys.dtype), at),
-        lax.dynamic_update_slice(cache.values, _kept(values.swapaxes(0, 1), cache.values.dtype), at),
+def rotary_append(
+    cache: LayerKV, qkv: Array, by: Rotation, where: Placement, implementation: Implementation = "auto"
+) -> tuple[Array, LayerKV]:
+    """Rotated queries [T, heads, head_dim], and the cache with what T tokens bring (`pallas_kernels.rotary_append`)."""
+    q, keys, values = rotate_and_append(
+        qkv, by, cache.keys, cache.values, where.write_at, skip=where.skip, implementation=implementation
     )
+    return q, LayerKV(keys, values)
 
 
-def _kept(rows: Array, dtype: jnp.dtype) -> Array:
-    """Rows as a cache of `dtype` keeps them."""
-    return rows.astype(dtype) if dtype != jnp.uint16 else lax.bitcast_convert_type(rows.astype(jnp.bfloat16), dtype)
-
-
-def compact(cache: KVCache, start: Array, path: Array) -> KVCache:
+def compact(cache: KVCache, start: Array, path: Array, implementation: Implementation = "auto") -> KVCache:
     """Move tree rows `start + path[k]` to `start + k`, so that an accepted path becomes committed.
 
     path: [D+1] node indices in the order of depth; path[0] is the root, which is in place already.
     Entries past the accepted length may be anything: the rows that they fill are written again by
     the next round.
     """
-    if path.shape[0] == 1:
-        return cache
-
-    def moved(rows: Array) -> Array:
-        accepted = jnp.take(rows, start + path[1:], axis=1)  # [kv_heads, D, head_dim]
-        return lax.dynamic_update_slice(rows, accepted, (0, start + 1, 0))
-
-    with jax.named_scope("compact"):
-        return jax.tree.map(moved, cache)
+    return compacted(cache, start, path, implementation=implementation)

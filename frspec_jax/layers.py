@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -15,7 +16,9 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.products import linear, mean_square
+from pallas_kernels.fused_linear import Norm, fused_linear, gate
+from pallas_kernels.products import linear
+from pallas_kernels.rotary_append import Rotation, rotate
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -37,11 +40,6 @@ class LayerParams:
     gate_up_bias: Array | None  # [2 F]
     down: Array  # [H, F]
     down_bias: Array | None  # [H]
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Scale to unit mean square, in float32, and back to x's dtype before the learned weight."""
-    return (x.astype(jnp.float32) * lax.rsqrt(mean_square(x) + eps)).astype(x.dtype) * weight
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -73,14 +71,6 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return base.astype(np.float32)
 
 
-@struct.dataclass
-class Rotation:
-    """Cosine and sine of every rotated pair's angle, for the T tokens of a pass: one of it serves all layers."""
-
-    cos: Array  # [T, 1, head_dim / 2] float32
-    sin: Array  # [T, 1, head_dim / 2] float32
-
-
 def rotation(config: ModelConfig, positions: Array) -> Rotation:
     """The rotation of tokens at `positions` [T] int32: computed where it is used, so no table limits the context.
 
@@ -89,14 +79,9 @@ def rotation(config: ModelConfig, positions: Array) -> Rotation:
     """
     angle = positions[:, None, None].astype(jnp.float32) * rope_frequencies(config)
     scale = config.rope_scaling.attention_factor
-    cos, sin = lax.optimization_barrier((jnp.cos(angle) * scale, jnp.sin(angle) * scale))
-    return Rotation(cos, sin)
-
-
-def rotate(x: Array, by: Rotation) -> Array:
-    """Rotary position embedding of x [T, heads, head_dim]: halves of head_dim form the pairs, as in Hugging Face."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1).astype(x.dtype)
+    return Rotation(
+        lax.optimization_barrier(jnp.concatenate([jnp.cos(angle) * scale, jnp.sin(angle) * scale], axis=-1))
+    )
 
 
 @struct.dataclass
@@ -122,9 +107,8 @@ def project_qkv(layer: LayerParams, config: ModelConfig, x: Array, by: Rotation)
 
 
 def gated_mlp(layer: LayerParams, x: Array) -> Array:
-    """down(silu(gate(x)) * up(x)); what is between the products in float32, where a CPU is quicker at exponentials."""
-    gate, up = jnp.split(linear(x, layer.gate_up, layer.gate_up_bias).astype(jnp.float32), 2, axis=-1)
-    return linear((jax.nn.silu(gate) * up).astype(x.dtype), layer.down, layer.down_bias)
+    """down(silu(gate(x)) * up(x)), as training runs it."""
+    return linear(gate(linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
 
 
 def decoder_layer(
@@ -136,15 +120,26 @@ def decoder_layer(
       x: [T, H] residual stream. here: where the tokens stand, and what the layers of this pass share.
       attend_from: what Q, K and V read; None: x, through the layer's own norm if it has one.
     """
-    eps, kernels = here.config.rms_norm_eps, here.kernels
+    config, kernels = here.config, here.kernels
+    product = functools.partial(fused_linear, implementation=kernels.product)
     with jax.named_scope("attention"):
+        norm = None
         if attend_from is None:
-            attend_from = x if layer.attention_norm is None else rms_norm(x, layer.attention_norm, eps)
-        q, k, v = project_qkv(layer, here.config, attend_from, here.by)
-        cache = kv_cache.write(cache, k, v, here.where.write_at)
+            attend_from = x
+            norm = None if layer.attention_norm is None else Norm(layer.attention_norm, config.rms_norm_eps)
+        qkv = product(attend_from, layer.qkv, layer.qkv_bias, norm=norm)
+        q, cache = kv_cache.rotary_append(cache, qkv, here.by, here.where, kernels.attention)
         mixed = tree_attention(
-            q, cache.keys, cache.values, here.where.sees, implementation=kernels.attention, steady=kernels.steady
+            q,
+            cache.keys,
+            cache.values,
+            here.where.sees,
+            implementation=kernels.attention,
+            rows=kernels.rows,
+            steady=kernels.steady,
         )
-        x = x + linear(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias)
+        x = product(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias, residual=x)
     with jax.named_scope("mlp"):
-        return x + gated_mlp(layer, rms_norm(x, layer.mlp_norm, eps)), cache
+        norm = Norm(layer.mlp_norm, config.rms_norm_eps)
+        inner = product(x, layer.gate_up, layer.gate_up_bias, norm=norm, gated=True)
+        return product(inner, layer.down, layer.down_bias, residual=x), cache

@@ -9,10 +9,10 @@ from jax import Array
 
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
-from frspec_jax.layers import LayerParams, Pass, decoder_layer, rms_norm
+from frspec_jax.layers import LayerParams, Pass, decoder_layer
 from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.products import rows_f32, take_rows
+from pallas_kernels.products import rms_norm, rows_f32, take_rows
 
 
 @struct.dataclass

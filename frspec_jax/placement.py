@@ -7,7 +7,7 @@ from flax import struct
 from jax import Array
 
 from frspec_jax.tree import Beam, DraftTree
-from pallas_kernels.visibility import Sees, bit_words, causal
+from pallas_kernels.visibility import Sees, causal
 
 
 @struct.dataclass
@@ -15,8 +15,9 @@ class Placement:
     """Where T tokens stand. A prompt, one token, a draft tree and a level of one are all such a value."""
 
     positions: Array  # [T] int32, of the rotary embedding
-    write_at: Array  # int32 scalar, the cache row of the first token; the others follow it
+    write_at: Array  # int32 scalar, a cache row: the first token stands `skip` rows behind it, and the others follow
     sees: Sees
+    skip: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
     def chain(cls, start: Array, tokens: int) -> Placement:
@@ -38,4 +39,4 @@ class Placement:
         """
         k = beam.tokens.shape[0]
         positions = jnp.full((k,), committed + level - 1, jnp.int32)
-        return cls(positions, committed + (level - 1) * k, Sees(committed, bit_words(beam.visible)))
+        return cls(positions, committed, Sees(committed, beam.visible), skip=(level - 1) * k)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 
 from frspec_jax.config import TreeConfig
-from pallas_kernels.visibility import bit_words
+from pallas_kernels.best_children import best_children
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.visibility import bit_words, constant_words
 
 
 @struct.dataclass
@@ -40,8 +43,7 @@ class Beam:
     tokens: Array  # [K] the beams' tokens
     scores: Array  # [K] float32, cumulative log-probability under the draft
     number: Array  # [K] the beams' numbers among the candidates
-    visible: Array  # [K, (D-1) K] which of the draft's tree rows each beam sees, its own included
-    rows: Array  # [K] the draft's tree row of each beam's parent; only `grow` reads it
+    visible: Array  # [K, words] int32 bit words over the draft's tree rows: those that each beam sees, its own included
     history_tokens: Array  # [candidates so far]
     history_scores: Array  # [candidates so far]
     history_parent: Array  # [candidates so far] the parent's number; -1 for the root
@@ -55,14 +57,13 @@ class Beam:
             tokens=tokens,
             scores=scores,
             number=number,
-            visible=jnp.eye(k, tree.draft_rows, dtype=bool),
-            rows=number,
+            visible=_own_rows(tree.draft_rows, k, 0),
             history_tokens=tokens,
             history_scores=scores,
             history_parent=jnp.full((k,), -1, jnp.int32),
         )
 
-    def grow(self, scores: Array, tokens: Array) -> tuple[Beam, Array]:
+    def grow(self, scores: Array, tokens: Array, implementation: Implementation = "auto") -> tuple[Beam, Array]:
         """Give each beam K children and keep the K best of all.
 
         Args:
@@ -72,23 +73,24 @@ class Beam:
           The next beam, and [K] which of the present beams each new one descends from.
         """
         k = tokens.shape[0]
-        cumulative = (self.scores[:, None] + scores).reshape(-1)
         first = self.history_tokens.shape[0]  # the number of the first child
-        best_scores, best = lax.top_k(cumulative, k)
-        parents = best // k
         level = (first - k) // (k * k) + 1  # levels whose rows the draft has written by now
-        next_rows = jnp.arange(level * k, (level + 1) * k)
-        own = next_rows[:, None] == jnp.arange(self.visible.shape[1])
+        own = _own_rows(32 * self.visible.shape[1], k, level * k)
+        best = best_children(self.scores, scores, tokens, self.visible, own, implementation=implementation)
         return Beam(
-            tokens=tokens.reshape(-1)[best],
-            scores=best_scores,
-            number=(first + best).astype(jnp.int32),
-            visible=self.visible[parents] | own,
-            rows=next_rows,
+            tokens=best.tokens,
+            scores=best.scores,
+            number=first + best.number,
+            visible=best.sees,
             history_tokens=jnp.concatenate([self.history_tokens, tokens.reshape(-1)]),
-            history_scores=jnp.concatenate([self.history_scores, cumulative]),
+            history_scores=jnp.concatenate([self.history_scores, best.every]),
             history_parent=jnp.concatenate([self.history_parent, jnp.repeat(self.number, k)]),
-        ), parents
+        ), best.number // k
+
+
+def _own_rows(rows: int, k: int, first: int) -> Array:
+    """Bit words [K, words] over `rows` rows of the draft's tree, each beam's own row alone, from `first` on."""
+    return constant_words(np.eye(k, rows, first, dtype=bool))
 
 
 def rerank(tree: TreeConfig, beam: Beam, root: Array) -> DraftTree:
@@ -111,7 +113,7 @@ def rerank(tree: TreeConfig, beam: Beam, root: Array) -> DraftTree:
     parent = jnp.where(above < 0, 0, place[above] + 1).astype(jnp.int32)
     parent = jnp.concatenate([jnp.zeros((1,), jnp.int32), parent])
     tokens = jnp.concatenate([root[None], beam.history_tokens[kept]])
-    ancestors = own = bit_words(jnp.eye(tree.size, dtype=bool))
+    ancestors = own = constant_words(np.eye(tree.size, dtype=bool))
     for _ in range(tree.depth):
         ancestors = own | ancestors[parent]
     depth = lax.population_count(ancestors).sum(-1) - 1
@@ -139,5 +141,6 @@ def accepted_path(draft: DraftTree, chosen: Array, max_depth: int, besides: Arra
         deepest = jnp.argmax(jnp.where(accepted, draft.depth, -1))
         words = draft.ancestors[deepest]
         on_path = ((words[nodes >> 5] >> (nodes & 31)) & 1).astype(bool)
-        path = jnp.zeros((max_depth + 1,), jnp.int32).at[draft.depth].add(jnp.where(on_path, nodes, 0))
+        steps = jnp.arange(max_depth + 1, dtype=jnp.int32)
+        path = jnp.where(on_path & (draft.depth == steps[:, None]), nodes, 0).sum(-1, dtype=jnp.int32)
         return path, draft.depth[deepest]

@@ -1,7 +1,8 @@
 """Which implementation of an operation runs: a Pallas kernel on CUDA, the same kernel interpreted, or XLA.
 
-`auto` takes the kernel only where it was measured to beat XLA: on this kind of device, at about this
-shape (`measured`; `python -m pallas_kernels.bench --tune` measures). Elsewhere XLA runs.
+`auto` takes what was measured to win on this kind of device, at about this shape (`measured`; `python -m
+pallas_kernels.bench --tune` measures). Unmeasured, attention and what stands around it run as kernels on every GPU that
+can run them, since XLA's own attention is many launches; all else is XLA's.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels import measured
+from pallas_kernels import device, measured
 
 Implementation = Literal["auto", "pallas", "interpret", "xla"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
@@ -25,14 +25,21 @@ Config = TypeVar("Config")
 class Kernels:
     """An implementation for each operation: a static part of the compiled program."""
 
-    attention: Implementation = "auto"
-    head: Implementation = "auto"
+    attention: Implementation = "auto"  # over the cache and the tree, and what writes and moves the cache's rows
+    head: Implementation = "auto"  # the draft's, with its log-sum-exp and top-k
+    product: Implementation = "auto"  # of a few rows with a layer's weight, with norm, gate and residual
+    rows: int | None = None  # XLA's attention on a GPU looks at so many rows of a cache; None: at all of them
     steady: bool = True  # a token's attention rounds alike alone and in a tree (bfloat16 on a CPU; costs time)
 
     def __post_init__(self) -> None:
-        for name in ("attention", "head"):
+        for name in ("attention", "head", "product"):
             if getattr(self, name) not in IMPLEMENTATIONS:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(IMPLEMENTATIONS)}")
+
+    @classmethod
+    def all(cls, implementation: Implementation) -> Kernels:
+        """One implementation for every operation."""
+        return cls(implementation, implementation, implementation)
 
     def for_prompts(self) -> Kernels:
         """The same for prompts, whose tokens never run as a tree."""
@@ -42,21 +49,36 @@ class Kernels:
 AUTO = Kernels()
 
 
+def resolve(implementation: Implementation) -> Implementation:
+    """Resolve `auto` for an operation that has nothing to choose: the kernel wherever it can run."""
+    return implementation if implementation != "auto" else "pallas" if device.current().runs_triton else "xla"
+
+
 def choose(
-    implementation: Implementation, operation: str, dtype: Any, shape: Mapping[str, int], default: Config
+    implementation: Implementation,
+    operation: str,
+    dtype: Any,
+    shape: Mapping[str, int],
+    default: Config,
+    *,
+    unmeasured: Implementation = "xla",
 ) -> tuple[Implementation, Config]:
-    """Resolve `auto`: ("pallas", the measured winner's config), or ("xla", default).
+    """Resolve `auto`: ("pallas", a config) or ("xla", default), whichever was measured to win at about this shape.
 
     Args:
       operation: the kernel's name, as its table has it. dtype: of its largest operand. shape: its sizes, by name.
-      default: the config that an explicit "pallas" or "interpret" runs with.
+      default: the config that an explicit "pallas" or "interpret" runs with, and a kernel that was not measured.
+      unmeasured: what runs on a GPU that can run the kernel where no table knows the shape.
     """
     if implementation != "auto":
         return implementation, default
-    if jax.default_backend() != "gpu":
+    here = device.current()
+    if not here.runs_triton:
         return "xla", default
-    row = measured.nearest(jax.devices()[0].device_kind, operation, jnp.dtype(dtype).name, shape, type(default))
-    return ("pallas", row.config) if row and row.pallas_us < row.xla_us else ("xla", default)
+    row = measured.nearest(here.kind, operation, jnp.dtype(dtype).name, shape, type(default))
+    if row is None:
+        return unmeasured, default
+    return ("pallas", row.config) if row.pallas_us < row.xla_us else ("xla", default)
 
 
 def power_of_two(size: int, least: int = 16) -> int:

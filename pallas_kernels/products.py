@@ -140,3 +140,8 @@ def mean_square(x: Array) -> Array:
         spare = max(0, -(-STEADY_SUM // x.shape[-1]) - x.shape[0])
         square = jnp.pad(square, ((0, spare), *[(0, 0)] * (x.ndim - 1)))
     return square.mean(-1, keepdims=True)[: x.shape[0]]
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Scale to unit mean square, in float32, and back to x's dtype before the learned weight."""
+    return (x.astype(jnp.float32) * lax.rsqrt(mean_square(x) + eps)).astype(x.dtype) * weight

@@ -225,7 +225,9 @@ def _decode(
     """Feed `steps` tokens to every slot: the tokens fed [steps, B] and their features [steps, B, H]."""
 
     def one(cache: KVCache, token: Array, length: Array) -> tuple[Array, KVCache]:
-        kernels = Kernels("xla", "xla", steady=False)  # under vmap, which would give the kernel a grid of four axes
+        kernels = dataclasses.replace(
+            Kernels.all("xla"), steady=False
+        )  # under vmap, which would give the kernel a grid of four axes
         features, cache = llama.forward(params, config, token[None], Placement.chain(length, 1), cache, kernels=kernels)
         return features[0], cache
 

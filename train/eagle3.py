@@ -24,9 +24,8 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params, default_taps
 from frspec_jax.drafting import Draft, draft_ids
 from frspec_jax.errors import UserError
-from frspec_jax.layers import linear, rms_norm
 from frspec_jax.llama import LlamaParams
-from pallas_kernels.products import take_rows
+from pallas_kernels.products import linear, rms_norm, take_rows
 from train import session
 from train.batches import Batch, Packing
 from train.optimiser import Optimisation, gradients, head_logits, key_of, product_flops, seed_words

@@ -21,8 +21,8 @@ from jax import Array
 
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
-from frspec_jax.layers import LayerParams, gated_mlp, linear, project_qkv, rms_norm, rotation
-from pallas_kernels.products import einsum_f32, take_rows
+from frspec_jax.layers import LayerParams, gated_mlp, project_qkv, rotation
+from pallas_kernels.products import einsum_f32, linear, rms_norm, take_rows
 from train.batches import Batch
 from train.optimiser import TargetHeadLoss, gradients, head_logits, key_of
 from train.start import ONE, Units, folded

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
 def figures_of(args: argparse.Namespace, tree: TreeConfig) -> dict[str, Any]:
     """All figures for `args.model`: stages and rounds by context and V'."""
     config, dtype = model_config(args.model), defaults().dtype
-    kernels = Kernels(args.kernels, args.kernels)
+    kernels = Kernels.all(args.kernels)
     plan = engine.Plan(config, eagle_of(config, kernels), tree, kernels=kernels)
     vanilla = dataclasses.replace(plan, drafter=Vanilla(), tree=VANILLA)
     weights = jax.jit(functools.partial(random_weights, config, config.vocab_size, dtype))(jax.random.key(0))

@@ -80,6 +80,9 @@ class Drafter(Protocol[W, M]):
     def passes(self, tree: TreeConfig) -> int:
         """How often it predicts in a round."""
 
+    def within(self, rows: int) -> Self:
+        """The same, for as long as what it remembers fits so many rows (`Kernels.rows`)."""
+
 
 class Memoryless:
     """For drafters that remember nothing between rounds: what the prompt was, they read off the last feature."""
@@ -88,6 +91,9 @@ class Memoryless:
 
     def new_memory(self, capacity: int, dtype: jnp.dtype) -> DraftMemory:
         return NO_MEMORY
+
+    def within(self, rows: int) -> Self:
+        return self
 
     def prefill(
         self, weights: DraftWeights, features: Array, next_tokens: Array, start: Array, memory: DraftMemory

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,9 @@ class BeamDrafter(abc.ABC, Generic[W]):
     def passes(self, tree: TreeConfig) -> int:
         return tree.depth
 
+    def within(self, rows: int) -> Self:
+        return dataclasses.replace(self, kernels=dataclasses.replace(self.kernels, rows=rows))  # type: ignore[type-var]
+
     def grow(
         self, weights: W, tree: TreeConfig, feature: Array, turn: Turn, memory: BeamMemory
     ) -> tuple[DraftTree, BeamMemory]:
@@ -116,7 +119,7 @@ class BeamDrafter(abc.ABC, Generic[W]):
                 outputs, kv = self.extend(weights, take_rows(weights.embedding, beam.tokens), inputs, where, kv)
                 copies = copies.below(beam.tokens, parents)
                 scores, tokens = copies.raised(*self._best_tokens(weights, tree, outputs))
-                beam, parents = beam.grow(scores, tokens)
+                beam, parents = beam.grow(scores, tokens, self.kernels.attention)
                 inputs = outputs[parents]
         with jax.named_scope("rerank"):
             return rerank(tree, beam, turn.root), dataclasses.replace(memory, kv=kv)
@@ -125,8 +128,10 @@ class BeamDrafter(abc.ABC, Generic[W]):
         """What the head reads of outputs [M, H], and the K best tokens: log-probabilities and ids, [M, K] each."""
         with jax.named_scope("draft_head"):
             rows, head = self.head_input(weights, outputs), weights.head
-            scores, index = subvocab_top_k(rows, head.weight, tree.top_k, head.scale, implementation=self.kernels.head)
-            return rows, scores, head.ids[index]  # the only place where a sub-vocabulary index becomes an id
+            # The only place where a row of the sub-vocabulary becomes an id.
+            return rows, *subvocab_top_k(
+                rows, head.weight, tree.top_k, head.scale, head.ids, implementation=self.kernels.head
+            )
 
     def _taken_in(
         self, weights: W, features: Array, next_tokens: Array, start: Array, memory: BeamMemory

@@ -24,11 +24,12 @@ from frspec_jax.drafters.base import Target, no_copies
 from frspec_jax.drafters.beam import BeamDrafter, BeamWeights
 from frspec_jax.drafters.copying import NO_COPYING, NoCopying
 from frspec_jax.kv_cache import LayerKV
-from frspec_jax.layers import LayerParams, Pass, decoder_layer, linear, rms_norm
+from frspec_jax.layers import LayerParams, Pass, decoder_layer
 from frspec_jax.placement import Placement
 from frspec_jax.schema import checked
 from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
+from pallas_kernels.products import linear, rms_norm
 
 
 @struct.dataclass

@@ -17,6 +17,7 @@ def subvocab_top_k(
     head: Array,
     k: int,
     scale: Array | None = None,
+    ids: Array | None = None,
     *,
     implementation: Implementation = "auto",
     config: Config | None = None,
@@ -26,19 +27,20 @@ def subvocab_top_k(
     Args:
       x: [M, H] predicted features. head: [V', H]. k: at most V'.
       scale: [V'] float32, what each row of a head of int8 is multiplied by; None for a head of floats.
+      ids: [V'] int32, what each row stands for; None: its own number.
       implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
 
     Returns:
-      Log-probabilities [M, k], float32, descending, and row indices [M, k], int32; of equal
-      logits the lower index comes first.
+      Log-probabilities [M, k], float32, descending, and the rows' ids [M, k], int32; of equal logits the lower row
+      comes first.
     """
     # Rows are padded to a power of two, so one row costs what ten do.
     shape = {"rows": power_of_two(x.shape[0]), "hidden": x.shape[1], "vocabulary": head.shape[0]}
     default = config or Config.suited_to(x.shape[1])
     implementation, chosen = choose(implementation, "subvocab_head", head.dtype, shape, default)
     if implementation == "xla":
-        return xla.subvocab_top_k(x, head, k, scale)
-    return triton.subvocab_top_k(x, head, k, scale, chosen, interpret=implementation == "interpret")
+        return xla.subvocab_top_k(x, head, k, scale, ids)
+    return triton.subvocab_top_k(x, head, k, scale, ids, chosen, interpret=implementation == "interpret")
 
 
 def quantised(head: Array) -> tuple[Array, Array]:

@@ -43,22 +43,23 @@ class Config:
         return cls(block_h=block)
 
 
+@functools.partial(jax.jit, static_argnames=("k", "config", "interpret"))  # equal layers are lowered once
 def subvocab_top_k(
-    x: Array, head: Array, k: int, scale: Array | None, config: Config, interpret: bool
+    x: Array, head: Array, k: int, scale: Array | None, ids: Array | None, config: Config, interpret: bool
 ) -> tuple[Array, Array]:
-    """`pallas_kernels.subvocab_head.subvocab_top_k`, by the kernel; arguments and result as there."""
-    (count, hidden), size = x.shape, head.shape[0]
+    """`pallas_kernels.subvocab_head.subvocab_top_k`, by the kernels; arguments and result as there."""
+    count, size = x.shape[0], head.shape[0]
     columns = power_of_two(count)
-    tiles, steps, kept = -(-size // config.block_v), -(-hidden // config.block_h), power_of_two(k, least=1)
-    padded = jnp.pad(x, ((0, columns - count), (0, steps * config.block_h - hidden)))
+    tiles, kept = -(-size // config.block_v), power_of_two(k, least=1)
     scales = [] if scale is None else [scale]
-    kernel = functools.partial(_kernel, config=config, size=size, hidden=hidden, k=k, kept=kept)
+    names = [] if ids is None else [ids]
+    whole = pl.BlockSpec(memory_space=pl.ANY)
     per_tile = pl.BlockSpec((None, kept, columns), lambda tile: (tile, 0, 0))
     one_row = pl.BlockSpec((None, columns), lambda tile: (tile, 0))
-    scores, index, peak, total = pl.pallas_call(
-        kernel,
+    found = pl.pallas_call(
+        functools.partial(_tile, config=config, k=k),
         grid=(tiles,),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY) for _ in range(2 + len(scales))],
+        in_specs=[whole] * (2 + len(scales)),
         out_specs=[per_tile, per_tile, one_row, one_row],
         out_shape=[
             jax.ShapeDtypeStruct((tiles, kept, columns), jnp.float32),
@@ -69,26 +70,68 @@ def subvocab_top_k(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="subvocab_head",
-    )(padded, head, *scales)
-    # Tiles in order, and within a tile the better or the earlier first: a stable top-k keeps ties in order.
-    candidates = scores[:, :k].transpose(2, 0, 1).reshape(columns, -1)[:count]
-    numbers = index[:, :k].transpose(2, 0, 1).reshape(columns, -1)[:count]
-    best, at = lax.top_k(candidates, k)
-    log_total = jax.nn.logsumexp(peak + jnp.log(total), axis=0)[:count, None]
-    # Two ways of rounding the same sum must not make a certain token more than certain.
-    return jnp.minimum(best - log_total, 0.0), jnp.take_along_axis(numbers, at, axis=1)
+    )(x, head, *scales)
+    return pl.pallas_call(
+        functools.partial(_merge, k=k, each=min(k, config.block_v)),
+        grid=(count,),
+        in_specs=[whole] * (4 + len(names)),
+        out_specs=[whole] * 2,
+        out_shape=[jax.ShapeDtypeStruct((count, k), jnp.float32), jax.ShapeDtypeStruct((count, k), jnp.int32)],
+        compiler_params=plt.CompilerParams(num_warps=4 if tiles <= 1024 else 16, num_stages=1),
+        interpret=interpret,
+        name="subvocab_head_merge",
+    )(*found, *names)
 
 
-def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hidden: int, k: int, kept: int) -> None:
+def _merge(scores_ref: Any, index_ref: Any, peak_ref: Any, total_ref: Any, *refs: Any, k: int, each: int) -> None:
+    """The k best of one feature's candidates, of which every tile has its own `each` best in order.
+
+    Refs: scores and index [tiles, kept, M], peak and total [tiles, M]; ids [V'] where rows have other names; the
+    results [M, k], log-probabilities and ids. It is a merge of sorted lists: the best of the tiles' first ones is
+    taken, and its tile's next one moves up. Of equal ones the lower tile's is taken, which is the head's lower row.
+    """
+    best_ref, row_ref = refs[-2:]
+    feature, tiles = pl.program_id(0), scores_ref.shape[0]
+    tile = lax.iota(jnp.int32, power_of_two(tiles))
+    real, place = tile < tiles, jnp.minimum(tile, tiles - 1)
+    column = jnp.full_like(tile, feature)
+    first = plt.load(scores_ref.at[place, jnp.zeros_like(tile), column], mask=real, other=-jnp.inf)
+    peak = plt.load(peak_ref.at[place, column], mask=real, other=MASKED)
+    total = plt.load(total_ref.at[place, column], mask=real, other=0.0)
+    top = peak.max(0)
+    log_total = top + jnp.log((total * jnp.exp(peak - top)).sum(0))
+    slot = lax.iota(jnp.int32, power_of_two(k, least=1))
+    best, row = jnp.zeros(slot.shape, jnp.float32), jnp.zeros_like(slot)
+    taken = jnp.zeros_like(tile)
+    for number in range(k):
+        value = first.max(0)
+        at = jnp.where(first == value, tile, tiles - 1).min(0)
+        here = (tile == at) & real
+        rank = jnp.where(here, taken, 0).sum(0, dtype=jnp.int32)
+        # Two ways of rounding the same sum must not make a certain token more than certain.
+        best = jnp.where(slot == number, jnp.minimum(value - log_total, 0.0), best)
+        row = jnp.where(slot == number, plt.load(index_ref.at[at, jnp.minimum(rank, each - 1), feature]), row)
+        after = plt.load(scores_ref.at[at, jnp.minimum(rank + 1, each - 1), feature])
+        first = jnp.where(here, jnp.where(rank + 1 < each, after, -jnp.inf), first)
+        taken += here.astype(jnp.int32)
+    line = jnp.full_like(slot, feature)
+    if len(refs) == 3:
+        row = plt.load(refs[0].at[row], mask=slot < k, other=0)
+    plt.store(best_ref.at[line, slot], best, mask=slot < k)
+    plt.store(row_ref.at[line, slot], row, mask=slot < k)
+
+
+def _tile(x_ref: Any, head_ref: Any, *refs: Any, config: Config, k: int) -> None:
     """One tile of the head against all features.
 
-    Refs: x [M, H], padded; head [V', H]; scale [V'] where the head is quantised; then the results:
+    Refs: x [M, H]; head [V', H]; scale [V'] where the head is quantised; then the results, whose columns are padded:
     scores and index [kept, M], the k first real; peak and total [M], of the softmax over the tile.
     """
     scores_ref, index_ref, peak_ref, total_ref = refs[-4:]
-    block_v, block_h, columns = config.block_v, config.block_h, x_ref.shape[0]
+    (count, hidden), size = x_ref.shape, head_ref.shape[0]
+    block_v, block_h, (kept, columns) = config.block_v, config.block_h, scores_ref.shape
     start = pl.program_id(0) * block_v
-    row = start + lax.iota(jnp.int32, block_v)
+    row, line = start + lax.iota(jnp.int32, block_v), lax.iota(jnp.int32, columns)
     precision = precision_of(x_ref)
     ragged = size % block_v != 0 or hidden % block_h != 0
 
@@ -98,7 +141,9 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
         tile = head_ref.at[pl.ds(start, block_v), pl.ds(number * block_h, block_h)]
         real = (row < size)[:, None] & (column < hidden)[None]
         weight = plt.load(tile, mask=real, other=0) if ragged else plt.load(tile)
-        x = x_ref[:, pl.ds(number * block_h, block_h)]
+        inside = (line < count)[:, None] & (column < hidden)[None]
+        at = (jnp.broadcast_to(a, inside.shape) for a in (line[:, None], column[None]))
+        x = plt.load(x_ref.at[*at], mask=inside, other=0)
         product = lax.dot_general(
             weight.astype(x.dtype),
             x,
@@ -110,7 +155,7 @@ def _kernel(x_ref: Any, head_ref: Any, *refs: Any, config: Config, size: int, hi
 
     begin: tuple[Any, Array] = np.int32(0), jnp.zeros((block_v, columns), jnp.float32)
     # Counted here, in 32 bits: a fori_loop of a known length counts in as many as JAX is set to.
-    (_, scores), _ = lax.scan(step, begin, length=x_ref.shape[1] // block_h)
+    (_, scores), _ = lax.scan(step, begin, length=-(-hidden // block_h))
     if len(refs) == 5:
         scale = plt.load(refs[0].at[pl.ds(start, block_v)], mask=row < size, other=0.0)
         scores = scores * scale[:, None]

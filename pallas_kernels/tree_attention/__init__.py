@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from jax import Array
 
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.bits import floats_of
+from pallas_kernels.device import current
+from pallas_kernels.dispatch import Implementation, choose, resolve
 from pallas_kernels.tree_attention import triton, xla
 from pallas_kernels.tree_attention.triton import Config
 from pallas_kernels.tree_attention.xla import BLOCK
 from pallas_kernels.visibility import Sees
 
-__all__ = ["BLOCK", "Config", "tree_attention"]
+__all__ = ["BLOCK", "Config", "attention_rows", "tree_attention"]
 
 
 def tree_attention(
@@ -25,6 +27,7 @@ def tree_attention(
     *,
     implementation: Implementation = "auto",
     config: Config | None = None,
+    rows: int | None = None,
     steady: bool = True,
 ) -> Array:
     """Softmax attention with float32 scores, scaled by 1/sqrt(head_dim).
@@ -35,18 +38,32 @@ def tree_attention(
         bfloat16 as uint16.
       sees: which of the S rows each query attends to, at least one each.
       implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
+      rows: none beyond these is seen; None: all of S may be. XLA on a GPU then reads no others.
       steady: see `xla.steady_mix`; matters for bfloat16 on a CPU alone.
 
     Returns:
       [T, heads, head_dim] in q's dtype.
     """
     (tokens, heads, head_dim), kv_heads = q.shape, keys.shape[0]
-    rows = tokens * heads // kv_heads
-    shape = {"rows": rows, "kv_heads": kv_heads, "head_dim": head_dim}
-    default = config or Config.suited_to(rows, kv_heads)
-    implementation, chosen = choose(implementation, "tree_attention", keys.dtype, shape, default)
+    folded = tokens * heads // kv_heads
+    shape = {"rows": folded, "kv_heads": kv_heads, "head_dim": head_dim}
+    default = config or Config.suited_to(folded, kv_heads)
+    implementation, chosen = choose(implementation, "tree_attention", keys.dtype, shape, default, unmeasured="pallas")
     if implementation == "xla":
+        if current().platform == "gpu":
+            return xla.straight(q, keys[:, :rows], values[:, :rows], sees)
         return xla.tree_attention(q, keys, values, sees, steady)
-    keys, values = xla.floats(keys), xla.floats(values)
-    out = triton.tree_attention(q.astype(keys.dtype), keys, values, sees, chosen, implementation == "interpret")
-    return out.astype(q.dtype)
+    return triton.tree_attention(
+        q, floats_of(keys), floats_of(values), sees, chosen, interpret=implementation == "interpret"
+    )
+
+
+def attention_rows(capacity: int, implementation: Implementation) -> tuple[int, ...]:
+    """How many rows attention may be limited to, ascending, the capacity last; that alone where nothing is won by it.
+
+    XLA's attention on a GPU reads every row that it is given, in straight-line code. The others stop at the last live
+    row by themselves.
+    """
+    if current().platform != "gpu" or resolve(implementation) != "xla":
+        return (capacity,)
+    return (*(rows for rows in (512, 2048, 8192) if 2 * rows <= capacity), capacity)

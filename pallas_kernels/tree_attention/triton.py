@@ -2,7 +2,7 @@
 
 The queries of one KV head, T tokens by G heads, are the rows of one product. Each program takes a
 block of rows and a share of the cache's live rows, and leaves a normalised mix and its log-sum-exp;
-a few XLA operations weigh the shares together. Blocks that are committed as a whole need no mask;
+a second, small kernel weighs the shares together. Blocks that are committed as a whole need no mask;
 in the last ones a row's ancestors are tested as bits of int32 words, so no mask is ever in memory.
 """
 
@@ -23,6 +23,7 @@ from pallas_kernels.products import precision_of
 from pallas_kernels.visibility import Sees
 
 MASKED = -1e30  # finite, so that a row which sees nothing in a share leaves no NaN behind
+COMBINED = 16  # rows a program of the second kernel
 PROGRAMS = 132  # what the splits aim at: one program for each multiprocessor of an H100
 
 
@@ -51,85 +52,89 @@ class Config:
         return cls(block_q=block_q, splits=min(16, power_of_two(-(-PROGRAMS // programs), least=1)))
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))  # equal layers are lowered once
 def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Config, interpret: bool) -> Array:
-    """`pallas_kernels.tree_attention.tree_attention`, by the kernel; arguments and result as there."""
+    """`pallas_kernels.tree_attention.tree_attention`, by the kernels; arguments and result as there."""
     tokens, heads, head_dim = q.shape
     kv_heads = keys.shape[0]
     group = heads // kv_heads
-    rows, width = tokens * group, power_of_two(head_dim)
-    padded = -(-rows // config.block_q) * config.block_q
-    folded = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, rows, head_dim)
-    folded = jnp.pad(folded, ((0, 0), (0, padded - rows), (0, width - head_dim)))
-    words = jnp.pad(jnp.repeat(sees.ancestors, group, axis=0).T, ((0, 0), (0, padded - rows)))  # [W, rows]
-    kernel = functools.partial(_kernel, config=config, tokens=tokens)
-    block = pl.BlockSpec((None, config.block_q, width), lambda head, row, split: (head, row, 0))
+    blocks = -(-tokens * group // config.block_q)
+    padded = blocks * config.block_q
     whole = pl.BlockSpec(memory_space=pl.ANY)
     mixed, weight = pl.pallas_call(
-        kernel,
-        grid=(kv_heads, padded // config.block_q, config.splits),
-        in_specs=[
-            block,
-            (whole, whole),
-            pl.BlockSpec((words.shape[0], config.block_q), lambda head, row, split: (0, row)),
-            pl.BlockSpec((1,), lambda head, row, split: (0,)),
-        ],
+        functools.partial(_attend, config=config, group=group),
+        grid=(kv_heads, blocks, config.splits),
+        in_specs=[whole] * 5,
         out_specs=[
-            pl.BlockSpec((None, None, config.block_q, width), lambda head, row, split: (split, head, row, 0)),
+            pl.BlockSpec((None, None, config.block_q, head_dim), lambda head, row, split: (split, head, row, 0)),
             pl.BlockSpec((None, None, config.block_q), lambda head, row, split: (split, head, row)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((config.splits, kv_heads, padded, width), jnp.float32),
+            jax.ShapeDtypeStruct((config.splits, kv_heads, padded, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((config.splits, kv_heads, padded), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="tree_attention",
-    )(folded, (keys, values), words, sees.committed[None])
-    if config.splits > 1:
-        share = jax.nn.softmax(weight, axis=0)
-        mixed = (share[..., None] * mixed).sum(0)
-    else:
-        mixed = mixed[0]
-    out = mixed[:, :rows, :head_dim].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
-    return out.reshape(tokens, heads, head_dim).astype(q.dtype)
+    )(q, keys, values, sees.ancestors, sees.committed[None])
+    return pl.pallas_call(
+        functools.partial(_combine, splits=config.splits, group=group),
+        grid=(kv_heads, padded // COMBINED),
+        in_specs=[whole] * 2,
+        out_specs=whole,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="tree_attention_combine",
+    )(mixed, weight)
 
 
-def _kernel(
+def _attend(
     q_ref: Any,
-    cache_ref: tuple[Any, Any],
-    words_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
+    ancestors_ref: Any,
     committed_ref: Any,
     out_ref: Any,
     weight_ref: Any,
     *,
     config: Config,
-    tokens: int,
+    group: int,
 ) -> None:
     """One block of rows against one share of the cache.
 
-    Refs: q [block_q, width], width the power of two that holds head_dim; cache: keys and values, each
-    [kv_heads, S, head_dim]; words [W, block_q]; committed [1]; out [block_q, width] and weight [block_q], the
-    log-sum-exp of the share's scores.
+    Refs: q [T, heads, head_dim]; keys and values [kv_heads, S, head_dim]; ancestors [T, W]; committed [1];
+    out [block_q, head_dim] and weight [block_q], the log-sum-exp of the share's scores.
     """
     head, split, step = pl.program_id(0), pl.program_id(2), config.block_k
-    q, committed = q_ref[...], committed_ref[0]
-    keys_ref, values_ref = cache_ref
-    head_dim, width = keys_ref.shape[2], q.shape[1]
-    lines = [words_ref[word, :] for word in range(words_ref.shape[0])]
+    tokens, head_dim = q_ref.shape[0], q_ref.shape[2]
+    committed = committed_ref[0]
+    row = pl.program_id(1) * config.block_q + _count(config.block_q)
+    # Rows past the end do the last token's work again.
+    token, query = jnp.minimum(row // group, tokens - 1), row % group
+    column = _count(power_of_two(head_dim))
+    real = column < head_dim
+    here = (config.block_q, column.shape[0])
+    q = plt.load(
+        q_ref.at[*(jnp.broadcast_to(a, here) for a in (token[:, None], (head * group + query)[:, None], column[None]))],
+        mask=jnp.broadcast_to(real[None], here),
+        other=0.0,
+    )
+    words = [plt.load(ancestors_ref.at[token, jnp.full_like(token, word)]) for word in range(ancestors_ref.shape[1])]
     precision = precision_of(q)
 
     def rows_of(ref: Any, block: Array) -> Array:
-        if width == head_dim:
+        if column.shape[0] == head_dim:
             return plt.load(ref.at[head, pl.ds(block * step, step)])
         # Row by row and column by column, since a slice may not be wider than the array: JAX 0.12 refuses one.
-        row, column = block * step + _count(step), _count(width)
-        inside = jnp.broadcast_to(column < head_dim, (step, width))
+        row = block * step + _count(step)
+        inside = jnp.broadcast_to(real[None], (step, column.shape[0]))
         return plt.load(ref.at[head, row[:, None], column[None]], mask=inside, other=0.0)
 
     def visible(block: Array) -> Array:
         row = block * step + _count(step) - committed  # counted from the first row of the tree
         seen = jnp.broadcast_to((row < 0)[None], (config.block_q, step))
-        for number, line in enumerate(lines):
+        for number, line in enumerate(words):
             bit = lax.shift_right_logical(line[:, None], jnp.broadcast_to((row & 31)[None], seen.shape)) & 1
             seen = seen | (((row >> 5) == number)[None] & (bit == 1))
         return seen
@@ -138,7 +143,7 @@ def _kernel(
         peak, total, mixed = carry
         k, v = rows_of(keys_ref, block), rows_of(values_ref, block)
         scores = lax.dot_general(
-            q, k, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+            q.astype(k.dtype), k, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
         ) * (head_dim**-0.5)
         if masked:
             scores = jnp.where(visible(block), scores, MASKED)
@@ -162,14 +167,43 @@ def _kernel(
     carry = (
         jnp.full((config.block_q,), MASKED, jnp.float32),
         jnp.zeros((config.block_q,), jnp.float32),
-        jnp.zeros((config.block_q, width), jnp.float32),
+        jnp.zeros(here, jnp.float32),
     )
     carry = lax.fori_loop(first, whole, functools.partial(take_in, masked=False), carry)
     peak, total, mixed = lax.fori_loop(whole, last, functools.partial(take_in, masked=True), carry)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    out_ref[...] = mixed / total[:, None]
+    if column.shape[0] == head_dim:
+        out_ref[...] = mixed / total[:, None]
+    else:
+        row = jnp.broadcast_to(_count(config.block_q)[:, None], here)
+        inside = jnp.broadcast_to(real[None], here)
+        plt.store(out_ref.at[row, jnp.broadcast_to(column[None], here)], mixed / total[:, None], mask=inside)
     weight_ref[...] = jnp.where(empty, MASKED, peak + jnp.log(total))
+
+
+def _combine(mixed_ref: Any, weight_ref: Any, out_ref: Any, *, splits: int, group: int) -> None:
+    """The shares of `COMBINED` rows, weighed together.
+
+    Refs: mixed [splits, kv_heads, rows, head_dim] and weight [splits, kv_heads, rows]; out [T, heads, head_dim].
+    """
+    head, block = pl.program_id(0), pl.program_id(1)
+    tokens, _, head_dim = out_ref.shape
+    column = _count(power_of_two(head_dim))
+    here = (COMBINED, column.shape[0])
+    row = block * COMBINED + _count(COMBINED)
+    wide, across = jnp.broadcast_to(row[:, None], here), jnp.broadcast_to(column[None], here)
+    real = across < head_dim
+    weights = [plt.load(weight_ref.at[split, head, row]) for split in range(splits)]
+    peak = functools.reduce(jnp.maximum, weights)
+    mixed, total = jnp.zeros(here, jnp.float32), jnp.zeros((COMBINED,), jnp.float32)
+    for split, weight in enumerate(weights):
+        share = jnp.exp(weight - peak)
+        rows = plt.load(mixed_ref.at[split, head, wide, across], mask=real, other=0.0)
+        mixed, total = mixed + share[:, None] * rows, total + share
+    at = (wide // group, head * group + wide % group, across)
+    mine = real & (wide < tokens * group)
+    plt.store(out_ref.at[*at], (mixed / total[:, None]).astype(out_ref.dtype), mask=mine)
 
 
 def _count(size: int) -> Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.bits import floats_of
 from pallas_kernels.products import einsum_f32
 from pallas_kernels.tree_attention.triton import MASKED
 from pallas_kernels.visibility import Sees
@@ -19,7 +20,7 @@ DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats 
 
 
 def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: bool) -> Array:
-    """`pallas_kernels.tree_attention.tree_attention`; arguments and result as there."""
+    """`pallas_kernels.tree_attention.tree_attention` as a CPU is quick at it; arguments and result as there."""
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads
@@ -34,7 +35,7 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: boo
         with jax.named_scope("scores"):
             # Without the barrier XLA swaps the operands back to save the transposition, at 1.7 times the cost.
             products = lax.optimization_barrier(
-                einsum_f32("hkd,hdq->hkq", floats(k).astype(q.dtype), columns)
+                einsum_f32("hkd,hdq->hkq", floats_of(k).astype(q.dtype), columns)
             ).swapaxes(1, 2)
             visible = sees.rows(first + jnp.arange(k.shape[1], dtype=jnp.int32))  # [T, k]
             masked = jnp.repeat(visible, group, axis=0)
@@ -53,14 +54,24 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: boo
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
-def floats(rows: Array) -> Array:
-    """Rows of a cache as floats: those of bfloat16 may be kept as their bits."""
-    return lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
+def straight(q: Array, keys: Array, values: Array, sees: Sees) -> Array:
+    """The same for a GPU: the textbook's formula over the whole cache, in straight-line code.
+
+    A loop whose end is not known beforehand would make the host wait for the device at each iteration.
+    """
+    (tokens, heads, head_dim), kv_heads = q.shape, keys.shape[0]
+    group = heads // kv_heads
+    rows = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
+    visible = jnp.repeat(sees.dense(keys.shape[1]), group, axis=0)[None]
+    scores = jnp.where(visible, einsum_f32("hqd,hkd->hqk", rows, keys.astype(q.dtype)) * head_dim**-0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    mixed = einsum_f32("hqk,hkd->hqd", weights, values.astype(q.dtype)).astype(q.dtype)
+    return mixed.reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3).reshape(q.shape)
 
 
 def _mix(dtype: jnp.dtype, weights: Array, values: Array) -> tuple[Array, Array]:
     """Sums [kv_heads, q] of weights [kv_heads, q, k], and the weights' product with values [kv_heads, k, head_dim]."""
-    return weights.sum(-1), einsum_f32("hqk,hkd->hqd", weights.astype(dtype), floats(values).astype(dtype))
+    return weights.sum(-1), einsum_f32("hqk,hkd->hqd", weights.astype(dtype), floats_of(values).astype(dtype))
 
 
 def steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
@@ -72,7 +83,7 @@ def steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
     hundred tokens.
     """
     sums = jnp.rint(weights * UNIT).astype(jnp.uint32).sum(-1, dtype=jnp.uint32).astype(jnp.float32) / UNIT
-    return sums, lax.optimization_barrier(einsum_f32("hqk,hkd->hqd", weights, floats(values).astype(jnp.float32)))
+    return sums, lax.optimization_barrier(einsum_f32("hqk,hkd->hqd", weights, floats_of(values).astype(jnp.float32)))
 
 
 def _least_columns(kv_heads: int) -> int:

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frspec_jax import api, engine, kv_cache
+from frspec_jax import api, engine
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.presets import eagle_of, model_config, random_weights, state_at
 from pallas_kernels import bench, dispatch, measured, subvocab_head, tree_attention
+from pallas_kernels.device import H100, compiling_for
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.models import SHAPES
 from pallas_kernels.products import linear, mean_square, take_rows, turned
@@ -35,8 +36,8 @@ from tests import conftest
 from tests.pallas_kernels import test_subvocab_head, test_tree_attention
 from tests.support import toy
 
-INTERPRET = Kernels("interpret", "interpret")
-PALLAS = Kernels("pallas", "pallas")
+INTERPRET = Kernels.all("interpret")
+PALLAS = Kernels.all("pallas")
 
 
 # Every division of the work ----------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_a_round_with_kernels_emits_the_same_tokens(kind, settings, int8):
     cfg, ids = toy.config(), np.array([5, 1, 9, 3, 11, 0, 7, 20, 21, 2, 4])
     w, drafter = toy.weights(cfg, ids, kind=kind)
     prompt = np.arange(9) % cfg.vocab_size
-    plan = dataclasses.replace(toy.plan(cfg, drafter, TreeConfig(8, 2, 4), settings), kernels=Kernels("xla", "xla"))
+    plan = dataclasses.replace(toy.plan(cfg, drafter, TreeConfig(8, 2, 4), settings), kernels=Kernels.all("xla"))
     expected, before = toy.decode(plan, w, prompt, 24, settings, seed=3)
     w, _ = toy.weights(cfg, ids, kind=kind, int8=int8)
     plan = dataclasses.replace(plan, drafter=dataclasses.replace(drafter, kernels=INTERPRET), kernels=INTERPRET)
@@ -156,7 +157,7 @@ def test_a_round_on_a_gpu_emits_the_same_tokens(settings):
 def test_kernels_on_the_real_model(real_checkpoint):
     """SmolLM2, a short prompt: interpreted kernels and XLA give the same text in the same rounds."""
     prompt, request = "Name three colours.", api.Request(max_new_tokens=8)
-    plain = api.load(real_checkpoint, "eagle", context=256, kernels=Kernels("xla", "xla")).generate(prompt, request)
+    plain = api.load(real_checkpoint, "eagle", context=256, kernels=Kernels.all("xla")).generate(prompt, request)
     kernels = api.load(real_checkpoint, "eagle", context=256, kernels=INTERPRET).generate(prompt, request)
     assert (kernels.tokens, kernels.accepted_histogram) == (plain.tokens, plain.accepted_histogram)
 
@@ -192,17 +193,17 @@ def test_kernels_lower_at_the_shapes_of(name, dtype):
     shape = SHAPES[name]
     for tokens in (1, 10, 60, 256):
         attend = functools.partial(tree_attention.tree_attention, implementation="pallas")
-        assert kernels_in(lowered(attend, *attention_cases.arguments(shape, tokens, 8192, dtype))) == 1
+        assert kernels_in(lowered(attend, *attention_cases.arguments(shape, tokens, 8192, dtype))) == 2
     for rows, vocabulary in itertools.product((1, 10), (8192, 10_000, None)):
         head = functools.partial(subvocab_top_k, k=10, implementation="pallas")
-        assert kernels_in(lowered(head, *head_cases.arguments(shape, rows, vocabulary, dtype))) == 1
+        assert kernels_in(lowered(head, *head_cases.arguments(shape, rows, vocabulary, dtype))) == 2
     x, head_rows = head_cases.arguments(shape, 10, 8193, jnp.int8)
     x = jax.ShapeDtypeStruct(x.shape, dtype)
     scale = jax.ShapeDtypeStruct((8193,), jnp.float32)
     int8 = functools.partial(subvocab_top_k, implementation="pallas")
-    assert kernels_in(lowered(lambda a, b, c: int8(a, b, 10, c), x, head_rows, scale)) == 1
+    assert kernels_in(lowered(lambda a, b, c: int8(a, b, 10, c), x, head_rows, scale)) == 2
     argmax = functools.partial(subvocab_top_k, k=1, implementation="pallas")
-    assert kernels_in(lowered(argmax, *head_cases.arguments(shape, 64, None, dtype))) == 1
+    assert kernels_in(lowered(argmax, *head_cases.arguments(shape, 64, None, dtype))) == 2
 
 
 @cross_lowering
@@ -212,22 +213,24 @@ def test_attention_lowers_where_head_dim_is_no_power_of_two(head_dim, dtype):
     """Or one below Triton's least."""
     model = dataclasses.replace(SHAPES["smollm2-135m"], head_dim=head_dim)
     attend = functools.partial(tree_attention.tree_attention, implementation="pallas")
-    assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, dtype))) == 1
+    assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, dtype))) == 2
 
 
 @cross_lowering
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_whole_round_lowers_at_the_shapes_of(name, monkeypatch):
-    monkeypatch.setattr(kv_cache, "stored", lambda dtype: dtype)  # as on the GPU that it is lowered for
-    config = model_config(name)
+def test_the_whole_round_lowers_at_the_shapes_of(name):
+    config = dataclasses.replace(model_config(name), num_layers=3)
     tree, vocabulary = TreeConfig(60, 6, 10), min(32768, config.vocab_size)
     plan = engine.Plan(config, eagle_of(config, PALLAS), tree, (2,), kernels=PALLAS)
     make = functools.partial(random_weights, config, vocabulary, jnp.bfloat16)
     weights = jax.eval_shape(make, jax.random.key(0))
-    state = jax.eval_shape(functools.partial(state_at, plan, capacity=2048, dtype=jnp.bfloat16), jnp.int32(100))
-    text = engine.run.trace(plan, weights, state, jnp.int32(1)).lower(lowering_platforms=("cuda",)).as_text()
-    # One attention a layer of the target; of the draft, one in extend and one a level below the first; a head a level.
-    assert kernels_in(text) == config.num_layers + tree.depth + tree.depth
+    with compiling_for(H100):
+        state = jax.eval_shape(functools.partial(state_at, plan, capacity=2048, dtype=jnp.bfloat16), jnp.int32(100))
+        text = lowered(functools.partial(engine.decode_rounds, plan), weights, state, jnp.int32(1))
+    # A layer is four products, rotation, attention and its combination; of the draft's layer there is one in extend and
+    # one a level below the first. A head is two kernels a level, the next beams one, and compaction one for 32 layers.
+    layers = 7 * (config.num_layers + tree.depth)
+    assert kernels_in(text) == layers + 2 * tree.depth + (tree.depth - 1) + -(-2 * config.num_layers // 64)
 
 
 # 32 bits whatever JAX's own default is --------------------------------------------------------------
@@ -299,8 +302,8 @@ def test_kernels_lower_where_64_bits_are_the_default():
     attend = functools.partial(tree_attention.tree_attention, implementation="pallas")
     head = functools.partial(subvocab_top_k, k=10, implementation="pallas")
     with jax.enable_x64(True):
-        assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, jnp.bfloat16))) == 1
-        assert kernels_in(lowered(head, *head_cases.arguments(model, 10, 8193, jnp.bfloat16))) == 1
+        assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, jnp.bfloat16))) == 2
+        assert kernels_in(lowered(head, *head_cases.arguments(model, 10, 8193, jnp.bfloat16))) == 2
 
 
 def test_who_sees_whom_stays_in_32_bits():
@@ -322,7 +325,7 @@ def gpu(tmp_path, monkeypatch):
     monkeypatch.setenv(measured.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(measured, "PACKAGED", tmp_path / "package")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=DEVICE)])
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=DEVICE, compute_capability="9.0")])
     measured.read.cache_clear()
     yield tmp_path / "cache" / "kernels" / PLACE, tmp_path / "package" / PLACE
     measured.read.cache_clear()
@@ -352,6 +355,22 @@ def test_auto_takes_what_was_measured_to_win(gpu):
     assert chosen(rows=1000, heads=8) == "xla"  # measured, and lost
     assert chosen(rows=64, heads=32) == chosen(rows=64) == "xla"
     assert chosen("b") == chosen(dtype="bfloat16") == "xla"
+
+
+def test_attention_needs_no_table(gpu):
+    """Nor what stands around it: without one they run as kernels, and a table that says otherwise is heeded."""
+    config = tree_attention.Config()
+    assert dispatch.choose("auto", "a", "float32", ROW["shape"], config, unmeasured="pallas") == ("pallas", config)
+    assert dispatch.resolve("auto") == "pallas" and dispatch.resolve("xla") == "xla"
+    put(gpu[1], ROW | {"pallas_us": 9.0})
+    assert dispatch.choose("auto", "a", "float32", ROW["shape"], config, unmeasured="pallas") == ("xla", config)
+
+
+def test_a_gpu_before_sm_80_runs_no_kernel():
+    with compiling_for(dataclasses.replace(H100, capability=(7, 5))):
+        assert chosen() == dispatch.resolve("auto") == "xla"
+        config = tree_attention.Config()
+        assert dispatch.choose("auto", "a", "float32", ROW["shape"], config, unmeasured="pallas") == ("xla", config)
 
 
 def test_the_users_own_table_is_read_first(gpu, monkeypatch):

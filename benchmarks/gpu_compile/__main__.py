@@ -1,0 +1,186 @@
+"""The launch ledger: what a program would launch on an H100, read off what XLA compiles for one where there is none.
+
+    python -m benchmarks.gpu_compile                        the programs that are watched, to results/gpu-compile
+    python -m benchmarks.gpu_compile --check                and whether each keeps its budget
+    python -m benchmarks.gpu_compile --what round --model llama3-8b --layers 4 --kernels all      one program
+    python -m benchmarks.gpu_compile --diff OLD.json NEW.json                                     what a change did
+
+It counts launches and bytes. It measures no time, and models none: the floor that the picture shows is what the bytes
+would take at the memory's rated bandwidth. It needs `jax[cuda12]`, whose libraries come as wheels, and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the device at hand; what is compiled for is told
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.gpu_compile import picture
+from eval.runs import provenance
+from frspec_jax import files
+from frspec_jax.errors import UserError, reported
+
+ROOT = Path(__file__).parents[2]
+BUDGETS = Path(__file__).parent / "budgets.json"
+
+
+def watched() -> list[dict[str, Any]]:
+    """What is compiled by default: the cases with a budget, and a few that are only looked at."""
+    budgets = json.loads(BUDGETS.read_text())["budgets"]
+    looked_at = [
+        {"kernels": "all", "split_k": True},
+        {"kernels": "all", "rule": "sampled"},
+        {"what": "prefill"},
+        {"what": "train", "model": "smollm2-135m"},
+    ]
+    return budgets + [{"case": case} for case in looked_at]
+
+
+def compile_all(wanted: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ledger of each case."""
+    try:
+        from benchmarks.gpu_compile import assembler, ledger, programs
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is not installed here; `make gpu-compile` makes an environment that has it"
+        ) from None
+    entries = []
+    with assembler.listening() as listener:
+        for one in track(wanted, "compiling", console=Console(stderr=True)):
+            case = programs.Case(**one["case"])
+            done = programs.compiled(case, listener.options | options)
+            layers = case.layers or programs.SHAPES[case.model].layers
+            kernels = [k for k in listener.heard() if "shared_memory" in k and programs.ours(k["kernel"])]
+            entry = {
+                "name": case.name,
+                "case": dataclasses.asdict(case),
+                **ledger.ledger(done, layers),
+                "kernels": kernels,
+            }
+            entry["over_budget"] = ledger.over_budget(entry, one) if "launches" in one else []
+            entries.append(entry)
+    return entries
+
+
+def summary(entries: list[dict[str, Any]]) -> Table:
+    table = Table("program", title="Compiled for an H100: launches of one round, step, chunk or training step")
+    for heading in ("launches", "a layer", "loops", "waits", "GB read", "MiB temporaries", "most registers", "spilled"):
+        table.add_column(heading, justify="right")
+    for entry in entries:
+        registers = max((kernel["registers"] for kernel in entry["kernels"]), default=0)
+        table.add_row(
+            entry["name"],
+            str(entry["launches"]),
+            f"{entry['launches_a_layer']:.1f}",
+            str(len(entry["loops"])),
+            str(entry["waits"]),
+            f"{entry['read'] / 1e9:.2f}",
+            f"{entry['temporaries'] / 2**20:.0f}",
+            str(registers or "-"),
+            str(sum(kernel["spilled"] for kernel in entry["kernels"])),
+        )
+    return table
+
+
+def by_stage(entry: dict[str, Any]) -> Table:
+    table = Table("stage", title=entry["name"])
+    for heading in ("launches", "MB read", "MB written"):
+        table.add_column(heading, justify="right")
+    table.add_column("of")
+    for stage in entry["stages"]:
+        of = ", ".join(f"{count} {what}" for what, count in stage["of"].items())
+        sizes = (f"{stage[key] / 1e6:,.1f}" for key in ("read", "written"))
+        table.add_row(stage["stage"], str(stage["launches"]), *sizes, of)
+    return table
+
+
+def difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> Table:
+    """Launches by stage, before and after, of the programs that both ledgers have."""
+    table = Table("program", "stage", title="Launches, before and after")
+    for heading in ("before", "after", "change", "GB read before", "after"):
+        table.add_column(heading, justify="right")
+    before = {entry["name"]: entry for entry in old}
+    for entry in new:
+        if entry["name"] not in before:
+            continue
+        was = {stage["stage"]: stage for stage in [_whole(before[entry["name"]]), *before[entry["name"]]["stages"]]}
+        now = {stage["stage"]: stage for stage in [_whole(entry), *entry["stages"]]}
+        for name in dict.fromkeys([*was, *now]):
+            a, b = (side.get(name, {"launches": 0, "read": 0}) for side in (was, now))
+            if a["launches"] != b["launches"] or a["read"] != b["read"]:
+                change = b["launches"] - a["launches"]
+                sizes = (f"{side['read'] / 1e9:.3f}" for side in (a, b))
+                table.add_row(entry["name"], name, str(a["launches"]), str(b["launches"]), f"{change:+d}", *sizes)
+    return table
+
+
+def _whole(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"stage": "all", "launches": entry["launches"], "read": entry["read"]}
+
+
+def _ledger_at(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text("utf-8"))["programs"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--diff {path} is no ledger ({error}); give a file that this command has written") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--what", choices=("round", "vanilla", "prefill", "train"), help="one program of this kind")
+    parser.add_argument("--model", metavar="NAME", help="its sizes, of pallas_kernels/models.py (default: llama3-8b)")
+    parser.add_argument("--layers", type=int, metavar="L", help="so many of the model's layers (default: all)")
+    parser.add_argument("--draft-vocab", metavar="V'", help="ids of the draft's head, or full (default: 32768)")
+    parser.add_argument("--kernels", help="auto, xla, attention, 'attention and head', or all (default: auto)")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens in the cache (default: 1024)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="XLA's options")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 where a program is over its budget")
+    parser.add_argument("--diff", nargs=2, type=Path, metavar="FILE", help="two ledgers to hold side by side")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "results" / "gpu-compile", help="folder of ledger and picture"
+    )
+    args = parser.parse_args()
+    console = Console()
+    if args.diff:
+        console.print(difference(*map(_ledger_at, args.diff)))
+        return
+    files.check_writable(args.out, f"--out {args.out}")
+    given = {name: getattr(args, name) for name in ("what", "model", "layers", "kernels", "context")}
+    if args.draft_vocab:
+        given["draft_vocab"] = 0 if args.draft_vocab == "full" else int(args.draft_vocab)
+    one = {name: value for name, value in given.items() if value is not None}
+    entries = compile_all([{"case": one}] if one else watched(), dict(map(_option, args.set)))
+    for entry in entries[:1] if not one else entries:
+        console.print(by_stage(entry))
+    console.print(summary(entries))
+    provenance.save(args.out / "ledger.json", {"compiled_for": "NVIDIA H100 80GB HBM3", "programs": entries})
+    picture.draw(entries, args.out)
+    console.print(f"{args.out}/ledger.json, ledger.png")
+    over = [sentence for entry in entries for sentence in entry["over_budget"]]
+    for sentence in over:
+        console.print(f"over budget: {sentence}")
+    sys.exit(bool(over) and args.check)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, {"true": True, "false": False}.get(value, int(value) if value.lstrip("-").isdigit() else value)
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

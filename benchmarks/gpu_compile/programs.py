@@ -1,0 +1,173 @@
+"""What the ledger compiles: a round, a vanilla step, a chunk of a prompt, a step of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.mesh import AbstractDevice  # no public name yet
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
+
+from benchmarks.train_step import random_batch
+from frspec_jax import defaults, engine, kv_cache
+from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
+from frspec_jax.drafters.base import Vanilla
+from frspec_jax.drafters.eagle import EagleConfig
+from frspec_jax.engine import Chunk, Plan
+from frspec_jax.presets import config_of, eagle_of, random_weights, state_at
+from frspec_jax.sampling import Rule
+from pallas_kernels.device import H100, compiling_for
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.models import SHAPES
+from pallas_kernels.tree_attention import attention_rows
+from train.optimiser import new_state, seed_words
+from train.recipe import Recipe, initial_params, train_step
+
+CORES = 132  # multiprocessors of an H100
+DTYPE = jnp.bfloat16
+ANSWER = 160  # tokens that the caches have room for after the context
+KERNELS = {
+    "auto": Kernels(),
+    "xla": Kernels.all("xla"),
+    "attention": Kernels("pallas", "xla", "xla"),
+    "attention and head": Kernels("pallas", "pallas", "xla"),
+    "all": Kernels.all("pallas"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program by what a reader would ask for."""
+
+    what: str = "round"  # of `TRACED`
+    model: str = "llama3-8b"  # of `SHAPES`
+    layers: int = 0  # 0: all of the model's
+    draft_vocab: int = 32_768  # 0: the model's own
+    kernels: str = "auto"  # of `KERNELS`
+    context: int = 1024
+    tree: tuple[int, int, int] = (60, 6, 10)  # size, depth, top-k
+    rule: Rule = "greedy"
+    split_k: bool = False  # whether XLA may split a product over its inputs, which takes a second launch to add up
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other cases."""
+        said = [self.model] + ([f"{self.layers} layers"] if self.layers else [])
+        if self.what == "round":
+            said.append(f"V' {self.draft_vocab:,}" if self.draft_vocab else "full vocabulary")
+        if self.what != "train":
+            said.append(f"kernels {self.kernels}")
+        said += ["products split over K"] * self.split_k + [self.rule] * (self.rule != "greedy")
+        return f"{self.what}: {', '.join(said)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A function with its arguments as shapes."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    donated: int  # the argument that it may overwrite
+    loop: int | None = None  # which of its loops of rounds is looked at; None: all that it runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What XLA made of a case."""
+
+    text: str  # optimised HLO
+    temporaries: int  # bytes
+    loop: int | None
+
+
+def compiled(case: Case, options: dict[str, Any]) -> Compiled:
+    """Compile a case for an H100.
+
+    Autotuning is off, since it needs the device. XLA's first choice without it splits many products of few rows over K;
+    whether the device's would, no one knows, so a product is one launch unless the case says otherwise.
+    """
+    place = SingleDeviceSharding(_topology().devices[0])
+
+    def abstract(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+    # Pallas asks which GPU it compiles for: an abstract mesh tells it.
+    told = AbstractDevice(H100.kind, CORES, "gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=told)
+    with compiling_for(H100), jax.sharding.use_abstract_mesh(mesh):
+        this = TRACED[case.what](case)
+        jitted = jax.jit(this.function, donate_argnums=this.donated)
+        lowered = jitted.trace(*map(abstract, this.arguments)).lower(lowering_platforms=("cuda",))
+    products = {} if case.split_k else {"xla_gpu_experimental_force_split_k": 1}
+    done = lowered.compile(compiler_options=engine.EXACT | products | {"xla_gpu_autotune_level": 0} | options)
+    return Compiled(done.as_text(), done.memory_analysis().temp_size_in_bytes, this.loop)
+
+
+def _topology() -> Any:
+    config = (Path(__file__).parent / "h100.txtpb").read_text()
+    return topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+
+
+def _config(case: Case) -> ModelConfig:
+    shape = dataclasses.replace(SHAPES[case.model], layers=case.layers or SHAPES[case.model].layers)
+    return config_of(shape, qwen=case.model.startswith("qwen"))
+
+
+def _plan(case: Case) -> tuple[Plan, Any, Any]:
+    """The plan, and the shapes of weights and state."""
+    config, kernels = _config(case), KERNELS[case.kernels]
+    vocabulary: int | None = case.draft_vocab or config.vocab_size
+    plan = Plan(config, eagle_of(config, kernels), TreeConfig(*case.tree), (2,), case.rule, kernels)
+    if case.what == "vanilla":
+        plan, vocabulary = dataclasses.replace(plan, drafter=Vanilla(), tree=VANILLA), None
+    weights = jax.eval_shape(functools.partial(random_weights, config, vocabulary, DTYPE), jax.random.key(0))
+    capacity = kv_cache.rounded_capacity(case.context + ANSWER + plan.margin)
+    state = jax.eval_shape(functools.partial(state_at, plan, capacity=capacity, dtype=DTYPE), jnp.int32(case.context))
+    return plan, weights, state
+
+
+def _rounds(case: Case) -> Traced:
+    plan, weights, state = _plan(case)
+    sizes = attention_rows(state.caches.capacity, plan.kernels.attention)
+    loop = sum(case.context + plan.margin > rows for rows in sizes[:-1])
+    return Traced(functools.partial(engine.decode_rounds, plan), (weights, state, np.int32(0)), 1, loop)
+
+
+def _prefill(case: Case) -> Traced:
+    plan, weights, state = _plan(case)
+    size = defaults.defaults().chunk
+    chunk = Chunk(np.zeros(size + 1, np.int32), np.int32(0), np.int32(size), np.bool_(True))
+    function = functools.partial(engine.prefill.__wrapped__, plan)  # type: ignore[attr-defined]
+    return Traced(function, (weights, state.caches, chunk, state.asked), 1)
+
+
+def _training(case: Case) -> Traced:
+    config, recipe = _config(case), Recipe(compute="bfloat16")
+    draft = EagleConfig.like(config)
+    state = jax.eval_shape(lambda key: new_state(initial_params(key, draft, config), recipe), jax.random.key(0))
+    head = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), jnp.float32)
+    ranked = jax.ShapeDtypeStruct((config.vocab_size,), jnp.int32)
+    batch = jax.eval_shape(lambda: random_batch(config, rows=4, row=512))
+    step = train_step.__wrapped__  # type: ignore[attr-defined]
+
+    def function(state: Any, *arrays: Any) -> Any:
+        head, ranked, seed, batch = arrays
+        return step(state, draft.layer_of(config), recipe, head, head, ranked, seed, batch)
+
+    return Traced(function, (state, head, ranked, seed_words(0), batch), 0)
+
+
+TRACED = {"round": _rounds, "vanilla": _rounds, "prefill": _prefill, "train": _training}
+
+OURS = ("rotary_append", "tree_attention", "best_children", "subvocab_head", "fused_linear", "compact")
+
+
+def ours(kernel: str) -> bool:
+    """Whether a kernel of this name is one of Pallas's."""
+    return kernel.startswith(OURS)

@@ -1,0 +1,48 @@
+"""A product with a weight, and what stands right before and right after it: a norm, a gate, a residual.
+
+For a few rows the weight is nearly all that is read, and what counts is how few launches it takes.
+"""
+
+from __future__ import annotations
+
+from jax import Array
+
+from pallas_kernels.dispatch import Implementation, choose, power_of_two
+from pallas_kernels.fused_linear import triton, xla
+from pallas_kernels.fused_linear.triton import MOST_ROWS, Config
+from pallas_kernels.fused_linear.xla import Norm, gate
+
+__all__ = ["Config", "Norm", "fused_linear", "gate"]
+
+
+def fused_linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    norm: Norm | None = None,
+    gated: bool = False,
+    residual: Array | None = None,
+    implementation: Implementation = "auto",
+    config: Config | None = None,
+) -> Array:
+    """`norm(x)` times the rows of `weight`, plus bias; then silu(first half) * second half if `gated`; plus residual.
+
+    Args:
+      x: [T, in]. weight: [out, in], or [2 out, in] with the gate's rows first if `gated`. bias: of as many.
+      norm: what x goes through first; None: nothing.
+      residual: [T, out], added at the end.
+      implementation: see `dispatch`; more than `MOST_ROWS` rows are XLA's in any case. config: the kernel's, instead of
+        the one chosen for the shape.
+
+    Returns:
+      [T, out] in x's dtype.
+    """
+    out = weight.shape[0] // (2 if gated else 1)
+    shape = {"rows": power_of_two(x.shape[0]), "inputs": x.shape[1], "outputs": out, "halves": 1 + gated}
+    default = config or Config.suited_to(out, x.shape[1])
+    implementation, chosen = choose(implementation, "fused_linear", weight.dtype, shape, default)
+    if implementation == "xla" or x.shape[0] > MOST_ROWS:
+        return xla.fused_linear(x, weight, bias, norm, gated, residual)
+    interpret = implementation == "interpret"
+    return triton.fused_linear(x, weight, bias, norm, gated, residual, config=chosen, interpret=interpret)

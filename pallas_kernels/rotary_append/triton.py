@@ -1,0 +1,89 @@
+"""Rotation and the write to the cache as one Pallas kernel for CUDA (Triton), a program for a head of some tokens."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.bits import bits_of, floats_of
+from pallas_kernels.dispatch import power_of_two
+from pallas_kernels.rotary_append.xla import Rotation
+
+MOST_TOKENS = 32  # a program
+
+
+@functools.partial(jax.jit, static_argnames=("skip", "interpret"))  # equal layers are lowered once
+def rotary_append(
+    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, skip: int, *, interpret: bool
+) -> tuple[Array, Array, Array]:
+    """`pallas_kernels.rotary_append.rotary_append`, by the kernel; arguments and result as there."""
+    (tokens, width), (kv_heads, _, head_dim) = qkv.shape, keys.shape
+    heads = width // head_dim - 2 * kv_heads
+    block = min(MOST_TOKENS, power_of_two(tokens, least=1))
+    kernel = functools.partial(_kernel, heads=heads, block=block, skip=skip)
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    k, v = floats_of(keys), floats_of(values)
+    q, k, v = pl.pallas_call(
+        kernel,
+        grid=(heads + 2 * kv_heads, -(-tokens // block)),
+        in_specs=[whole] * 5,
+        out_specs=[whole] * 3,
+        out_shape=[
+            jax.ShapeDtypeStruct((tokens, heads, head_dim), qkv.dtype),
+            jax.ShapeDtypeStruct(k.shape, k.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+        ],
+        input_output_aliases={3: 1, 4: 2},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="rotary_append",
+    )(qkv, by.cos_sin[:, 0], start[None], k, v)
+    return q, bits_of(k, keys.dtype), bits_of(v, values.dtype)
+
+
+def _kernel(
+    qkv_ref: Any,
+    cos_sin_ref: Any,
+    start_ref: Any,
+    _keys: Any,
+    _values: Any,
+    q_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
+    *,
+    heads: int,
+    block: int,
+    skip: int,
+) -> None:
+    """One head of `block` tokens. The caches come twice, as what is read and as what is written: they are the same."""
+    tokens, half, kv_heads = cos_sin_ref.shape[0], cos_sin_ref.shape[1] // 2, keys_ref.shape[0]
+    head, token = pl.program_id(0), pl.program_id(1) * block + lax.iota(jnp.int32, block)
+    pair = lax.iota(jnp.int32, power_of_two(half, least=1))
+    real = (token < tokens)[:, None] & (pair < half)[None]
+    row, low = jnp.broadcast_to(token[:, None], real.shape), jnp.broadcast_to(pair[None], real.shape)
+    first = head * 2 * half + low
+    a = plt.load(qkv_ref.at[row, first], mask=real, other=0)
+    b = plt.load(qkv_ref.at[row, first + half], mask=real, other=0)
+    cos = plt.load(cos_sin_ref.at[row, low], mask=real, other=0.0)
+    sin = plt.load(cos_sin_ref.at[row, low + half], mask=real, other=0.0)
+    a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
+    turned = (a32 * cos - b32 * sin).astype(a.dtype), (b32 * cos + a32 * sin).astype(b.dtype)
+
+    at = start_ref[0] + skip + row
+    key, value = head - heads, head - heads - kv_heads
+    for number, (plain, rotated) in enumerate(zip((a, b), turned, strict=True)):
+        column = low + number * half
+        is_query, is_value = head < heads, value >= 0
+        query = jnp.broadcast_to(jnp.minimum(head, heads - 1), real.shape)
+        plt.store(q_ref.at[row, query, column], rotated.astype(q_ref.dtype), mask=real & is_query)
+        mine = jnp.broadcast_to(jnp.clip(key, 0, kv_heads - 1), real.shape)
+        is_key = (key >= 0) & (value < 0)
+        plt.store(keys_ref.at[mine, at, column], rotated.astype(keys_ref.dtype), mask=real & is_key)
+        mine = jnp.broadcast_to(jnp.clip(value, 0, kv_heads - 1), real.shape)
+        plt.store(values_ref.at[mine, at, column], plain.astype(values_ref.dtype), mask=real & is_value)
