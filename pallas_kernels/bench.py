@@ -29,6 +29,7 @@ from rich.table import Table
 
 from pallas_kernels import measured, timing
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.fused_linear import cases as products
 from pallas_kernels.models import SHAPES
 from pallas_kernels.subvocab_head import cases as head
 from pallas_kernels.timing import Case
@@ -36,13 +37,15 @@ from pallas_kernels.tree_attention import cases as attention
 
 
 def cases(names: Iterable[str], contexts: Iterable[int], dtype: DTypeLike) -> Iterator[Case]:
-    """What is timed: both operations, at the sizes of each model."""
+    """What is timed: the operations that a table decides on, at the sizes of each model."""
     for name in names:
         for tokens, context in itertools.product(attention.TOKENS, contexts):
             yield attention.timed(name, tokens, context, dtype)
         for vocabulary in (v for v in head.VOCABULARIES if v is None or v < SHAPES[name].vocabulary):
             yield head.timed(name, head.TOP_K, vocabulary, dtype)
         yield head.timed(name, 60, None, dtype, k=1)  # greedy verification
+        for rows, product in itertools.product(products.ROWS, products.PRODUCTS):
+            yield products.timed(name, rows, product, dtype)
 
 
 def widened(x: Array) -> Array:

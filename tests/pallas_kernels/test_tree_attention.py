@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.tree_attention import BLOCK, tree_attention
+from pallas_kernels.device import H100, compiling_for
+from pallas_kernels.tree_attention import BLOCK, attention_rows, tree_attention, xla
 from pallas_kernels.tree_attention.xla import DENSE_LIMIT
 from pallas_kernels.visibility import Sees, bit_words, has_bit
 from tests import conftest
 
 WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
 attend = {how: jax.jit(functools.partial(tree_attention, implementation=how)) for how in WAYS}
+attend["straight"] = jax.jit(xla.straight)  # XLA's on a GPU
 both = pytest.mark.parametrize("how", list(attend))
 
 # (tokens, KV heads, queries per KV head, head_dim, capacity); the last two walk the cache in blocks.
@@ -96,6 +98,25 @@ def test_it_is_softmax_attention(how, shape, fill, kind, seed, spread):
 
 
 @both
+@settings(max_examples=10, deadline=None)
+@given(
+    st.tuples(
+        st.integers(1, 70),
+        st.integers(1, 3),
+        st.integers(1, 8),
+        st.sampled_from([64, 80, 96, 128, 256]),
+        st.sampled_from([256, 512, 768]),
+    ),
+    st.floats(0, 1),
+    st.integers(0, 2**32 - 1),
+)
+def test_at_any_shape(how, shape, fill, seed):
+    committed = round(fill * (shape[4] - shape[0]))
+    given = case(shape, committed, "tree", seed)
+    assert error(ours(how, *given), reference(*given)) < 2e-6
+
+
+@both
 @pytest.mark.parametrize("shape", SHAPES[::3])
 def test_at_every_edge_of_a_block(how, shape):
     for edge in range(0, shape[4], BLOCK):
@@ -141,6 +162,26 @@ def test_bfloat16_is_float32_but_for_rounding(how, shape):
     exact = reference(*(np.asarray(x, np.float32) for x in rounded), committed, line)
     # Scores are float32; the weights are rounded once, by 2^-9, before they meet the values, and the output once more.
     assert error(mine, exact) < 2.0**-8
+
+
+# XLA on a GPU ------------------------------------------------------------------------------------
+
+
+def test_only_xla_on_a_gpu_is_limited_to_some_rows():
+    assert attention_rows(4096, "xla") == attention_rows(4096, "auto") == (4096,)
+    with compiling_for(H100):
+        assert attention_rows(4096, "auto") == attention_rows(4096, "pallas") == (4096,)
+        assert attention_rows(4096, "xla") == (512, 2048, 4096) and attention_rows(768, "xla") == (768,)
+
+
+def test_rows_that_are_not_read_may_hold_anything():
+    given = case((8, 2, 3, 64, 768), 300, "tree", seed=5)
+    q, keys, values, committed, line = given
+    keys[:, 512:] = values[:, 512:] = np.nan
+    with compiling_for(H100):
+        limited = jax.jit(functools.partial(tree_attention, implementation="xla", rows=512))
+        mine = limited(q, keys, values, sees(committed, line))
+    assert error(mine, reference(*given)) < 2e-6
 
 
 # Who sees whom -------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.drafters.base import NO_WEIGHTS
 from frspec_jax.placement import Placement
 from frspec_jax.sampling import Draw
+from pallas_kernels.device import H100, compiling_for
+from pallas_kernels.dispatch import Kernels
 from tests import conftest
 from tests.support import toy
 
@@ -103,6 +105,20 @@ def test_a_long_cache_changes_nothing(kind):
     short, _ = toy.decode(toy.vanilla_plan(cfg, Sampling(1.0)), w, prompt, 200, Sampling(1.0), capacity=512)
     long, _ = toy.decode(plan, w, prompt, 200, Sampling(1.0), capacity=1024)
     assert short == long
+
+
+def test_straight_attention_changes_nothing(kind):
+    """XLA's on a GPU: it looks at 512 rows first and then at all, and the text crosses from the one to the other."""
+    cfg = toy.config(vocab_size=12)
+    w, drafter = toy.weights(cfg, kind=kind)
+    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, 440)
+    expected, _ = toy.decode(toy.vanilla_plan(cfg), w, prompt, 120, capacity=1024)
+    xla = Kernels.all("xla")
+    plan = toy.plan(cfg, dataclasses.replace(drafter, kernels=xla), TreeConfig(8, 3, 4))
+    plan = dataclasses.replace(plan, kernels=xla)
+    with compiling_for(H100):
+        text, state = toy.decode(plan, w, prompt, 120, capacity=1024)
+    assert text == expected and int(state.length) > 512
 
 
 @pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
