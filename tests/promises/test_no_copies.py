@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import jax
@@ -12,8 +11,6 @@ import pytest
 
 from frspec_jax import engine
 from frspec_jax.config import Sampling, TreeConfig
-from pallas_kernels.device import H100, compiling_for
-from pallas_kernels.dispatch import Kernels
 from tests import conftest
 from tests.support import toy
 
@@ -40,22 +37,6 @@ def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity):
         copies = [line for line in text.splitlines() if re.search(rf"= {shape}\S* copy(-start)?\(", line)]
         assert copies == []
         assert program.memory_analysis().alias_size_in_bytes >= size
-
-
-def test_nor_where_the_rows_that_attention_looks_at_are_chosen_between_rounds(kind):
-    """As XLA's attention on a GPU has it: a conditional over loops of rounds."""
-    cfg = toy.config(vocab_size=12)
-    w, drafter = toy.weights(cfg, kind=kind)
-    xla = Kernels.all("xla")
-    plan = toy.plan(cfg, dataclasses.replace(drafter, kernels=xla), TreeConfig(8, 3, 4))
-    plan = dataclasses.replace(plan, kernels=xla)
-    with compiling_for(H100):
-        asked = engine.Asked.of(Sampling(), seed=0, limit=8)
-        state = engine.start(plan, w, engine.new_caches(plan, 1024, jnp.float32), PROMPT, asked, chunk=32)
-        text = engine.run.lower(plan, w, state, np.int32(5)).compile().as_text()
-    assert " conditional(" in text
-    shape = rf"f32\[{cfg.num_kv_heads},1024,{cfg.head_dim}\]"
-    assert [line for line in text.splitlines() if re.search(rf"= {shape}\S* copy(-start)?\(", line)] == []
 
 
 @pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs compute in float32, whatever the weights are")
