@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import jax.numpy as jnp
+from jax import Array, lax
 
 from pallas_kernels import device, measured
 
@@ -84,6 +85,12 @@ def choose(
 def power_of_two(size: int, least: int = 16) -> int:
     """The smallest power of two that is at least `size` and at least `least`: Triton's sizes."""
     return max(least, 1 << (size - 1).bit_length())
+
+
+def divided(number: Array, by: int) -> tuple[Array, Array]:
+    """Quotient and remainder of int32 numbers from 0 on: 32 bits in a kernel under any setting of JAX, as // is not."""
+    divisor = jnp.full_like(number, by)
+    return lax.div(number, divisor), lax.rem(number, divisor)
 
 
 def check_blocks(config: object, *names: str) -> None:

@@ -74,7 +74,7 @@ def target_stages(plan: engine.Plan, weights: engine.Weights, context: int, dtyp
     def commit(_: Any, carry: Any) -> Any:
         chosen, cache = carry
         path, drafts = accepted_path(drafted, chosen, depth)
-        return nudged(chosen, drafts[None]), kv_cache.compact(cache, n, path)
+        return nudged(chosen, drafts[None]), kv_cache.compact(cache, n, path, plan.kernels.attention)
 
     moved = 2 * config.num_layers * kv_bytes(config, depth, dtype)
     yield Stage("accept, compact", 1, commit, (chain, caches), moved)
@@ -110,7 +110,7 @@ def draft_stages(plan: engine.Plan, weights: engine.Weights, context: int, dtype
         tokens = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (k, k))
         beam = Beam.start(tree, scores[0], tokens[0])
         for _level in range(1, tree.depth):
-            beam, _parents = beam.grow(scores, tokens)
+            beam, _parents = beam.grow(scores, tokens, drafter.kernels.attention)
         return nudged(scores, rerank(tree, beam, jnp.int32(0)).depth)
 
     yield Stage("extend", 1, extend, (jnp.ones((tree.depth + 1, hidden), dtype), cache), bytes_read)

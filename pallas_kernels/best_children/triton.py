@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.best_children.xla import Children
-from pallas_kernels.dispatch import power_of_two
+from pallas_kernels.dispatch import divided, power_of_two
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))  # equal layers are lowered once
@@ -54,7 +54,8 @@ def _kernel(
     k, words = sees_ref.shape
     child = lax.iota(jnp.int32, power_of_two(k * k))
     real = child < k * k
-    beam, which = jnp.minimum(child // k, k - 1), child % k
+    beam, which = divided(child, k)
+    beam = jnp.minimum(beam, k - 1)
     every = plt.load(beams_ref.at[beam], mask=real, other=-jnp.inf)
     every += plt.load(scores_ref.at[beam, which], mask=real, other=-jnp.inf)
     plt.store(every_ref.at[child], every, mask=real)
@@ -67,12 +68,12 @@ def _kernel(
         number = jnp.where(slot == place, at, number)
         best = jnp.where(slot == place, value, best)
         left = left & (child != at)
-    mine = slot < k
+    mine, (parent, which) = slot < k, divided(number, k)
     plt.store(number_ref.at[slot], number, mask=mine)
     plt.store(best_ref.at[slot], best, mask=mine)
-    plt.store(chosen_ref.at[slot], plt.load(tokens_ref.at[number // k, number % k], mask=mine, other=0), mask=mine)
+    plt.store(chosen_ref.at[slot], plt.load(tokens_ref.at[parent, which], mask=mine, other=0), mask=mine)
     for word in range(words):
         column = jnp.full_like(slot, word)
-        row = plt.load(sees_ref.at[number // k, column], mask=mine, other=0)
+        row = plt.load(sees_ref.at[parent, column], mask=mine, other=0)
         row = row | plt.load(own_ref.at[slot, column], mask=mine, other=0)
         plt.store(seen_ref.at[slot, column], row, mask=mine)

@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.dispatch import check_blocks, power_of_two
+from pallas_kernels.dispatch import check_blocks, divided, power_of_two
 from pallas_kernels.products import precision_of
 from pallas_kernels.visibility import Sees
 
@@ -111,7 +112,8 @@ def _attend(
     committed = committed_ref[0]
     row = pl.program_id(1) * config.block_q + _count(config.block_q)
     # Rows past the end do the last token's work again.
-    token, query = jnp.minimum(row // group, tokens - 1), row % group
+    token, query = divided(row, group)
+    token = jnp.minimum(token, tokens - 1)
     column = _count(power_of_two(head_dim))
     real = column < head_dim
     here = (config.block_q, column.shape[0])
@@ -194,14 +196,16 @@ def _combine(mixed_ref: Any, weight_ref: Any, out_ref: Any, *, splits: int, grou
     row = block * COMBINED + _count(COMBINED)
     wide, across = jnp.broadcast_to(row[:, None], here), jnp.broadcast_to(column[None], here)
     real = across < head_dim
-    weights = [plt.load(weight_ref.at[split, head, row]) for split in range(splits)]
+    shares = [np.int32(split) for split in range(splits)]  # of 32 bits under any setting of JAX
+    weights = [plt.load(weight_ref.at[split, head, row]) for split in shares]
     peak = functools.reduce(jnp.maximum, weights)
     mixed, total = jnp.zeros(here, jnp.float32), jnp.zeros((COMBINED,), jnp.float32)
-    for split, weight in enumerate(weights):
+    for split, weight in zip(shares, weights, strict=True):
         share = jnp.exp(weight - peak)
         rows = plt.load(mixed_ref.at[split, head, wide, across], mask=real, other=0.0)
         mixed, total = mixed + share[:, None] * rows, total + share
-    at = (wide // group, head * group + wide % group, across)
+    token, query = divided(wide, group)
+    at = (token, head * group + query, across)
     mine = real & (wide < tokens * group)
     plt.store(out_ref.at[*at], (mixed / total[:, None]).astype(out_ref.dtype), mask=mine)
 

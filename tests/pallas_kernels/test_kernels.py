@@ -24,13 +24,18 @@ from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.presets import eagle_of, model_config, random_weights, state_at
 from pallas_kernels import bench, dispatch, measured, subvocab_head, tree_attention
+from pallas_kernels.best_children import best_children
+from pallas_kernels.compaction import compact
 from pallas_kernels.device import H100, compiling_for
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.fused_linear import fused_linear
 from pallas_kernels.models import SHAPES
 from pallas_kernels.products import linear, mean_square, take_rows, turned
+from pallas_kernels.rotary_append import Rotation, rotary_append
 from pallas_kernels.subvocab_head import cases as head_cases
 from pallas_kernels.subvocab_head import quantised, subvocab_top_k
 from pallas_kernels.tree_attention import cases as attention_cases
+from pallas_kernels.tree_attention import xla
 from pallas_kernels.visibility import causal
 from tests import conftest
 from tests.pallas_kernels import test_subvocab_head, test_tree_attention
@@ -124,8 +129,15 @@ def test_the_head_on_a_gpu(num_warps, num_stages, size):
 
 
 @pytest.mark.parametrize("kind", toy.DRAFTS)
-@pytest.mark.parametrize(("settings", "int8"), [(Sampling(), False), (Sampling(1.0), False), (Sampling(), True)])
-def test_a_round_with_kernels_emits_the_same_tokens(kind, settings, int8):
+@pytest.mark.parametrize(
+    ("settings", "int8", "kernels"),
+    [
+        (Sampling(), False, INTERPRET),
+        (Sampling(1.0), False, dataclasses.replace(INTERPRET, product="xla")),
+        (Sampling(), True, Kernels("xla", "interpret", "xla")),
+    ],
+)
+def test_a_round_with_kernels_emits_the_same_tokens(kind, settings, int8, kernels):
     """And makes the same proposals: as many rounds, unless the head was rounded."""
     cfg, ids = toy.config(), np.array([5, 1, 9, 3, 11, 0, 7, 20, 21, 2, 4])
     w, drafter = toy.weights(cfg, ids, kind=kind)
@@ -133,7 +145,7 @@ def test_a_round_with_kernels_emits_the_same_tokens(kind, settings, int8):
     plan = dataclasses.replace(toy.plan(cfg, drafter, TreeConfig(8, 2, 4), settings), kernels=Kernels.all("xla"))
     expected, before = toy.decode(plan, w, prompt, 24, settings, seed=3)
     w, _ = toy.weights(cfg, ids, kind=kind, int8=int8)
-    plan = dataclasses.replace(plan, drafter=dataclasses.replace(drafter, kernels=INTERPRET), kernels=INTERPRET)
+    plan = dataclasses.replace(plan, drafter=dataclasses.replace(drafter, kernels=kernels), kernels=kernels)
     tokens, after = toy.decode(plan, w, prompt, 24, settings, seed=3)
     assert tokens == expected
     assert int8 or np.array_equal(before.histogram, after.histogram)
@@ -158,7 +170,8 @@ def test_kernels_on_the_real_model(real_checkpoint):
     """SmolLM2, a short prompt: interpreted kernels and XLA give the same text in the same rounds."""
     prompt, request = "Name three colours.", api.Request(max_new_tokens=8)
     plain = api.load(real_checkpoint, "eagle", context=256, kernels=Kernels.all("xla")).generate(prompt, request)
-    kernels = api.load(real_checkpoint, "eagle", context=256, kernels=INTERPRET).generate(prompt, request)
+    interpreted = dataclasses.replace(INTERPRET, product="xla")  # four more kernels a layer take minutes to compile
+    kernels = api.load(real_checkpoint, "eagle", context=256, kernels=interpreted).generate(prompt, request)
     assert (kernels.tokens, kernels.accepted_histogram) == (plain.tokens, plain.accepted_histogram)
 
 
@@ -178,6 +191,18 @@ def lowered(function, *arguments) -> str:
 
 def kernels_in(text: str) -> int:
     return len(re.findall(r"__gpu\$xla\.gpu\.triton|triton_kernel_call", text))
+
+
+def launches(jaxpr) -> int:
+    """How often a program calls a kernel. (Lowered, equal layers share one function.)"""
+    inner = [p for eqn in jaxpr.eqns if eqn.primitive.name != "pallas_call" for p in programs_in(eqn)]
+    return sum(eqn.primitive.name == "pallas_call" for eqn in jaxpr.eqns) + sum(map(launches, inner))
+
+
+def programs_in(eqn):
+    """The programs within an operation."""
+    leaves = jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")]
 
 
 cross_lowering = pytest.mark.skipif(
@@ -226,11 +251,12 @@ def test_the_whole_round_lowers_at_the_shapes_of(name):
     weights = jax.eval_shape(make, jax.random.key(0))
     with compiling_for(H100):
         state = jax.eval_shape(functools.partial(state_at, plan, capacity=2048, dtype=jnp.bfloat16), jnp.int32(100))
-        text = lowered(functools.partial(engine.decode_rounds, plan), weights, state, jnp.int32(1))
+        traced = jax.jit(functools.partial(engine.decode_rounds, plan)).trace(weights, state, jnp.int32(1))
+        assert kernels_in(traced.lower(lowering_platforms=("cuda",)).as_text()) > 0
     # A layer is four products, rotation, attention and its combination; of the draft's layer there is one in extend and
     # one a level below the first. A head is two kernels a level, the next beams one, and compaction one for 32 layers.
     layers = 7 * (config.num_layers + tree.depth)
-    assert kernels_in(text) == layers + 2 * tree.depth + (tree.depth - 1) + -(-2 * config.num_layers // 64)
+    assert launches(traced.jaxpr.jaxpr) == layers + 2 * tree.depth + (tree.depth - 1) + -(-2 * config.num_layers // 64)
 
 
 # 32 bits whatever JAX's own default is --------------------------------------------------------------
@@ -239,10 +265,8 @@ def test_the_whole_round_lowers_at_the_shapes_of(name):
 def wide_types(jaxpr, found=()) -> set[str]:
     """Operations of a program, and of the programs within it, that give numbers of 64 bits."""
     names = {f"{eqn.primitive}: {v.aval}" for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "dtype")}
-    for eqn in jaxpr.eqns:
-        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                names |= wide_types(getattr(inner, "jaxpr", inner))
+    for inner in (program for eqn in jaxpr.eqns for program in programs_in(eqn)):
+        names |= wide_types(inner)
     return {name for name in names if re.search(r"\b[iuf]64\b|\b(int|uint|float)64\b", name)}
 
 
@@ -256,6 +280,8 @@ def some(*shape, dtype=np.float32):
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
 
 
+START, PATH = jnp.int32(5), jnp.array([0, 2, 3, 0], jnp.int32)
+IDS = jnp.arange(9, dtype=jnp.int32).reshape(3, 3)
 BITS = jnp.uint16  # of bfloat16, as a CPU's cache keeps them
 OPERATIONS = {
     "attention, dense": (tree_attention.tree_attention, (some(5, 4, 16), some(2, 512, 16), some(2, 512, 16))),
@@ -272,6 +298,28 @@ OPERATIONS = {
     "head, kernel": (
         functools.partial(subvocab_top_k, k=3, implementation="interpret"),
         (some(4, 32), some(100, 32)),
+    ),
+    "attention, in straight lines": (xla.straight, (some(5, 4, 16), some(2, 1024, 16), some(2, 1024, 16))),
+    "rotation": (rotary_append, (some(3, 64), Rotation(some(3, 1, 16)), some(1, 32, 16), some(1, 32, 16), START)),
+    "rotation, kernel": (
+        functools.partial(rotary_append, skip=2, implementation="interpret"),
+        (some(3, 64), Rotation(some(3, 1, 16)), some(1, 32, 16), some(1, 32, 16), START),
+    ),
+    "compaction": (compact, ([some(2, 32, 16)], START, PATH)),
+    "compaction, kernel": (functools.partial(compact, implementation="interpret"), ([some(2, 32, 16)], START, PATH)),
+    "next beams": (best_children, (some(3), some(3, 3), IDS, IDS[:, :1], IDS[:, :1])),
+    "next beams, kernel": (
+        functools.partial(best_children, implementation="interpret"),
+        (some(3), some(3, 3), IDS, IDS[:, :1], IDS[:, :1]),
+    ),
+    "head with ids, kernel": (
+        lambda x, head, ids: subvocab_top_k(x, head, 3, ids=ids, implementation="interpret"),
+        (some(4, 32), some(9, 32), jnp.arange(9, dtype=jnp.int32)),
+    ),
+    "product": (functools.partial(fused_linear, gated=True), (some(2, 16), some(6, 16))),
+    "product, kernel": (
+        functools.partial(fused_linear, gated=True, implementation="interpret"),
+        (some(2, 16), some(6, 16)),
     ),
     "quantised": (quantised, (some(9, 16),)),
     "linear": (linear, (some(2, 16), some(9, 16))),
