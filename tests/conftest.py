@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,11 @@ from pathlib import Path
 # tests start, through a cache for this run of the suite alone: it is gone with the process that made it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="frspec-jax-tests-")
-    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    # What asks the run to end is taken as Ctrl-C, which leaves time to clear up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+for threshold in ("MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"):  # small programs are kept too
+    os.environ.setdefault(f"JAX_PERSISTENT_CACHE_{threshold}", "0")
 
 import jax
 import pytest

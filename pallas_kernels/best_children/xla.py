@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 
 @struct.dataclass
@@ -27,5 +27,5 @@ def best_children(beams: Array, scores: Array, tokens: Array, sees: Array, own: 
     earlier = child[None] < child[:, None]
     ahead = (every[None] > every[:, None]) | ((every[None] == every[:, None]) & earlier)
     place = ahead.sum(-1, dtype=jnp.int32)
-    number = jnp.argmax(place[None] == jnp.arange(k, dtype=jnp.int32)[:, None], axis=-1).astype(jnp.int32)
+    number = lax.argmax(place[None] == jnp.arange(k, dtype=jnp.int32)[:, None], 1, jnp.int32)
     return Children(number, tokens.reshape(-1)[number], every[number], sees[number // k] | own, every)

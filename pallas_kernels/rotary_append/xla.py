@@ -42,4 +42,5 @@ def rotary_append(qkv: Array, by: Rotation, keys: Array, values: Array, start: A
 
 def written(cache: Array, rows: Array, start: Array) -> Array:
     """A cache [kv_heads, S, head_dim] with rows [T, kv_heads, head_dim] at `start`."""
-    return lax.dynamic_update_slice(cache, bits_of(rows.swapaxes(0, 1), cache.dtype), (0, start, 0))
+    first = jnp.int32(0)
+    return lax.dynamic_update_slice(cache, bits_of(rows.swapaxes(0, 1), cache.dtype), (first, start, first))

@@ -148,7 +148,8 @@ def test_proposals_are_ids_of_the_vocabulary_that_is_left(order):
     features = jnp.asarray(rng.normal(size=(3, 4 * cfg.hidden_size)), jnp.float32)
     accepted = Accepted(features, jnp.array([4, 9, 1], jnp.int32), jnp.int32(2))
     turn = Turn(accepted, jnp.int32(9), jnp.int32(2))
-    tree, _ = drafter.propose(weights, TreeConfig(20, 3, 4), turn, drafter.new_memory(256, jnp.float32))
+    propose = jax.jit(drafter.propose, static_argnames="tree")
+    tree, _ = propose(weights, TreeConfig(20, 3, 4), turn, drafter.new_memory(256, jnp.float32))
     assert set(np.asarray(tree.tokens[1:]).tolist()) <= set(ids.tolist())
 
 

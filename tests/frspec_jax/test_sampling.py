@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
@@ -27,13 +26,14 @@ WARPS = [
 
 
 def transformers_warp(logits: np.ndarray, how: Sampling) -> np.ndarray:
-    scores = TemperatureLogitsWarper(how.temperature)(None, torch.tensor(logits))
+    torch = pytest.importorskip("torch")
+    scores = transformers.TemperatureLogitsWarper(how.temperature)(None, torch.tensor(logits))
     if how.top_k:
-        scores = TopKLogitsWarper(how.top_k)(None, scores)
+        scores = transformers.TopKLogitsWarper(how.top_k)(None, scores)
     if how.top_p < 1:
-        scores = TopPLogitsWarper(how.top_p)(None, scores)
+        scores = transformers.TopPLogitsWarper(how.top_p)(None, scores)
     if how.min_p:
-        scores = MinPLogitsWarper(how.min_p)(None, scores)
+        scores = transformers.MinPLogitsWarper(how.min_p)(None, scores)
     return scores.numpy()
 
 

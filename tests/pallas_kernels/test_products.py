@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels.products import FEW_ROWS, linear, mean_square, rows_f32, take_rows, turned
 
+pytestmark = pytest.mark.as_shipped
 ROWS = [1, 2, 3, FEW_ROWS, FEW_ROWS + 1, 60]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.subvocab_head import subvocab_top_k
 
+pytestmark = pytest.mark.as_shipped
 WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
 top = {how: jax.jit(functools.partial(subvocab_top_k, implementation=how), static_argnames="k") for how in WAYS}
 both = pytest.mark.parametrize("how", list(top))

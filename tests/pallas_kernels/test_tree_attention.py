@@ -17,6 +17,7 @@ from pallas_kernels.tree_attention.xla import DENSE_LIMIT
 from pallas_kernels.visibility import Sees, bit_words, has_bit
 from tests import conftest
 
+pytestmark = pytest.mark.as_shipped
 WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
 attend = {how: jax.jit(functools.partial(tree_attention, implementation=how)) for how in WAYS}
 attend["straight"] = jax.jit(xla.straight)  # XLA's on a GPU

@@ -19,8 +19,10 @@ from pallas_kernels.dispatch import Kernels
 from tests import conftest
 from tests.support import toy
 
+# One vocabulary, and one tree where any will do: tests of one shape share its compiled programs.
+CFG, TREE = toy.config(vocab_size=12), TreeConfig(8, 3, 4)
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
-TREES = [TreeConfig(2, 1, 1), TreeConfig(4, 3, 1), TreeConfig(8, 3, 4), TreeConfig(40, 4, 5), TreeConfig(5, 2, 3)]
+OTHER_TREES = [TreeConfig(2, 1, 1), TreeConfig(4, 3, 1), TreeConfig(40, 4, 5), TreeConfig(5, 2, 3)]
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.8, top_k=7), Sampling(1.2, top_p=0.8), Sampling(0.9, 9, 0.9)]
 
 
@@ -43,26 +45,28 @@ def one_by_one(cfg, params, prompt, settings, seed, limit):
     return text[len(prompt) :]
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("settings", SAMPLINGS[:2])
 def test_vanilla_is_the_target_token_by_token(settings):
-    cfg = toy.config()
-    w, _ = toy.weights(cfg)
-    tokens, state = toy.decode(toy.vanilla_plan(cfg, settings), w, PROMPT, 12, settings, seed=5)
-    assert tokens == one_by_one(cfg, w.target, PROMPT, settings, 5, 12)
+    w, _ = toy.weights(CFG)
+    tokens, state = toy.decode(toy.vanilla_plan(CFG, settings), w, PROMPT, 12, settings, seed=5)
+    assert tokens == one_by_one(CFG, w.target, PROMPT, settings, 5, 12)
     assert int(state.finished) == engine.FULL
 
 
 @pytest.mark.parametrize(
     ("tree", "settings"),
-    [*((tree, SAMPLINGS[0]) for tree in TREES), *((TREES[2], settings) for settings in SAMPLINGS[1:])],
+    [
+        *(pytest.param(TREE, settings, marks=pytest.mark.as_shipped) for settings in SAMPLINGS),
+        *((tree, Sampling()) for tree in OTHER_TREES),
+    ],
 )
 def test_drafting_changes_nothing(kind, tree, settings):
     """Promises 1 and 2: whatever drafts, the tokens are vanilla's, greedy and sampled, seed for seed."""
-    cfg = toy.config(vocab_size=12)
-    tree = toy.fitted(kind, cfg, tree)
-    full, drafter = toy.weights(cfg, kind=kind)
-    cropped, _ = toy.weights(cfg, np.array([5, 1, 9, 3, 11, 0, 7]), kind=kind)
-    vanilla, plan = toy.vanilla_plan(cfg, settings), toy.plan(cfg, drafter, tree, settings)
+    tree = toy.fitted(kind, CFG, tree)
+    full, drafter = toy.weights(CFG, kind=kind)
+    cropped, _ = toy.weights(CFG, np.array([5, 1, 9, 3, 11, 0, 7]), kind=kind)
+    vanilla, plan = toy.vanilla_plan(CFG, settings), toy.plan(CFG, drafter, tree, settings)
     drafts = 0
     for seed in range(4):
         prompt = np.random.default_rng(seed).integers(0, 12, 9 + seed)
@@ -78,18 +82,17 @@ def test_drafting_changes_nothing(kind, tree, settings):
 
 
 def test_seeds_differ():
-    cfg = toy.config()
-    w, _ = toy.weights(cfg)
-    plan = toy.vanilla_plan(cfg, Sampling(1.0))
+    w, _ = toy.weights(CFG)
+    plan = toy.vanilla_plan(CFG, Sampling(1.0))
     assert len({tuple(toy.decode(plan, w, PROMPT, 24, Sampling(1.0), seed=seed)[0]) for seed in range(6)}) == 6
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 31, 64, 65])
 def test_chunk_size_changes_nothing(kind, length):
-    cfg = toy.config()
-    w, drafter = toy.weights(cfg, kind=kind)
-    prompt = np.random.default_rng(length).integers(0, cfg.vocab_size, length)
-    plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling())
+    w, drafter = toy.weights(CFG, kind=kind)
+    prompt = np.random.default_rng(length).integers(0, CFG.vocab_size, length)
+    plan = toy.plan(CFG, drafter, TREE, Sampling())
     outputs = {chunk: toy.decode(plan, w, prompt, 12, chunk=chunk) for chunk in (8, 32, 256)}
     assert len({tuple(tokens) for tokens, _ in outputs.values()}) == 1
     # The drafter has seen the same too: it was right in the same rounds.
@@ -98,31 +101,30 @@ def test_chunk_size_changes_nothing(kind, length):
 
 def test_a_long_cache_changes_nothing(kind):
     """Beyond a capacity of 512 attention walks blocks, and the text crosses two of their borders."""
-    cfg = toy.config()
-    w, drafter = toy.weights(cfg, kind=kind)
-    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, 240)
-    plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling(1.0))
-    short, _ = toy.decode(toy.vanilla_plan(cfg, Sampling(1.0)), w, prompt, 200, Sampling(1.0), capacity=512)
+    w, drafter = toy.weights(CFG, kind=kind)
+    prompt = np.random.default_rng(0).integers(0, CFG.vocab_size, 240)
+    plan = toy.plan(CFG, drafter, TREE, Sampling(1.0))
+    short, _ = toy.decode(toy.vanilla_plan(CFG, Sampling(1.0)), w, prompt, 200, Sampling(1.0), capacity=512)
     long, _ = toy.decode(plan, w, prompt, 200, Sampling(1.0), capacity=1024)
     assert short == long
 
 
 def test_straight_attention_changes_nothing(kind):
     """XLA's on a GPU: it looks at 512 rows first and then at all, and the text crosses from the one to the other."""
-    cfg = toy.config(vocab_size=12)
-    w, drafter = toy.weights(cfg, kind=kind)
-    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, 440)
-    expected, _ = toy.decode(toy.vanilla_plan(cfg), w, prompt, 120, capacity=1024)
+    w, drafter = toy.weights(CFG, kind=kind)
+    prompt = np.random.default_rng(0).integers(0, CFG.vocab_size, 440)
+    expected, _ = toy.decode(toy.vanilla_plan(CFG), w, prompt, 120, capacity=1024)
     xla = Kernels.all("xla")
-    plan = toy.plan(cfg, dataclasses.replace(drafter, kernels=xla), TreeConfig(8, 3, 4))
+    plan = toy.plan(CFG, dataclasses.replace(drafter, kernels=xla), TREE)
     plan = dataclasses.replace(plan, kernels=xla)
     with compiling_for(H100):
         text, state = toy.decode(plan, w, prompt, 120, capacity=1024)
     assert text == expected and int(state.length) > 512
 
 
+@pytest.mark.as_shipped
 @pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("tree", [TREE, *OTHER_TREES])
 def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
     """On a CPU a token's row rounds alike alone and in a tree, wherever its keys stand (README, on floating point)."""
     cfg = toy.config()
@@ -142,12 +144,11 @@ def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
 
 def test_typical_acceptance_takes_what_is_likely_enough(kind):
     """The lower the bar, the more of each tree is taken; and the text is another than the exact one."""
-    cfg = toy.config()
-    w, drafter = toy.weights(cfg, kind=kind)
+    w, drafter = toy.weights(CFG, kind=kind)
 
     def rounds(bar):
         settings = Sampling(1.0, typical=bar)
-        plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), settings)
+        plan = toy.plan(CFG, drafter, TREE, settings)
         tokens, state = toy.decode(plan, w, PROMPT, 41, settings, seed=1)
         return tokens, int(state.rounds)
 
@@ -158,17 +159,29 @@ def test_typical_acceptance_takes_what_is_likely_enough(kind):
 # Stops and limits --------------------------------------------------------------------------------
 
 
-def oracle(cfg, w, settings, stop_ids=(), wrong_from=10**6, depth=4, prompt=PROMPT):
-    answer, _ = toy.decode(toy.vanilla_plan(cfg, settings), w, prompt, 40, settings)
-    text = jnp.asarray([*prompt, *answer, *([0] * 16)], jnp.int32)
-    plan = toy.plan(cfg, toy.Oracle(wrong_from), TreeConfig(depth + 1, depth, 1), settings, tuple(stop_ids))
-    return answer, plan, engine.Weights(w.target, toy.Told(text))
+STOP = 4
+
+
+def oracle(settings, stop_ids=(), wrong_from=10**6, depth=4, seed=0):
+    """Vanilla's answer, a plan whose drafter is told it, and the weights that tell."""
+    w, _ = toy.weights(CFG)
+    answer, _ = toy.decode(toy.vanilla_plan(CFG, settings), w, PROMPT, 40, settings, seed=seed)
+    text = jnp.asarray([*PROMPT, *answer, *([0] * 16)], jnp.int32)
+    plan = toy.plan(CFG, toy.Oracle(), TreeConfig(depth + 1, depth, 1), settings, stop_ids)
+    return answer, plan, engine.Weights(w.target, toy.Told(text, jnp.int32(wrong_from)))
+
+
+def says_stop(at):
+    """A seed and what `oracle` gives for it, where STOP is the answer's token number `at` and none before."""
+    for seed in range(200):
+        answer, plan, known = oracle(Sampling(1.0), (STOP,), seed=seed)
+        if STOP in answer and answer.index(STOP) == at:
+            return seed, answer, plan, known
+    raise AssertionError(f"no seed says token {STOP} first at {at}")
 
 
 def test_a_drafter_that_is_always_right_fills_every_round():
-    cfg = toy.config()
-    w, _ = toy.weights(cfg)
-    answer, plan, known = oracle(cfg, w, Sampling())
+    answer, plan, known = oracle(Sampling())
     tokens, state = toy.decode(plan, known, PROMPT, 31)
     assert tokens == answer[:31]
     assert int(state.rounds) == 6 and np.asarray(state.histogram).tolist() == [0, 0, 0, 0, 6]
@@ -176,38 +189,27 @@ def test_a_drafter_that_is_always_right_fills_every_round():
 
 @pytest.mark.parametrize("at", range(1, 9))
 def test_a_stop_id_inside_an_accepted_block_ends_the_answer_there(at):
-    cfg = toy.config(vocab_size=200)
-    w, _ = toy.weights(cfg)
-    answer, plan, known = oracle(cfg, w, Sampling(1.0))
-    first = answer.index(answer[at])  # the stop id may have come earlier
-    plan = dataclasses.replace(plan, stop_ids=(answer[at],))
-    tokens, state = toy.decode(plan, known, PROMPT, 31, Sampling(1.0))
-    assert tokens == answer[: first + 1]
+    seed, answer, plan, known = says_stop(at)
+    tokens, state = toy.decode(plan, known, PROMPT, 31, Sampling(1.0), seed=seed)
+    assert tokens == answer[: at + 1]
     assert int(state.finished) == engine.STOPPED
 
 
 @pytest.mark.parametrize("limit", range(1, 9))
 def test_the_limit_cuts_a_block(limit):
-    cfg = toy.config()
-    w, _ = toy.weights(cfg)
-    answer, plan, known = oracle(cfg, w, Sampling())
+    answer, plan, known = oracle(Sampling())
     tokens, state = toy.decode(plan, known, PROMPT, limit)
     assert tokens == answer[:limit]
     assert int(state.finished) == engine.FULL
 
 
 def test_a_stop_id_beyond_the_limit_does_not_count():
-    cfg = toy.config(vocab_size=200)
-    w, _ = toy.weights(cfg)
-    answer, plan, known = oracle(cfg, w, Sampling(1.0))
-    plan = dataclasses.replace(plan, stop_ids=(answer[4],))
-    tokens, state = toy.decode(plan, known, PROMPT, 4, Sampling(1.0))
+    seed, answer, plan, known = says_stop(4)
+    tokens, state = toy.decode(plan, known, PROMPT, 4, Sampling(1.0), seed=seed)
     assert tokens == answer[:4] and int(state.finished) == engine.FULL
 
 
 def test_decoding_goes_on_rightly_after_a_draft_that_went_wrong():
-    cfg = toy.config()
-    w, _ = toy.weights(cfg)
     for wrong_from in range(len(PROMPT) + 1, len(PROMPT) + 8):
-        answer, plan, known = oracle(cfg, w, Sampling(), wrong_from=wrong_from)
+        answer, plan, known = oracle(Sampling(), wrong_from=wrong_from)
         assert toy.decode(plan, known, PROMPT, 20)[0] == answer[:20]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -17,6 +18,29 @@ from frspec_jax.sampling import SamplingArrays
 from tests.support import toy
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "count"))
+def decoded(plan, w, read, asked, count):
+    """Three tokens of each of `count` sequences after a prompt, [count, 3]: one program whatever the settings."""
+    feature = read.accepted.features[0]
+    scores = llama.logits(w.target, feature[None])
+
+    def decode(sequence):
+        mine = asked.replace(draw=asked.draw.replace(sequence=sequence))
+        root = sampling.choose(scores, plan.rule, mine.draw, jnp.array([3]), jnp.zeros(1, jnp.int32))[0]
+        state = engine.state_after(plan, read.caches, feature, root, jnp.int32(3), mine)
+        return engine.decode_rounds(plan, w, state, jnp.int32(5)).output[:3]
+
+    return jax.lax.map(decode, jnp.arange(count), batch_size=250)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def shares(cfg, params, text, settings):
+    """The target's distribution after each token of a text: [T, V]."""
+    cache = kv_cache.empty(cfg, 256, jnp.float32)
+    features, _ = llama.forward(params, cfg, text, Placement.chain(jnp.int32(0), len(text)), cache)
+    return jax.nn.softmax(sampling.warp(llama.logits(params, features), settings), axis=-1)
+
+
 @pytest.mark.parametrize("settings", [Sampling(1.0), Sampling(0.7, top_k=5)])
 def test_outputs_follow_the_targets_law(kind, settings):
     """Three tokens of a model of eight, 6,000 sequences decoded side by side: chi-square against the exact law."""
@@ -27,24 +51,12 @@ def test_outputs_follow_the_targets_law(kind, settings):
     count = 6000
     asked = engine.Asked.of(settings, seed=11, limit=3)
     read = engine.start(plan, w, engine.new_caches(plan, 256, jnp.float32), prompt, asked, chunk=4)
-    feature = read.accepted.features[0]
-    scores = llama.logits(w.target, feature[None])
-
-    def decode(sequence):
-        mine = asked.replace(draw=asked.draw.replace(sequence=sequence))
-        root = sampling.choose(scores, plan.rule, mine.draw, jnp.array([3]), jnp.zeros(1, jnp.int32))[0]
-        state = engine.state_after(plan, read.caches, feature, root, jnp.int32(3), mine)
-        return engine.decode_rounds(plan, w, state, jnp.int32(5)).output[:3]
-
-    outputs = np.asarray(jax.lax.map(decode, jnp.arange(count), batch_size=250))
+    outputs = np.asarray(decoded(plan, w, read, asked, count))
 
     law = {}
     for tokens in itertools.product(range(8), repeat=2):
         text = jnp.asarray([*prompt, *tokens], jnp.int32)
-        cache = kv_cache.empty(cfg, 256, jnp.float32)
-        features, _ = llama.forward(w.target, cfg, text, Placement.chain(jnp.int32(0), 5), cache)
-        scores = sampling.warp(llama.logits(w.target, features), SamplingArrays.of(settings))
-        share = np.asarray(jax.nn.softmax(scores, axis=-1), np.float64)
+        share = np.asarray(shares(cfg, w.target, text, SamplingArrays.of(settings)), np.float64)
         for last in range(8):
             law[(*tokens, last)] = share[2, tokens[0]] * share[3, tokens[1]] * share[4, last]
     assert abs(sum(law.values()) - 1) < 1e-5

@@ -14,6 +14,7 @@ from frspec_jax.config import Sampling, TreeConfig
 from tests import conftest
 from tests.support import toy
 
+pytestmark = pytest.mark.as_shipped
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
 
 

@@ -11,7 +11,7 @@ from frspec_jax import Request, Sampling, api, drafting
 from frspec_jax.config import TreeConfig
 from tests import conftest
 
-pytestmark = pytest.mark.material
+pytestmark = [pytest.mark.material, pytest.mark.as_shipped]
 QUESTIONS = [question.turns[0] for question in read_questions(None)]
 
 

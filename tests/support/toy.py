@@ -149,21 +149,17 @@ class Told(DraftWeights):
     """What `Oracle` reads."""
 
     text: Array  # [T] int32, prompt and answer
+    wrong_from: Array  # int32, the position from which on it errs
 
 
 @dataclasses.dataclass(frozen=True)
 class Oracle(Memoryless):
-    """A drafter that is told the answer: it proposes, as a chain, the tokens that are to come.
-
-    From `wrong_from` on it errs.
-    """
-
-    wrong_from: int = 10**6
+    """A drafter that is told the answer: it proposes, as a chain, the tokens that are to come."""
 
     def propose(
         self, weights: Told, tree: TreeConfig, turn: Turn, memory: DraftMemory
     ) -> tuple[DraftTree, DraftMemory]:
         nodes = jnp.arange(tree.size, dtype=jnp.int32)
         tokens = weights.text[turn.length + nodes]
-        tokens = jnp.where(turn.length + nodes >= self.wrong_from, tokens + 1, tokens)
+        tokens = jnp.where(turn.length + nodes >= weights.wrong_from, tokens + 1, tokens)
         return DraftTree(tokens.at[0].set(turn.root), jnp.maximum(nodes - 1, 0), nodes, causal(tree.size)), memory

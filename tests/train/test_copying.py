@@ -61,7 +61,8 @@ def test_the_loss_is_that_of_a_softmax_over_raised_logits(ckpt, tmp_path):
             np.arange(pairs)[None],
         )
         head = np.asarray(target.head, np.float64)
-        outputs = unrolled_passes(params, layer, target.embedding, jax.tree.map(jnp.asarray, batch), PASSES)
+        unrolled = jax.jit(unrolled_passes, static_argnames=("config", "unroll"))
+        outputs = unrolled(params, layer, target.embedding, jax.tree.map(jnp.asarray, batch), PASSES)
         for s, output in enumerate(outputs):
             for t in range(s, pairs):
                 if not answer[t + 1]:

@@ -60,7 +60,8 @@ def close(mine, theirs) -> bool:
 
 def of_one_row(params, layer, embedding, row, passes):
     batch = jax.tree.map(lambda x: x[None], row)
-    return [output[0] for output in unrolled_passes(params, layer, embedding, batch, passes)]
+    unrolled = jax.jit(unrolled_passes, static_argnames=("config", "unroll"))
+    return [output[0] for output in unrolled(params, layer, embedding, batch, passes)]
 
 
 def test_passes_are_self_fed_steps_through_the_cache(row, draft):

@@ -140,7 +140,7 @@ def start(ckpt, store, work, name, devices, *flags) -> subprocess.Popen:
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "PYTHONFAULTHANDLER": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-m", "train", *map(str, argv)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
