@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from frspec_jax import engine
+from frspec_jax import compile_cache, engine
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.defaults import CONTEXT, defaults
@@ -54,11 +54,13 @@ def load(
 ) -> Generator:
     """Open a checkpoint folder and make it ready to generate.
 
+    What is compiled is kept between runs, in ~/.cache/frspec-jax (`compile_cache`).
+
     Args:
       draft: what drafts, and how; a name alone stands for `Draft(name)`, "none" for vanilla decoding, and None for the
         only draft there is.
-      dtype: of weights and caches, float32 or bfloat16. chunk: prompt tokens a pass, a divisor of 256. None stands for
-        what suits the device (`defaults`).
+      dtype: of weights and caches, float32 or bfloat16. chunk: prompt tokens a pass, always as many, a divisor of
+        256. None stands for what suits the device (`defaults`): long chunks for long prompts, short ones for the rest.
       context: tokens that prompt and answer may take together (default: as many as the model was trained for, and at
         most 4096).
       kernels: implementations of attention and of the draft's head.
@@ -67,6 +69,7 @@ def load(
     Raises:
       UserError: with one sentence that says what to mend.
     """
+    compile_cache.enable()
     checkpoint = ckpt if isinstance(ckpt, Checkpoint) else Checkpoint.open(ckpt)
     draft = draft if isinstance(draft, Draft) else Draft(draft)
     runtime = runtime_of(checkpoint.config, dtype, context, chunk, kernels)
@@ -95,6 +98,6 @@ def runtime_of(
     return Runtime(
         dtype=best.dtype if dtype is None else jnp.dtype(dtype),
         context=context or min(config.max_context, CONTEXT),
-        chunk=best.chunk if chunk is None else chunk,
+        chunks=best.chunks if chunk is None else engine.Chunks(chunk),
         kernels=kernels,
     )

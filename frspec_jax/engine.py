@@ -115,6 +115,29 @@ def new_caches(plan: Plan, capacity: int, dtype: jnp.dtype) -> Caches:
 # Prefill -----------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How many tokens of a prompt run in one pass: long chunks while there are enough tokens, short ones for the rest.
+
+    A long chunk reads the weights once for more tokens; a short prompt would mostly pad it. Each size is a program.
+    """
+
+    short: int  # divides `kv_cache.BLOCK`, so that a padded last one stays within the capacity
+    long: int = 0  # 0: none
+
+    def sizes(self, length: int, capacity: int) -> list[int]:
+        """The chunks of a prompt of `length` tokens, in order.
+
+        A long one costs about what short ones for two thirds of its tokens do (docs/how.md): from there on it pays,
+        padded or not, if the cache holds it.
+        """
+        sizes: list[int] = []
+        while (left := length - sum(sizes)) > 0:
+            long = 0 < 2 * self.long < 3 * left and sum(sizes) + self.long <= capacity
+            sizes.append(self.long if long else self.short)
+        return sizes
+
+
 @struct.dataclass
 class Chunk:
     """A part of a prompt, padded to the chunk size C."""
@@ -173,26 +196,28 @@ def state_after(plan: Plan, caches: Caches, feature: Array, root: Array, length:
     )
 
 
-def start(plan: Plan, weights: Weights, caches: Caches, prompt: np.ndarray, asked: Asked, *, chunk: int) -> DecodeState:
-    """Run a prompt, `chunk` tokens a pass, and choose the first token.
+def start(
+    plan: Plan, weights: Weights, caches: Caches, prompt: np.ndarray, asked: Asked, *, chunks: Chunks
+) -> DecodeState:
+    """Run a prompt, a chunk a pass, and choose the first token.
 
     Args:
       caches: donated. prompt: [T] int32, at least one token.
       asked: the caller sees to it that T + limit + plan.margin fit the capacity.
-      chunk: divides `kv_cache.BLOCK`, so that a padded last chunk stays within the capacity.
     """
-    length = len(prompt)
-    padded = np.zeros(-(-length // chunk) * chunk + 1, np.int32)
+    length, first = len(prompt), 0
+    sizes = chunks.sizes(length, caches.capacity)
+    padded = np.zeros(sum(sizes) + 1, np.int32)
     padded[:length] = prompt
-    for first in range(0, length, chunk):
+    for size in sizes:
         part = Chunk(
-            tokens=argument(padded[first : first + chunk + 1], np.int32),
+            tokens=argument(padded[first : first + size + 1], np.int32),
             start=argument(first, np.int32),
-            count=argument(min(chunk, length - first), np.int32),
-            last=argument(first + chunk >= length, np.bool_),
+            count=argument(min(size, length - first), np.int32),
+            last=argument(first + size >= length, np.bool_),
         )
         state = prefill(plan, weights, caches, part, asked)
-        caches = state.caches
+        caches, first = state.caches, first + size
     return state
 
 

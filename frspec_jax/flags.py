@@ -158,7 +158,10 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, metavar="N", help="tokens of prompt and answer together (default: at most 4096)"
     )
     group.add_argument(
-        "--chunk", type=int, metavar="N", help="prompt tokens a pass, a divisor of 256 (default: what suits the device)"
+        "--chunk",
+        type=int,
+        metavar="N",
+        help="prompt tokens a pass, always as many, a divisor of 256 (default: what suits)",
     )
     group.add_argument(
         "--kernels",

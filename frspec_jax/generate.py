@@ -94,11 +94,10 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
     """Answer the prompts, to standard output."""
     from rich.console import Console
 
-    from frspec_jax import api, compile_cache
+    from frspec_jax import api
     from frspec_jax.checkpoint import Checkpoint
     from pallas_kernels.dispatch import Kernels
 
-    compile_cache.enable()
     request = api.Request(args.max_new_tokens, sampling, args.seed, args.raw, args.system)
     checkpoint = Checkpoint.open(args.ckpt)
     console = Console(stderr=True)

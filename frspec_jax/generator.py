@@ -38,12 +38,13 @@ class Runtime:
 
     dtype: Any  # of weights and caches
     context: int  # tokens of prompt and answer together, at most
-    chunk: int  # prompt tokens a pass
+    chunks: engine.Chunks  # of a prompt
     kernels: Kernels = AUTO
 
     def __post_init__(self) -> None:
-        if not 1 <= self.chunk <= BLOCK or BLOCK % self.chunk:
-            raise UserError(f"--chunk {self.chunk} must divide {BLOCK}: 1, 2, 4, ... or {BLOCK} prompt tokens a pass")
+        short = self.chunks.short
+        if not 1 <= short <= BLOCK or BLOCK % short:
+            raise UserError(f"--chunk {short} must divide {BLOCK}: 1, 2, 4, ... or {BLOCK} prompt tokens a pass")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Generator:
         self._lock = threading.Lock()  # over the caches
         self._caches: engine.Caches | None = None  # of the last text that ended, for the next to begin in
         self._compiling = threading.Lock()  # over the plans that are compiled
-        self._warm: set[engine.Plan] = set()
+        self._warm: set[tuple[engine.Plan, int]] = set()  # with the chunks of a prompt
 
     @property
     def tree(self) -> TreeConfig:
@@ -211,20 +212,34 @@ class Generator:
             )
         return min(request.max_new_tokens, context - len(given))
 
-    def warm_up(self, sampling: Sampling = Sampling()) -> None:
-        """Compile what requests with such sampling settings need, so that no request's time holds it."""
+    def warm_up(self, sampling: Sampling = Sampling(), *, prompt_tokens: int | None = None) -> None:
+        """Compile what requests with such sampling settings need, so that no request's time holds it.
+
+        prompt_tokens: of the prompt to come, which may need no long chunks; None: of any length.
+        """
         plan = self.plan(sampling)
-        if plan in self._warm:
+        for size in self._chunk_sizes(prompt_tokens):
+            self._compile(plan, size, sampling)
+
+    def _chunk_sizes(self, prompt_tokens: int | None) -> list[int]:
+        """The sizes of the chunks that a prompt runs in; None: that any may need."""
+        chunks, capacity = self.runtime.chunks, self.capacity
+        lengths = (1, chunks.long) if prompt_tokens is None else (prompt_tokens,)
+        return sorted({size for length in lengths for size in chunks.sizes(length, capacity)})
+
+    def _compile(self, plan: engine.Plan, chunk: int, sampling: Sampling) -> None:
+        if (plan, chunk) in self._warm:
             return
         with self._compiling:  # a second thread waits for the program instead of compiling it too
-            if plan in self._warm:
+            if (plan, chunk) in self._warm:
                 return
             caches, asked = self._take_caches() or self._new_caches(plan), engine.Asked.of(sampling, seed=0, limit=2)
+            prompt, chunks = np.zeros(chunk, np.int32), engine.Chunks(chunk)
             with jax.enable_x64(False):
-                state = engine.start(plan, self.weights, caches, np.zeros(1, np.int32), asked, chunk=self.runtime.chunk)
+                state = engine.start(plan, self.weights, caches, prompt, asked, chunks=chunks)
                 state = jax.block_until_ready(engine.run(plan, self.weights, state, np.int32(0)))
             self.give_back(state.caches)
-            self._warm.add(plan)
+            self._warm.add((plan, chunk))
 
     def begin(self, prompt: Sequence[int] | np.ndarray | Reading, request: Request = Request()) -> Text:
         """Read a prompt of token ids [T]; the text that begins is advanced within a `with` block.
@@ -232,16 +247,18 @@ class Generator:
         prompt: or what this model, or one with the same `reads_as`, has read of it; its own request then holds.
         """
         if isinstance(prompt, Reading):
-            self.warm_up(prompt.request.sampling)
+            self.warm_up(prompt.request.sampling, prompt_tokens=prompt.prompt_tokens)
             return Text(self, prompt.request, prompt)
         limit = self.check(prompt, request)
-        self.warm_up(request.sampling)
+        self.warm_up(request.sampling, prompt_tokens=len(prompt))
         plan, asked = self.plan(request.sampling), engine.Asked.of(request.sampling, seed=request.seed, limit=limit)
         ids, caches = np.asarray(prompt, np.int32), self._take_caches()
         begun = time.perf_counter()
         with jax.enable_x64(False):
             state = jax.block_until_ready(
-                engine.start(plan, self.weights, caches or self._new_caches(plan), ids, asked, chunk=self.runtime.chunk)
+                engine.start(
+                    plan, self.weights, caches or self._new_caches(plan), ids, asked, chunks=self.runtime.chunks
+                )
             )
         return Text(self, request, Reading(state, len(ids), time.perf_counter() - begun, request), own=True)
 

@@ -62,7 +62,7 @@ class Probe:
         dtype = self._target.embedding.dtype
         best = defaults(dtype)
         drafting = Drafting(drafter, self._spec.fit(best.tree), Method(self._spec.kind), len(ids))
-        runtime = Runtime(dtype, LONGEST + TOKENS, best.chunk)
+        runtime = Runtime(dtype, LONGEST + TOKENS, best.chunks)
         model = Generator(self._checkpoint, drafting, engine.Weights(self._target, weights), runtime)
         results = [model.generate_ids(prompt, Request(TOKENS)) for prompt in self._prompts]
         rounds = sum(result.rounds for result in results)

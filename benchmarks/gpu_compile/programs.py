@@ -141,7 +141,7 @@ def _rounds(case: Case) -> Traced:
 
 def _prefill(case: Case) -> Traced:
     plan, weights, state = _plan(case)
-    size = defaults.defaults().chunk
+    size = defaults.defaults().chunks.short
     chunk = Chunk(np.zeros(size + 1, np.int32), np.int32(0), np.int32(size), np.bool_(True))
     function = functools.partial(engine.prefill.__wrapped__, plan)  # type: ignore[attr-defined]
     return Traced(function, (weights, state.caches, chunk, state.asked), 1)

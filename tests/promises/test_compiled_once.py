@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frspec_jax import api
+from frspec_jax import api, defaults
 from frspec_jax.api import Draft, Request
 from frspec_jax.config import Sampling, TreeConfig
+from frspec_jax.engine import Chunks
 from tests.support import toy
 from tests.support.folders import checkpoint_folder
 
@@ -71,6 +72,28 @@ def test_ten_requests_of_a_model_are_two_programs(tmp_path, requests):
         texts = [model.generate_ids(prompt, request).tokens for prompt, request in zip(prompts, requests, strict=True)]
     assert made == []
     assert texts[3] == alone and len({tuple(tokens) for tokens in texts}) > 5
+
+
+def test_long_prompts_are_one_program_more(tmp_path, monkeypatch):
+    """It is made when the first of them comes, outside the time that is taken of it; `warm_up` makes it beforehand."""
+    monkeypatch.setitem(defaults.DEFAULTS, "cpu", dataclasses.replace(defaults.DEFAULTS["cpu"], chunks=Chunks(8, 32)))
+    checkpoint, long = checkpoint_folder(tmp_path / "toy"), np.arange(1, 60)
+    model = api.load(checkpoint, Draft(tree=TREE), dtype="float32")
+    with programs() as made:
+        model.generate_ids(np.arange(1, 9), Request(4))
+    assert sum("prefill" in name for name in made) == 1
+    with programs() as made:
+        text = model.generate_ids(long, Request(4)).tokens
+    assert [name for name in made if "prefill" in name or "rounds" in name] == [
+        name for name in made if "prefill" in name
+    ]
+    assert sum("prefill" in name for name in made) == 1
+    ready = api.load(checkpoint, Draft(tree=TREE), dtype="float32")
+    ready.warm_up()
+    with programs() as made:
+        assert ready.generate_ids(long, Request(4)).tokens == text
+        ready.generate_ids(np.arange(1, 9), Request(4))
+    assert made == []
 
 
 def test_settings_that_are_figures_make_no_other_plan(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from frspec_jax import engine, kv_cache, llama, sampling
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.drafters.base import NO_WEIGHTS
+from frspec_jax.engine import Chunks
 from frspec_jax.placement import Placement
 from frspec_jax.sampling import Draw
 from pallas_kernels.device import H100, compiling_for
@@ -93,7 +94,8 @@ def test_chunk_size_changes_nothing(kind, length):
     w, drafter = toy.weights(CFG, kind=kind)
     prompt = np.random.default_rng(length).integers(0, CFG.vocab_size, length)
     plan = toy.plan(CFG, drafter, TREE, Sampling())
-    outputs = {chunk: toy.decode(plan, w, prompt, 12, chunk=chunk) for chunk in (8, 32, 256)}
+    sizes = (Chunks(8), Chunks(32), Chunks(256), Chunks(8, 32))
+    outputs = {chunks: toy.decode(plan, w, prompt, 12, chunks=chunks) for chunks in sizes}
     assert len({tuple(tokens) for tokens, _ in outputs.values()}) == 1
     # The drafter has seen the same too: it was right in the same rounds.
     assert len({tuple(np.asarray(state.histogram)) for _, state in outputs.values()}) == 1
@@ -135,7 +137,7 @@ def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
         weights = w if plan.drafter is drafter else engine.Weights(w.target, NO_WEIGHTS)
         caches = engine.new_caches(plan, 1024, jnp.bfloat16)
         asked = engine.Asked.of(Sampling(1.0), seed=3, limit=150)
-        state = engine.start(plan, weights, caches, PROMPT, asked, chunk=8)
+        state = engine.start(plan, weights, caches, PROMPT, asked, chunks=Chunks(8))
         state = engine.run(plan, weights, state, np.int32(1000))
         assert int(state.emitted) == 150 and state.accepted.features.dtype == jnp.bfloat16
         outputs.append(np.asarray(state.output)[:150].tolist())

@@ -50,7 +50,7 @@ def test_outputs_follow_the_targets_law(kind, settings):
     prompt = np.array([2, 7, 1], np.int32)
     count = 6000
     asked = engine.Asked.of(settings, seed=11, limit=3)
-    read = engine.start(plan, w, engine.new_caches(plan, 256, jnp.float32), prompt, asked, chunk=4)
+    read = engine.start(plan, w, engine.new_caches(plan, 256, jnp.float32), prompt, asked, chunks=engine.Chunks(4))
     outputs = np.asarray(decoded(plan, w, read, asked, count))
 
     law = {}

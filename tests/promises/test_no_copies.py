@@ -29,7 +29,7 @@ def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity):
     chunk = engine.Chunk(np.zeros(33, np.int32), np.int32(0), np.int32(1), np.bool_(True))
     prefill = engine.prefill.lower(plan, w, caches, chunk, asked).compile()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-    state = engine.start(plan, w, caches, PROMPT, asked, chunk=32)
+    state = engine.start(plan, w, caches, PROMPT, asked, chunks=engine.Chunks(32))
     run = engine.run.lower(plan, w, state, np.int32(5)).compile()
     for program in (prefill, run):
         text = program.as_text()
@@ -48,7 +48,7 @@ def test_no_weight_is_widened_in_the_compiled_round(kind):
     w = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
     plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling())
     asked = engine.Asked.of(Sampling(), seed=0, limit=8)
-    state = engine.start(plan, w, engine.new_caches(plan, 512, jnp.bfloat16), PROMPT, asked, chunk=32)
+    state = engine.start(plan, w, engine.new_caches(plan, 512, jnp.bfloat16), PROMPT, asked, chunks=engine.Chunks(32))
     text = engine.run.lower(plan, w, state, np.int32(5)).compile().as_text()
     matrices = {leaf.shape for leaf in jax.tree.leaves(w) if leaf.ndim == 2 and leaf.dtype == jnp.bfloat16}
     assert all(f"bf16[{rows},{columns}]" in text for rows, columns in matrices)

@@ -130,7 +130,7 @@ def decode(
     settings: Sampling = Sampling(),
     *,
     seed: int = 0,
-    chunk: int = 32,
+    chunks: engine.Chunks = engine.Chunks(32),
     capacity: int = 256,
 ) -> tuple[list[int], engine.DecodeState]:
     """The tokens that a plan emits after a prompt, and the last state."""
@@ -139,7 +139,7 @@ def decode(
         w = engine.Weights(w.target, NO_WEIGHTS)
     caches = engine.new_caches(plan, capacity, jnp.float32)
     asked = engine.Asked.of(settings, seed=seed, limit=limit)
-    state = engine.start(plan, w, caches, np.asarray(prompt, np.int32), asked, chunk=chunk)
+    state = engine.start(plan, w, caches, np.asarray(prompt, np.int32), asked, chunks=chunks)
     state = engine.run(plan, w, state, np.int32(10_000))
     return np.asarray(state.output)[: int(state.emitted)].tolist(), state
 
