@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from convert.hf import add_dtype
 from convert.progress import tensor_progress
 from convert.weights import DTYPES, fill, tensor_count
 from frspec_jax.checkpoint import Checkpoint, check_draft_name, write_draft
+from frspec_jax.config import check_layer
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
 from frspec_jax.files import new_folder
@@ -46,7 +48,8 @@ def layer_sizes(source: TensorFolder, target: Checkpoint) -> dict[str, Any]:
     """The sizes of a draft's decoder layer out of its config.json, under the names that our configs have for them.
 
     Raises:
-      UserError: an entry is missing, there are several layers, or the features are of another size than the target's.
+      UserError: an entry is missing, there are several layers, the sizes cannot be a layer's, or the features are of
+        another size than the target's.
     """
     config, file, wanted = source.config, f"{source.label}/config.json", target.config
     if config.get("num_hidden_layers", 1) != 1:
@@ -71,6 +74,7 @@ def layer_sizes(source: TensorFolder, target: Checkpoint) -> dict[str, Any]:
             f"{file}: hidden_size {hidden}, but that of --target {target.path} is {wanted.hidden_size}; "
             "the draft belongs to another target"
         )
+    check_layer(types.SimpleNamespace(**sizes), file=file)
     return sizes
 
 

@@ -261,6 +261,11 @@ class Checkpoint:
                 f"--draft {folder} was made for another target than {self.path}; "
                 "give the draft of this one, or convert it with --target"
             )
+        if outside := [tap for tap in spec.taps if not 0 <= tap <= self.config.num_layers]:
+            raise UserError(
+                f"{folder}/config.json is damaged (taps names layer {outside[0]}, and the target's are 0 to "
+                f"{self.config.num_layers}); convert the draft again"
+            )
         return spec
 
     def draft(self, folder: Path, dtype: Any = jnp.float32) -> tuple[Any, Any]:

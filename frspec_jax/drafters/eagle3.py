@@ -20,10 +20,11 @@ from flax import struct
 from jax import Array
 
 from frspec_jax import shapes
-from frspec_jax.config import ModelConfig, RopeScaling, TreeConfig
+from frspec_jax.config import ModelConfig, RopeScaling, TreeConfig, check_layer
 from frspec_jax.drafters.base import Target, no_copies
 from frspec_jax.drafters.beam import BeamDrafter, BeamWeights
 from frspec_jax.drafters.copying import NO_COPYING, NoCopying
+from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, Pass, decoder_layer, linear, rms_norm
 from frspec_jax.placement import Placement
@@ -160,6 +161,11 @@ class Eagle3Config:
 
     kind: ClassVar[str] = "eagle3"
     title: ClassVar[str] = "EAGLE-3"
+
+    def __post_init__(self) -> None:
+        check_layer(self, "draft_vocab_size")
+        if not self.taps or min(self.taps) < 0:
+            raise UserError(f"config.json: taps is {list(self.taps)}, and must name layers of the target")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -136,6 +136,15 @@ WRONG = {
     "no head": (_without("lm_head.weight"), "holds no lm_head.weight, so it is no whole EAGLE-3 draft"),
     "rows": (lambda f, c: edit_pickle(f, lm_head__weight=torch.ones(61, 48)), "lm_head.weight has shape [61, 48]"),
     "layers": (lambda f, c: edit_json(f / "config.json", num_hidden_layers=2), "a draft of 2 layers"),
+    "no heads": (
+        lambda f, c: edit_json(f / "config.json", num_attention_heads=0),
+        "num_attention_heads is 0, and must",
+    ),
+    "KV heads": (
+        lambda f, c: edit_json(f / "config.json", num_key_value_heads=4),
+        "6 query heads cannot be shared by 4",
+    ),
+    "odd heads": (lambda f, c: edit_json(f / "config.json", head_dim=9), "config.json: head_dim 9 is odd"),
     "taps": (
         lambda f, c: edit_json(f / "config.json", eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}),
         "eagle_aux_hidden_state_layer_ids [0, 1, 2] are not the published ones ([2, 3, 3]",
