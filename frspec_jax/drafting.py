@@ -13,7 +13,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import VANILLA, TreeConfig
 from frspec_jax.defaults import defaults
 from frspec_jax.drafters.base import NO_WEIGHTS, Drafter, DraftSpec, DraftWeights, Target, Vanilla
-from frspec_jax.errors import UserError
+from frspec_jax.errors import UserError, quoted
 from frspec_jax.method import Method
 from frspec_jax.vocabulary import Ranking, control_ids, reach_of, sub_vocabulary, tokenizer_hash
 from pallas_kernels.dispatch import AUTO, Kernels
@@ -65,7 +65,7 @@ def draft_folder(checkpoint: Checkpoint, draft: Draft) -> Path | None:
     folder = None if draft.off else checkpoint.draft_folder(draft.name)
     if folder is not None:
         return folder
-    why = 'draft "none" asks for none' if draft.off else f"{checkpoint.path} has none"
+    why = 'draft "none" asks for none' if draft.off else f"{quoted(checkpoint.path)} has none"
     if draft.copying:
         raise UserError(f"--copying on needs a draft, and {why}; drop the flag or add one")
     if draft.vocab is not None:
@@ -151,8 +151,8 @@ def draft_ids(
     if size != len(every) and ranking is None:
         if not file.is_file():
             raise UserError(
-                f"--draft-vocab {size} needs a ranking, and {checkpoint.path} has none; "
-                f"count one: python -m train rank CORPUS --ckpt {checkpoint.path}"
+                f"--draft-vocab {size} needs a ranking, and {quoted(checkpoint.path)} has none; "
+                f"count one: python -m train rank CORPUS --ckpt {quoted(checkpoint.path)}"
             )
         ranking = _ranking(checkpoint, file)
     if at_most and ranking is not None and size < len(every):

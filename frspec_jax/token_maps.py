@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from frspec_jax.errors import UserError
+from frspec_jax.errors import UserError, quoted
 
 MEND = "give a list of token ids, most frequent first, or count a ranking with python -m train rank"
 
@@ -36,17 +36,17 @@ def read_map(path: Path, vocab_size: int) -> np.ndarray:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path} is no file; {MEND}") from None
+        raise UserError(f"{quoted(path)} is no file; {MEND}") from None
     except Exception as error:  # every format has its own kinds for a file that is cut short or of another make
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is no ranking or is damaged ({reason[:200]}); {MEND}") from None
+        raise UserError(f"{quoted(path)} is no ranking or is damaged ({reason[:200]}); {MEND}") from None
     ids = _numbers(found)
     if ids is None or not ids.size:
-        raise UserError(f"{path} is no ranking or is damaged (it holds no list of whole numbers); {MEND}")
+        raise UserError(f"{quoted(path)} is no ranking or is damaged (it holds no list of whole numbers); {MEND}")
     if ids.min() < 0 or ids.max() >= vocab_size:
         outside = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise UserError(
-            f"{path} names the id {outside}, outside the checkpoint's vocabulary of {vocab_size:,} ids; "
+            f"{quoted(path)} names the id {outside}, outside the checkpoint's vocabulary of {vocab_size:,} ids; "
             "give the map of its own tokenizer"
         )
     return ids[np.sort(np.unique(ids, return_index=True)[1])].astype(np.int32)
@@ -83,13 +83,13 @@ def _read_pickle(path: Path) -> Any:
             try:
                 found = _PlainPickle(file).load()
             except UserError as error:
-                raise UserError(f"{path}: {error}") from None
+                raise UserError(f"{quoted(path)}: {error}") from None
             if not isinstance(found, int):  # the older of torch's two formats begins with a number that marks it
                 return found
     try:
         import torch
     except ImportError:
-        raise UserError(f"reading {path} needs torch; run: pip install torch") from None
+        raise UserError(f"reading {quoted(path)} needs torch; run: pip install torch") from None
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -19,7 +19,7 @@ from flax import struct
 from jax import Array
 
 from frspec_jax import files, token_maps
-from frspec_jax.errors import UserError
+from frspec_jax.errors import UserError, quoted
 from pallas_kernels.subvocab_head import quantised
 
 
@@ -85,7 +85,7 @@ class Ranking:
         }
         if self.listed is not None:
             arrays["listed"] = self.listed
-        with files.written_aside(path, f"--out {path}", suffix=".npz") as part:
+        with files.written_aside(path, f"--out {quoted(path)}", suffix=".npz") as part:
             np.savez_compressed(part, **arrays)
 
     @classmethod
@@ -101,16 +101,16 @@ class Ranking:
                 corpora = tuple(map(str, data["corpora"]))
                 listed = data.get("listed")
         except FileNotFoundError:
-            raise UserError(f"{path} is no file; count a ranking with python -m train rank") from None
+            raise UserError(f"{quoted(path)} is no file; count a ranking with python -m train rank") from None
         except Exception as error:  # numpy and zipfile raise many kinds for a file that is cut short or of another make
             raise UserError(
-                f"{path} is no ranking or is damaged ({error}); count it again with python -m train rank"
+                f"{quoted(path)} is no ranking or is damaged ({error}); count it again with python -m train rank"
             ) from None
         if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or counts.min(initial=0) < 0:
-            raise UserError(f"{path} holds no counts per token id; count it again with python -m train rank")
+            raise UserError(f"{quoted(path)} holds no counts per token id; count it again with python -m train rank")
         if listed is not None and not _orders(listed, len(counts)):
             raise UserError(
-                f"{path} is damaged (its order names no ids); make it again with python -m train rank --merge"
+                f"{quoted(path)} is damaged (its order names no ids); make it again with python -m train rank --merge"
             )
         return cls(counts.astype(np.int64), tokenizer, corpora, None if listed is None else listed.astype(np.int32))
 
@@ -137,11 +137,11 @@ class Ranking:
         mend = "count one with python -m train rank CORPUS --ckpt"
         if len(self.counts) != vocab_size:
             raise UserError(
-                f"{path} was counted with a vocabulary of {len(self.counts):,} ids, "
+                f"{quoted(path)} was counted with a vocabulary of {len(self.counts):,} ids, "
                 f"and the checkpoint's has {vocab_size:,}; {mend}"
             )
         if self.tokenizer != tokenizer:
-            raise UserError(f"{path} was counted with another tokenizer than the checkpoint's; {mend}")
+            raise UserError(f"{quoted(path)} was counted with another tokenizer than the checkpoint's; {mend}")
 
 
 def _joined(*lists: np.ndarray) -> np.ndarray:
