@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from convert.hf import add_dtype
 from convert.progress import tensor_progress
 from convert.weights import DTYPES, fill, tensor_count
 from frspec_jax.checkpoint import Checkpoint, check_draft_name, write_draft
+from frspec_jax.config import check_layer
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
 from frspec_jax.files import new_folder
@@ -46,12 +48,18 @@ def layer_sizes(source: TensorFolder, target: Checkpoint) -> dict[str, Any]:
     """The sizes of a draft's decoder layer out of its config.json, under the names that our configs have for them.
 
     Raises:
-      UserError: an entry is missing, there are several layers, or the features are of another size than the target's.
+      UserError: an entry is missing, there are several layers, the sizes cannot be a layer's, or the features are of
+        another size than the target's.
     """
     config, file, wanted = source.config, f"{source.label}/config.json", target.config
     if config.get("num_hidden_layers", 1) != 1:
         raise UserError(f"{file}: a draft of {config['num_hidden_layers']} layers is not supported; EAGLE's has one")
     entries = Entries(config, file)
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{file}: hidden_act {config['hidden_act']!r} is not supported; such drafts use silu")
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and "sliding_attention" in kinds:
+        raise UserError(f"{file}: layer_types asks for sliding_attention; a draft with full attention can be converted")
     hidden, heads = entries.whole("hidden_size"), entries.whole("num_attention_heads")
     sizes = {
         "hidden_size": hidden,
@@ -66,6 +74,7 @@ def layer_sizes(source: TensorFolder, target: Checkpoint) -> dict[str, Any]:
             f"{file}: hidden_size {hidden}, but that of --target {target.path} is {wanted.hidden_size}; "
             "the draft belongs to another target"
         )
+    check_layer(types.SimpleNamespace(**sizes), file=file)
     return sizes
 
 
@@ -96,7 +105,7 @@ def import_draft(
     with new_folder(out, "--name") as part:
         with tensor_progress(tensor_count(shapes, parts)) as progress:
             params = fill(shapes, parts, source, dtype, ignore, progress).replace(**given)
-        if EMBEDDING in source.names():
+        if EMBEDDING in source.names() and "embedding" not in parts:
             check_embedding(source, target)
         facts = source.config.get("about")  # what `convert export` wrote, if it was that
         known = facts if isinstance(facts, dict) else {}
@@ -110,6 +119,19 @@ def check_embedding(source: TensorFolder, target: Checkpoint) -> None:
 
     Raises:
       UserError: they differ by more than rounding, so the draft belongs to another target.
+    """
+    if differing := differing_rows(source, target):
+        raise UserError(
+            f"{source.label}: {EMBEDDING} differs from the embedding of --target {target.path} in {differing} of "
+            f"{target.config.vocab_size} rows; the draft belongs to another target"
+        )
+
+
+def differing_rows(source: TensorFolder, target: Checkpoint) -> int:
+    """How many rows of the draft's embedding differ from the target's by more than rounding.
+
+    Raises:
+      UserError: it is of another shape, so the draft belongs to another target.
     """
     config = target.config
     wanted = (config.vocab_size, config.hidden_size)
@@ -128,12 +150,7 @@ def check_embedding(source: TensorFolder, target: Checkpoint) -> None:
         sizes.append(np.linalg.norm(b, axis=1))
     error, size = np.concatenate(errors), np.concatenate(sizes)
     # Rows of tokens that never occurred can be tiny, and float16 loses them: they count against the usual row.
-    differing = int((error > limit * size + 1e-3 * np.median(size)).sum())
-    if differing:
-        raise UserError(
-            f"{source.label}: {EMBEDDING} differs from the embedding of --target {target.path} in {differing} of "
-            f"{wanted[0]} rows; the draft belongs to another target"
-        )
+    return int((error > limit * size + 1e-3 * np.median(size)).sum())
 
 
 def target_embedding(target: Checkpoint) -> np.ndarray:

@@ -3,7 +3,7 @@
 The format of SafeAILab/EAGLE (`cnets1.py`): a Llama-style config.json, and pytorch_model.bin or
 model.safetensors with `fc` and one decoder layer; HASS (arXiv 2408.15766) only trains it otherwise. What
 the tensors say counts: a bias is there if its tensor is. The rotary embedding and the token embedding are
-the target's.
+the target's. The names may have `model.` before them (see published.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from convert import draft
 from convert.draft import EMBEDDING, FC_BIAS_KEY
 from convert.folder import TensorFolder
-from convert.hf import model_folder
+from convert.published import open_draft
 from convert.weights import draft_parts
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.eagle import EagleConfig
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     target = draft.open_target(args)
-    source = TensorFolder(model_folder(args.source))
+    source = open_draft(args.source, EagleConfig.kind, target)
     spec = read_draft_config(source, target)
     parts = draft_parts(spec.layer_of(target.config))
     padding = {"fc.bias"} if source.config.get(FC_BIAS_KEY) is False else set()
@@ -42,13 +42,9 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> EagleConfig:
     """The draft's sizes out of its config.json, and its biases out of its tensors.
 
     Raises:
-      UserError: it is no EAGLE-2 draft, or one for another target.
+      UserError: it is no EAGLE draft, or one for another target.
     """
     config, names, file = source.config, set(source.names()), f"{source.label}/config.json"
-    if "d2t" in names or any(name.startswith("midlayer.") for name in names):
-        raise UserError(
-            f"{source.label} is an EAGLE-3 draft; run: python -m convert eagle3 {source.label} --target {target.path}"
-        )
     if "fc.weight" not in names:
         raise UserError(f"{source.label} holds no fc.weight, so it is no EAGLE draft")
     sizes = draft.layer_sizes(source, target)

@@ -3,11 +3,15 @@
 The format of SafeAILab/EAGLE (`cnets.py`), which SGLang and vLLM read too: a Llama-style config.json, and
 pytorch_model.bin or model.safetensors with `midlayer`, a head of its own, and `d2t` and `t2d`, which say
 what the head's rows stand for. The rotary embedding's base is the draft's; the token embedding is the target's.
+
+And the format of speculators, vLLM's trainers: the same layer under other names (see published.py), which may read
+other layers of the target, norm in further places, and have a token embedding that was trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,15 +19,17 @@ import numpy as np
 from convert import draft
 from convert.draft import EMBEDDING
 from convert.folder import TensorFolder
-from convert.hf import model_folder
+from convert.published import from_speculators, open_draft
 from convert.weights import layer_parts
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig, RopeScaling
-from frspec_jax.drafters.eagle3 import Eagle3Config, default_taps
+from frspec_jax.drafters.eagle3 import Eagle3Config, Norms, default_taps
 from frspec_jax.errors import UserError
 from frspec_jax.schema import Entries
 
 TAPS_KEY = "eagle_aux_hidden_state_layer_ids"
+OUR_TAPS_KEY = "frspec_taps"  # our addition to config.json: the taps, numbered by the layer that reads them
+TRAINED_EMBEDDING_KEY = "embed_requires_grad"
 OTHER_MODELS_MAP = "the map belongs to a head that was trained for another vocabulary"
 
 
@@ -33,13 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     target = draft.open_target(args)
-    source = TensorFolder(model_folder(args.source))
+    source = open_draft(args.source, Eagle3Config.kind, target)
     spec = read_draft_config(source, target)
     ids = read_ids(source, target.config.vocab_size, spec.draft_vocab_size)
+    folded = _tap_norms(spec)
+    source = _folded(source, folded, spec)
     parts = eagle3_parts(spec, target.config)
-    draft.import_draft(
-        args, source, target, spec, parts, ignore={EMBEDDING, "d2t", "t2d"}.__contains__, given={"ids": ids}
-    )
+    beside = {EMBEDDING, "d2t", "t2d", *folded}
+    draft.import_draft(args, source, target, spec, parts, ignore=beside.__contains__, given={"ids": ids})
 
 
 def eagle3_parts(spec: Eagle3Config, target: ModelConfig) -> dict[str, Any]:
@@ -54,7 +61,34 @@ def eagle3_parts(spec: Eagle3Config, target: ModelConfig) -> dict[str, Any]:
         "norm": (("norm.weight", hidden),),
         "lm_head": (("lm_head.weight", spec.draft_vocab_size),),
         "ids": (),
+        **({"embedding": ((EMBEDDING, target.vocab_size),)} if spec.own_embedding else {}),
     }
+
+
+def _tap_norms(spec: Eagle3Config) -> tuple[str, ...]:
+    """The tensors of the norms between the taps and `fc`, in the order of the taps."""
+    each = tuple(f"fc_norm.{i}.weight" for i in range(len(spec.taps)))
+    return {"none": (), "joined": ("input_norm.weight",), "each": each}[spec.norms.taps]
+
+
+def tap_norm_tensors(spec: Eagle3Config, dtype: Any) -> dict[str, np.ndarray]:
+    """Those norms for a draft whose `fc` has taken their weights in: all ones."""
+    names = _tap_norms(spec)
+    return {name: np.ones(len(spec.taps) * spec.hidden_size // len(names), dtype) for name in names}
+
+
+def _folded(source: TensorFolder, names: tuple[str, ...], spec: Eagle3Config) -> TensorFolder:
+    """The draft with the weights of those norms multiplied into the columns of `fc` that read what they scale."""
+    if not names:
+        return source
+    for name in names:
+        wanted = len(spec.taps) * spec.hidden_size // len(names)
+        if name not in source.names():
+            raise UserError(f"{source.label} holds no {name}, though its config.json asks for it; download it again")
+        if source.shape(name) != (wanted,):
+            raise UserError(f"{source.label}: {name} has shape {list(source.shape(name))}, and must have [{wanted}]")
+    scale = np.concatenate([source.read(name).astype(np.float32) for name in names])
+    return source.changed("fc.weight", lambda weight: weight.astype(np.float32) * scale)
 
 
 def read_draft_config(source: TensorFolder, target: Checkpoint) -> Eagle3Config:
@@ -64,10 +98,6 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> Eagle3Config:
       UserError: it is no EAGLE-3 draft, one for another target, or its config.json and its tensors disagree.
     """
     config, names, file = source.config, set(source.names()), f"{source.label}/config.json"
-    if "fc.weight" in names and "layers.0.self_attn.q_proj.weight" in names:
-        raise UserError(
-            f"{source.label} is an EAGLE-2 draft; run: python -m convert eagle {source.label} --target {target.path}"
-        )
     for name in ("fc.weight", "midlayer.self_attn.q_proj.weight", "lm_head.weight"):
         if name not in names:
             raise UserError(f"{source.label} holds no {name}, so it is no whole EAGLE-3 draft")
@@ -93,15 +123,59 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> Eagle3Config:
         taps=_taps(source, target.config.num_layers),
         fc_bias="fc.bias" in names,
         attention_bias="midlayer.self_attn.q_proj.bias" in names,
+        norms=_norms(source, entries),
+        own_embedding=_own_embedding(source, target),
     )
 
 
-def _taps(source: TensorFolder, layers: int) -> tuple[int, ...]:
-    """The target's layers whose inputs the draft reads: the published ones, which a config.json may only repeat.
+def _norms(source: TensorFolder, entries: Entries) -> Norms:
+    """Where the draft norms. Of speculators' format readers take a missing entry differently, so there none may be.
 
-    Engines number those of a config.json differently (by the layer that writes them or the one that reads
-    them), so others than the published ones could be meant either way.
+    Raises:
+      UserError: it is not said, or both norms before `fc` are asked for.
     """
+    if from_speculators(source) and source.config.get("norm_before_residual") is None:
+        raise UserError(
+            f"{entries.file} does not say norm_before_residual; write true or false there, as the draft was trained"
+        )
+    joined, each = entries.flag("norm_before_fc"), entries.flag("fc_norm")
+    if joined and each:
+        raise UserError(
+            f"{entries.file} asks for norm_before_fc and fc_norm; a draft with one of them can be converted"
+        )
+    return Norms(
+        residual=entries.flag("norm_before_residual"),
+        taps="joined" if joined else "each" if each else "none",
+        output=entries.flag("norm_output"),
+    )
+
+
+def _own_embedding(source: TensorFolder, target: Checkpoint) -> bool:
+    """Whether the draft's embedding is its own: other than the target's, where it may have been trained."""
+    may = from_speculators(source) or Entries(source.config, f"{source.label}/config.json").flag(TRAINED_EMBEDDING_KEY)
+    if not may or EMBEDDING not in source.names():
+        return False
+    rows = draft.differing_rows(source, target)
+    if rows:
+        print(
+            f"note: {source.label}: {EMBEDDING} differs from the target's in {rows:,} of {target.config.vocab_size:,} "
+            "rows; the draft keeps its own",
+            file=sys.stderr,
+        )
+    return bool(rows)
+
+
+def _taps(source: TensorFolder, layers: int) -> tuple[int, ...]:
+    """The target's layers whose inputs the draft reads.
+
+    Engines number those of a config.json differently (by the layer that writes them or the one that reads them), so
+    others than the published ones could be meant either way. Speculators' are of the layers that read them, as ours.
+    """
+    file = f"{source.label}/config.json"
+    if (ours := source.config.get(OUR_TAPS_KEY)) is not None:
+        return _in_range(ours, layers, f"{file}: {OUR_TAPS_KEY}")
+    if from_speculators(source) and (said := source.config.get(TAPS_KEY)):
+        return _in_range(said, layers, f"{file}: {TAPS_KEY}")
     taps = default_taps(layers)
     if not 0 <= taps[2] <= layers:
         raise UserError(f"--target has {layers} layers; an EAGLE-3 draft reads the last but two, so it needs three")
@@ -115,6 +189,13 @@ def _taps(source: TensorFolder, layers: int) -> tuple[int, ...]:
             f"({list(taps)} of --target); such drafts are not supported"
         )
     return taps
+
+
+def _in_range(taps: Any, layers: int, what: str) -> tuple[int, ...]:
+    """Taps as a file says them, seen to be layers of the target."""
+    if not isinstance(taps, list) or not taps or not all(type(tap) is int and 0 <= tap <= layers for tap in taps):
+        raise UserError(f"{what} is {taps!r}, and must be a list of layers of --target, from 0 to {layers}")
+    return tuple(taps)
 
 
 def read_ids(source: TensorFolder, vocab_size: int, draft_vocab_size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ for `.bin` alone.
 
 from __future__ import annotations
 
+import copy
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -72,6 +73,34 @@ class TensorFolder:
         if self._dtypes[name] not in INTEGERS:
             raise UserError(f"{self.label}: {name} is stored as {self._dtypes[name]}; it must hold integers")
         return self._loaders[name]()
+
+    def renamed(self, name_of: Callable[[str], str]) -> TensorFolder:
+        """The same tensors under other names.
+
+        Raises:
+          UserError: two tensors would share one.
+        """
+        other, names = copy.copy(self), {name: name_of(name) for name in self._shapes}
+        if len(set(names.values())) < len(names):
+            new = list(names.values())
+            twice = next(name for name in new if new.count(name) > 1)
+            raise UserError(f"{self.label} holds {twice} twice, under two names; download it again")
+        other._shapes = {names[name]: shape for name, shape in self._shapes.items()}
+        other._dtypes = {names[name]: dtype for name, dtype in self._dtypes.items()}
+        other._loaders = {names[name]: load for name, load in self._loaders.items()}
+        return other
+
+    def described(self, config: dict[str, Any]) -> TensorFolder:
+        """The same tensors with another config.json."""
+        other = copy.copy(self)
+        other.config = config
+        return other
+
+    def changed(self, name: str, change: Callable[[np.ndarray], np.ndarray]) -> TensorFolder:
+        """The same tensors, but for one, to which something is done as it is read; its shape stays."""
+        other, load = copy.copy(self), self._loaders[name]
+        other._loaders = {**self._loaders, name: lambda: change(load())}
+        return other
 
     def _add(self, name: str, shape: Iterable[int], dtype: str, load: Callable[[], np.ndarray]) -> None:
         self._shapes[name], self._dtypes[name], self._loaders[name] = tuple(shape), dtype, load

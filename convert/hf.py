@@ -18,6 +18,7 @@ import numpy as np
 
 from convert.folder import TensorFolder, read_json
 from convert.gguf_tokenizer import save_tokenizer
+from convert.kinds import draft_kind
 from convert.progress import tensor_progress
 from convert.spm import SentencePieceFile
 from convert.weights import DTYPES, fill, model_parts, tensor_count
@@ -49,8 +50,8 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     folder = model_folder(args.source)
     source = TensorFolder(folder)
-    if "fc.weight" in source.names():
-        raise UserError(f"{folder} is an EAGLE draft; run: python -m convert eagle {folder} --target CKPT --name NAME")
+    if kind := draft_kind(source):
+        raise UserError(f"{folder} is an EAGLE draft; run: python -m convert {kind} {folder} --target CKPT --name NAME")
     config = ModelConfig.from_hf(source.config, f"{folder / 'config.json'}")
     shapes, parts = model_shapes(config), model_parts(config)
     dtype = source.lossless_dtype if args.dtype == "auto" else DTYPES[args.dtype]

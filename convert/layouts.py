@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from convert.draft import FC_BIAS_KEY, TARGET_KEY
-from convert.eagle3 import eagle3_parts
+from convert.eagle3 import OUR_TAPS_KEY, TAPS_KEY, TRAINED_EMBEDDING_KEY, eagle3_parts, tap_norm_tensors
 from convert.medusa import CHOICES_KEY, medusa_parts
 from convert.weights import draft_parts, spread
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import RopeScaling
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
-from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params
+from frspec_jax.drafters.eagle3 import AS_PUBLISHED, Eagle3Config, Eagle3Params, default_taps
 from frspec_jax.drafters.medusa import MedusaConfig, MedusaParams
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import maps_of
@@ -64,7 +64,26 @@ def eagle_vllm(spec: EagleConfig, params: EagleParams, target: Checkpoint, dtype
 
 
 def eagle3(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
-    """EAGLE-3 as SafeAILab published it (`cnets.py`), with its maps."""
+    """EAGLE-3 as SafeAILab published it (`cnets.py`), with its maps.
+
+    Raises:
+      UserError: the draft reads or norms otherwise than that code does.
+    """
+    if not _as_published(spec, target):
+        raise UserError(
+            "--format: the draft norms in other places, reads other layers or has an embedding of its own, which "
+            "vLLM alone reads; use --format vllm"
+        )
+    return _eagle3(spec, params, target, dtype)
+
+
+def _as_published(spec: Eagle3Config, target: Checkpoint) -> bool:
+    taps = default_taps(target.config.num_layers)
+    return (spec.norms, spec.taps, spec.own_embedding) == (AS_PUBLISHED, taps, False)
+
+
+def _eagle3(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
+    """The layout that all formats of EAGLE-3 share."""
     config = _llama_config(spec, target, "LlamaForCausalLMEagle3", "llama")
     config |= {"draft_vocab_size": spec.draft_vocab_size, "rope_theta": spec.rope_theta, **_rope(spec.rope_scaling)}
     config |= {"bias": spec.fc_bias, "attention_bias": spec.attention_bias}
@@ -73,15 +92,42 @@ def eagle3(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: 
     return spread(bare, eagle3_parts(spec, target.config), dtype) | {"d2t": d2t, "t2d": t2d}, config
 
 
-def eagle3_engine(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
-    """EAGLE-3 for SGLang and vLLM: the published layout. Their decoder layers take `bias` for a bias of attention.
+def eagle3_sglang(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
+    """EAGLE-3 for SGLang: the published layout.
 
     Raises:
-      UserError: the draft has biases that one of the two would leave out.
+      UserError: the draft has biases, or reads or norms otherwise than published.
     """
+    _refuse_biases(spec)
+    return eagle3(spec, params, target, dtype)
+
+
+def eagle3_vllm(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
+    """EAGLE-3 for vLLM: the published layout, and where the draft norms, in the words of vLLM's own trainers.
+
+    Raises:
+      UserError: the draft has biases.
+    """
+    _refuse_biases(spec)
+    tensors, config = _eagle3(spec, params, target, dtype)
+    if _as_published(spec, target):
+        return tensors, config
+    config |= {
+        "norm_before_residual": spec.norms.residual,
+        "norm_before_fc": spec.norms.taps == "joined",
+        "fc_norm": spec.norms.taps == "each",
+        "norm_output": spec.norms.output,
+        TRAINED_EMBEDDING_KEY: spec.own_embedding,
+        TAPS_KEY: list(spec.taps),
+        OUR_TAPS_KEY: list(spec.taps),  # in a config.json of this form others number them otherwise
+    }
+    return tensors | tap_norm_tensors(spec, dtype), config
+
+
+def _refuse_biases(spec: Eagle3Config) -> None:
+    """SGLang's and vLLM's decoder layers take `bias` for a bias of attention, and one of the two would leave it out."""
     if spec.fc_bias or spec.attention_bias:
         raise UserError("--format: the draft has biases, which SGLang and vLLM read differently; use --format eagle")
-    return eagle3(spec, params, target, dtype)
 
 
 def medusa(spec: MedusaConfig, params: MedusaParams, target: Checkpoint, dtype: Any) -> Published:
@@ -100,7 +146,7 @@ def medusa(spec: MedusaConfig, params: MedusaParams, target: Checkpoint, dtype: 
 # What each format makes of each kind of draft.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "eagle": {"eagle": eagle, "sglang": eagle_sglang, "vllm": eagle_vllm},
-    "eagle3": {"eagle": eagle3, "sglang": eagle3_engine, "vllm": eagle3_engine},
+    "eagle3": {"eagle": eagle3, "sglang": eagle3_sglang, "vllm": eagle3_vllm},
     "medusa": {"medusa": medusa},
 }
 

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from frspec_jax import drafters, files
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.base import DraftSpec
-from frspec_jax.errors import UserError
+from frspec_jax.errors import UserError, quoted
 from frspec_jax.files import orbax_refusals
 from frspec_jax.llama import LlamaParams
 from frspec_jax.shapes import model_shapes
@@ -117,11 +117,11 @@ def _read_config(folder: Path, formats: tuple[str, ...], what: str) -> dict[str,
     try:
         data = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json, so it is no {what}") from None
+        raise UserError(f"{quoted(folder)} holds no config.json, so it is no {what}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({error}); convert it again") from None
+        raise UserError(f"{quoted(file)} cannot be read ({error}); convert it again") from None
     if not isinstance(data, dict) or data.get("format") not in formats:
-        raise UserError(f"{file} does not say format {formats[0]!r}, so {folder} is no {what}")
+        raise UserError(f"{quoted(file)} does not say format {formats[0]!r}, so {quoted(folder)} is no {what}")
     return data
 
 
@@ -136,7 +136,7 @@ def _load_params(folder: Path, shapes: Any) -> Any:
         if interrupted(error):
             raise KeyboardInterrupt from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder} is damaged or incomplete ({reason[:200]}); convert it again") from None
+        raise UserError(f"{quoted(folder)} is damaged or incomplete ({reason[:200]}); convert it again") from None
 
 
 def interrupted(error: BaseException) -> bool:
@@ -167,22 +167,28 @@ class Checkpoint:
         """
         path = Path(path)
         if path.suffix == ".gguf":
-            raise UserError(f"--ckpt {path} is a GGUF file; run: python -m convert gguf {path} --out {path.stem}")
+            out = quoted(path.stem)
+            raise UserError(
+                f"--ckpt {quoted(path)} is a GGUF file; run: python -m convert gguf {quoted(path)} --out {out}"
+            )
         if not path.is_dir():
-            raise UserError(f"--ckpt {path} is no folder; give one that python -m convert has written")
+            raise UserError(f"--ckpt {quoted(path)} is no folder; give one that python -m convert has written")
         if (path / "config.json").is_file() and not (path / "params").exists():
             with contextlib.suppress(ValueError, OSError, TypeError, RecursionError):
                 if "architectures" in json.loads((path / "config.json").read_text("utf-8")):
                     raise UserError(
-                        f"--ckpt {path} is a Hugging Face model; run: python -m convert hf {path} --out {path.name}-jax"
+                        f"--ckpt {quoted(path)} is a Hugging Face model; "
+                        f"run: python -m convert hf {quoted(path)} --out {quoted(f'{path.name}-jax')}"
                     )
         data = _read_config(path, (FORMAT,), "checkpoint folder")
         try:
             config = ModelConfig.from_json(data)
         except UserError as error:
-            raise UserError(f"{path}/config.json is damaged ({error}); convert the model again") from None
+            raise UserError(f"{quoted(path / 'config.json')} is damaged ({error}); convert the model again") from None
         if not isinstance(data.get("fingerprint"), str):
-            raise UserError(f"{path}/config.json is damaged (it has no fingerprint); convert the model again")
+            raise UserError(
+                f"{quoted(path / 'config.json')} is damaged (it has no fingerprint); convert the model again"
+            )
         return cls(path, config, data["fingerprint"])
 
     def params(self, dtype: Any = jnp.float32) -> LlamaParams:
@@ -195,14 +201,18 @@ class Checkpoint:
         from transformers import PreTrainedTokenizerFast
 
         if not (self.path / "tokenizer.json").is_file():
-            raise UserError(f"{self.path} holds no tokenizer.json; convert the model again, from a source that has one")
+            raise UserError(
+                f"{quoted(self.path)} holds no tokenizer.json; convert the model again, from a source that has one"
+            )
         # transformers warns of Mistral's split pattern whenever a large vocabulary lies beside a config.json that
         # is not its own; the flag says that the pattern is meant as it stands.
         try:
             return PreTrainedTokenizerFast.from_pretrained(str(self.path), fix_mistral_regex=False)
         except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot parse
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{self.path}/tokenizer.json is damaged ({reason}); convert the model again") from None
+            raise UserError(
+                f"{quoted(self.path / 'tokenizer.json')} is damaged ({reason}); convert the model again"
+            ) from None
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -213,14 +223,14 @@ class Checkpoint:
             try:
                 value = json.loads(file.read_text("utf-8")).get("eos_token_id")
             except (OSError, ValueError, AttributeError, RecursionError) as error:
-                raise UserError(f"{file} is damaged ({error}); convert the model again") from None
+                raise UserError(f"{quoted(file)} is damaged ({error}); convert the model again") from None
             listed = value if isinstance(value, list) else [] if value is None else [value]
             if not all(
                 isinstance(one, int) and not isinstance(one, bool) and 0 <= one < self.config.vocab_size
                 for one in listed
             ):
                 raise UserError(
-                    f"{file}: eos_token_id {value!r} must be token ids from 0 to {self.config.vocab_size - 1}; "
+                    f"{quoted(file)}: eos_token_id {value!r} must be token ids from 0 to {self.config.vocab_size - 1}; "
                     "convert the model again"
                 )
             ids.update(listed)
@@ -239,14 +249,14 @@ class Checkpoint:
         names = sorted(p.name for p in every if not p.name.startswith(".") and (p / "config.json").is_file())
         if name is None:
             if len(names) > 1:
-                raise UserError(f"{self.path} holds the drafts {', '.join(names)}; choose one with {flag}")
+                raise UserError(f"{quoted(self.path)} holds the drafts {', '.join(names)}; choose one with {flag}")
             return drafts / names[0] if names else None
         if name in names:
             return drafts / name
         if Path(name).is_dir():
             return Path(name)
-        known = f"{self.path} holds {', '.join(names)}" if names else f"{self.path} holds none"
-        raise UserError(f"{flag} {name} is neither a draft of this checkpoint ({known}) nor a folder")
+        known = f"{quoted(self.path)} holds {', '.join(names)}" if names else f"{quoted(self.path)} holds none"
+        raise UserError(f"{flag} {quoted(name)} is neither a draft of this checkpoint ({known}) nor a folder")
 
     def draft_spec(self, folder: Path) -> DraftSpec:
         """What a draft's config.json says, as the class of its kind.
@@ -255,11 +265,16 @@ class Checkpoint:
           UserError: the draft was made for another target, or is damaged.
         """
         data = _read_config(folder, (DRAFT_FORMAT, EAGLE_FORMAT), "draft (python -m convert makes one)")
-        spec = drafters.spec_of(data, f"{folder}/config.json")
+        spec = drafters.spec_of(data, quoted(folder / "config.json"))
         if spec.hidden_size != self.config.hidden_size or data.get("target") != self.fingerprint:
             raise UserError(
-                f"--draft {folder} was made for another target than {self.path}; "
+                f"--draft {quoted(folder)} was made for another target than {quoted(self.path)}; "
                 "give the draft of this one, or convert it with --target"
+            )
+        if outside := [tap for tap in spec.taps if not 0 <= tap <= self.config.num_layers]:
+            raise UserError(
+                f"{quoted(folder / 'config.json')} is damaged (taps names layer {outside[0]}, and the target's are "
+                f"0 to {self.config.num_layers}); convert the draft again"
             )
         return spec
 

@@ -88,6 +88,26 @@ def _yarn_attention_factor(rope: Entries, factor: float) -> float:
     return mscale(1.0)
 
 
+def check_layer(config: Any, *others: str, file: str = "config.json") -> None:
+    """See that the sizes of a decoder layer can be those of one, and that other entries are at least 1.
+
+    file: what a refusal calls the place.
+
+    Raises:
+      UserError: one of them is less, the KV heads cannot share the query heads, or a head is no pairs.
+    """
+    for name in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", *others):
+        if getattr(config, name) < 1:
+            raise UserError(f"{file}: {name} is {getattr(config, name)}, and must be at least 1")
+    for name in ("rms_norm_eps", "rope_theta"):
+        if getattr(config, name, 1.0) <= 0:
+            raise UserError(f"{file}: {name} is {getattr(config, name)}, and must be above 0")
+    if config.num_heads % config.num_kv_heads:
+        raise UserError(f"{file}: {config.num_heads} query heads cannot be shared by {config.num_kv_heads} KV heads")
+    if config.head_dim % 2:
+        raise UserError(f"{file}: head_dim {config.head_dim} is odd; rotary embedding needs pairs")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A target of the Llama family (Llama 2 and 3, SmolLM2, Qwen2 and 2.5)."""
@@ -110,15 +130,7 @@ class ModelConfig:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"config.json: {name} is {getattr(self, name)}, and must be at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"config.json: {self.num_heads} query heads cannot be shared by {self.num_kv_heads} KV heads"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"config.json: head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+        check_layer(self, "vocab_size", "num_layers", "max_context")
 
     @property
     def queries_per_kv(self) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 UNFINISHED = "\ufffd"  # what a tokenizer shows of bytes that are no whole character (yet)
 # Decoders whose text only grows as ids come, but for what `Detokenizer` holds back.
+PENDING = 16  # ids after which a text that ends within a character is given out as far as it is certain
+ENOUGH = 4  # of them must say something: no character has more bytes, and every id that speaks has one at least
 KNOWN = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
 
 
@@ -22,6 +24,9 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 class Detokenizer:
     """The text of one answer, in pieces. Each piece costs a look at the last few ids, however long the answer is.
 
+    `_anchor` need not be where a character begins: bytes from within one show themselves as replacement characters,
+    and what follows is read as in the whole text, as soon as there are four bytes of it or a character has ended.
+
     Held back are bytes that may still become a character. A byte-fallback tokenizer (SentencePiece: Llama 2) makes
     replacement characters of a whole run of bytes if its last one is wrong, so there a run is held back until it ends.
     """
@@ -30,29 +35,40 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._decoders, self._bytes, self._silent, self._known = _facts(tokenizer)
         self._ids: list[int] = []
-        self._shown = 0  # ids whose text is out
+        self._certain = 0  # ids up to the last one that ends a run of bytes
+        self._shown = 0  # ids whose text is out, but perhaps for a last character that is not whole
         self._anchor = 0  # ids from here to `_shown` are decoded again with new ones: what leads a text is stripped
         self._anchor_text = ""  # their text
 
     def push(self, ids: Sequence[int]) -> str:
         """Take in further ids: the text that is certain by now and has not been given out."""
-        self._ids += ids
-        if not self._decoders <= KNOWN:
-            return ""
-        end = len(self._ids)
-        while end > self._shown and self._open(self._ids[end - 1]):
-            end -= 1
-        if end == self._shown:
+        for number in ids:
+            self._ids.append(number)
+            if not self._open(number):
+                self._certain = len(self._ids)
+        end = self._certain
+        if end <= self._shown or not self._decoders <= KNOWN:
             return ""
         window = text_of(self._tokenizer, self._ids[self._anchor : end])
-        if window.endswith(UNFINISHED) or not window.startswith(self._anchor_text):
+        # Where bytes are joined last of all (ByteLevel), further ones change no more than a last replacement character.
+        cut = "ByteLevel" in self._decoders and window.endswith(UNFINISHED)
+        if cut and not self._long(end):
+            return ""
+        window = window[:-1] if cut else window
+        if not window.startswith(self._anchor_text):
             return ""
         piece = window[len(self._anchor_text) :]
         fresh = text_of(self._tokenizer, self._ids[self._shown : end])
+        fresh = fresh[:-1] if cut else fresh
         # Only what says something can stand in for all that came before it: a leading space may be stripped from it.
         self._anchor, self._anchor_text = (self._shown, fresh) if fresh else (self._anchor, window)
         self._shown = end
         return piece
+
+    def _long(self, end: int) -> bool:
+        """Whether what is held back up to `end` has become long, and enough of it says something."""
+        held = self._ids[self._shown : end]
+        return len(held) >= PENDING and sum(not self._open(number) for number in held) >= ENOUGH
 
     def _open(self, number: int) -> bool:
         """Whether bytes before and after this id are one run: it is a byte itself, or nothing is said by it."""

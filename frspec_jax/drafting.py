@@ -13,9 +13,9 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import VANILLA, TreeConfig
 from frspec_jax.defaults import defaults
 from frspec_jax.drafters.base import NO_WEIGHTS, Drafter, DraftSpec, DraftWeights, Target, Vanilla
-from frspec_jax.errors import UserError
+from frspec_jax.errors import UserError, quoted
 from frspec_jax.method import Method
-from frspec_jax.vocabulary import Ranking, control_ids, sub_vocabulary, tokenizer_hash
+from frspec_jax.vocabulary import Ranking, control_ids, reach_of, sub_vocabulary, tokenizer_hash
 from pallas_kernels.dispatch import AUTO, Kernels
 
 
@@ -28,7 +28,8 @@ class Draft:
     # vocabulary where there is a ranking.
     vocab: int | str | None = None
     tree: TreeConfig | None = None  # None: what `eval tune` found best, or what suits the device
-    ranking: str | Path | None = None  # the file that sub-vocabularies are taken from; None: the checkpoint's own
+    # The file that sub-vocabularies are taken from, a ranking or a token map; None: the checkpoint's ranking.
+    ranking: str | Path | None = None
     int8: bool = False  # round the draft's head: half the bytes of bfloat16, and the same text
     copying: bool = False  # propose besides what followed the same tokens earlier in the text
 
@@ -64,7 +65,7 @@ def draft_folder(checkpoint: Checkpoint, draft: Draft) -> Path | None:
     folder = None if draft.off else checkpoint.draft_folder(draft.name)
     if folder is not None:
         return folder
-    why = 'draft "none" asks for none' if draft.off else f"{checkpoint.path} has none"
+    why = 'draft "none" asks for none' if draft.off else f"{quoted(checkpoint.path)} has none"
     if draft.copying:
         raise UserError(f"--copying on needs a draft, and {why}; drop the flag or add one")
     if draft.vocab is not None:
@@ -82,12 +83,13 @@ def assembled(
     """
     folder = draft_folder(checkpoint, draft)
     dtype = target.params.embedding.dtype
+    asked = draft.vocab is not None
     draft = draft if folder is None else preferred(checkpoint, folder, draft, dtype)
     if folder is None or draft.tree == VANILLA:
         return NOT_DRAFTING, NO_WEIGHTS
     spec, params = checkpoint.draft(folder, dtype)
     known = spec.vocabulary(params)
-    ids = draft_ids(checkpoint, draft, known)
+    ids = draft_ids(checkpoint, draft, known, at_most=not asked)
     assert draft.tree is not None
     if draft.tree.top_k > len(ids):
         raise UserError(f"--draft-top-k {draft.tree.top_k} is larger than --draft-vocab {len(ids)}; lower it")
@@ -129,35 +131,38 @@ def ranking_file(checkpoint: Checkpoint, draft: Draft) -> Path:
     return checkpoint.path / "ranking.npz" if draft.ranking is None else Path(draft.ranking)
 
 
-def draft_ids(checkpoint: Checkpoint, draft: Draft, known: np.ndarray | None = None) -> np.ndarray:
+def draft_ids(
+    checkpoint: Checkpoint, draft: Draft, known: np.ndarray | None = None, at_most: bool = False
+) -> np.ndarray:
     """The ids [V'] int32 that the draft may propose.
 
     known: ids that a draft with a vocabulary of its own is limited to. V' then counts among them.
+    at_most: of a token map that is shorter than V' take all, as is done where no V' is asked for.
     """
     vocab_size, file = checkpoint.config.vocab_size, ranking_file(checkpoint, draft)
     every = np.arange(vocab_size, dtype=np.int32) if known is None else known
     ranking = None if draft.ranking is None else _ranking(checkpoint, file)  # a file that is named has to be there
     vocab = draft.vocab
     if vocab is None:
-        vocab = min(vocab_size // 4, len(every)) if file.is_file() else "full"
+        vocab, at_most = min(vocab_size // 4, len(every)) if file.is_file() else "full", True
     if vocab == "full":
         return every
     size = vocab_of(vocab, vocab_size)
     if size != len(every) and ranking is None:
         if not file.is_file():
             raise UserError(
-                f"--draft-vocab {size} needs a ranking, and {checkpoint.path} has none; "
-                f"count one: python -m train rank CORPUS --ckpt {checkpoint.path}"
+                f"--draft-vocab {size} needs a ranking, and {quoted(checkpoint.path)} has none; "
+                f"count one: python -m train rank CORPUS --ckpt {quoted(checkpoint.path)}"
             )
         ranking = _ranking(checkpoint, file)
+    if at_most and ranking is not None and size < len(every):
+        size = min(size, reach_of(ranking, every))
     always = control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size)
     return sub_vocabulary(ranking, size, vocab_size, always, known)
 
 
 def _ranking(checkpoint: Checkpoint, file: Path) -> Ranking:
-    ranking = Ranking.load(file)
-    ranking.check(tokenizer_hash(checkpoint.tokenizer), checkpoint.config.vocab_size, file)
-    return ranking
+    return Ranking.read(file, tokenizer_hash(checkpoint.tokenizer), checkpoint.config.vocab_size)
 
 
 def vocab_of(vocab: int | str, vocab_size: int) -> int:

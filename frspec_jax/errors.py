@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -42,15 +43,29 @@ ARGUMENTS = {
 }
 
 
+# A flag (the group), or what is passed over: something in quotes, which no letter touches, or a command to its end.
+FLAG = re.compile(
+    r"""(?<!\w)'[^']*'(?!\w) | (?<!\w)"[^"]*"(?!\w) | python\ -m\ .* | (?<![\w-])--([a-z][a-z0-9-]*)""", re.X | re.S
+)
+
+
 def in_python(sentence: str) -> str:
-    """A sentence on flags, in the words of somebody who calls the library: "--max-new-tokens" is max_new_tokens."""
+    """A sentence on flags, in the words of somebody who calls the library: "--max-new-tokens" is max_new_tokens.
 
-    def argument(flag: re.Match[str]) -> str:
-        return ARGUMENTS.get(flag[1], flag[1].replace("-", "_"))
+    What is quoted stays as it is (see `quoted`), and so do the flags of a command that is to be typed ("run: python -m
+    convert ...").
+    """
 
-    # Of a command that is to be typed ("run: python -m convert ...") the flags stay.
-    said, command, rest = sentence.partition("python -m ")
-    return re.sub(r"(?<![\w-])--([a-z][a-z0-9-]*)", argument, said) + command + rest
+    def argument(found: re.Match[str]) -> str:
+        return found[0] if found[1] is None else ARGUMENTS.get(found[1], found[1].replace("-", "_"))
+
+    return FLAG.sub(argument, sentence)
+
+
+def quoted(path: object) -> str:
+    """A path or name as a sentence says it and a shell reads it: in quotes where it holds a space."""
+    text = str(path)
+    return shlex.quote(text) if any(letter.isspace() for letter in text) else text
 
 
 @contextlib.contextmanager

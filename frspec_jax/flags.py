@@ -84,7 +84,8 @@ def add_draft_flags(parser: argparse.ArgumentParser) -> None:
         "--ranking",
         type=Path,
         metavar="FILE",
-        help="take the sub-vocabulary from this ranking (default: the checkpoint's)",
+        help="take the sub-vocabulary from this ranking, or from a token map: ids, most frequent first, as .pt, .json, "
+        ".txt or .safetensors (default: the checkpoint's ranking)",
     )
     add_tree_flags(group)
     group.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")
@@ -122,7 +123,7 @@ def draft_of(args: argparse.Namespace) -> DraftFlags:
     if vocab not in (None, "full") and not vocab.removeprefix("1/").isdecimal():
         raise UserError(f"--draft-vocab {vocab} must be a number of tokens, full, or a share such as 1/4")
     if args.ranking is not None and not args.ranking.is_file():
-        raise UserError(f"--ranking {args.ranking} is no file; give a ranking that python -m train rank has written")
+        raise UserError(f"--ranking {args.ranking} is no file; give a ranking of python -m train rank, or a token map")
     return DraftFlags(args)
 
 

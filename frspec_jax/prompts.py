@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from frspec_jax import json_lines
-from frspec_jax.errors import UserError
+from frspec_jax.errors import UserError, quoted
 
 ROLES = {
     "system": "system",
@@ -127,7 +127,7 @@ def read_text(file: Path, what: str) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text; convert it first"
-        raise UserError(f"{what} {file} cannot be read: {reason}") from None
+        raise UserError(f"{what} {quoted(file)} cannot be read: {reason}") from None
 
 
 def parsed(text: str | bytes) -> Any:
@@ -158,7 +158,7 @@ def read_prompts(file: Path, what: str = "--prompt-file") -> list[Prompt]:
         try:
             found.append(prompt_of(parsed(line)))
         except NoPrompt as error:
-            raise UserError(f"{what} {file}, line {number}: {error}") from None
+            raise UserError(f"{what} {quoted(file)}, line {number}: {error}") from None
     if not found:
-        raise UserError(f"{what} {file} holds no prompt")
+        raise UserError(f"{what} {quoted(file)} holds no prompt")
     return found

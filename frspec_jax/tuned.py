@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from frspec_jax import files
 from frspec_jax.config import VANILLA, TreeConfig
-from frspec_jax.errors import UserError
+from frspec_jax.errors import UserError, quoted
 from frspec_jax.schema import checked
 
 FILE = "tuned.json"
@@ -70,7 +70,9 @@ def read(folder: Path, dtype: Any) -> Setting | None:
     try:
         return checked(Setting, entry, key(dtype))
     except UserError as error:
-        raise UserError(f"{folder / FILE} is damaged ({error}); delete it, or run python -m eval tune again") from None
+        raise UserError(
+            f"{quoted(folder / FILE)} is damaged ({error}); delete it, or run python -m eval tune again"
+        ) from None
 
 
 def write(folder: Path, dtype: Any, setting: Setting, facts: dict[str, Any]) -> Path:
@@ -119,4 +121,4 @@ def _entries(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error)
-    raise UserError(f"{file} is damaged ({reason}); delete it, or run python -m eval tune again")
+    raise UserError(f"{quoted(file)} is damaged ({reason}); delete it, or run python -m eval tune again")

@@ -1,6 +1,7 @@
 """Token rankings, and the sub-vocabulary that the draft's head keeps (FR-Spec, arXiv 2502.14856).
 
-A ranking holds the counts of all ids, so that one file serves every size of the sub-vocabulary.
+A ranking holds the counts of all ids, so that one file serves every size of the sub-vocabulary. A published token map
+(`token_maps`) is one too: an order without counts, which serves every size up to its length.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from frspec_jax import files
-from frspec_jax.errors import UserError
+from frspec_jax import files, token_maps
+from frspec_jax.errors import UserError, quoted
 from pallas_kernels.subvocab_head import quantised
 
 
@@ -33,11 +34,12 @@ class DraftHead:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ranking:
-    """How often each token id occurs in some corpora, by one tokenizer."""
+    """How often each token id occurs in some corpora, by one tokenizer; or an order without counts; or both."""
 
     counts: np.ndarray  # [V] int64
     tokenizer: str  # `tokenizer_hash` of the tokenizer that counted
-    corpora: tuple[str, ...]  # names of the files that were counted
+    corpora: tuple[str, ...]  # names of the files that were counted, or that said the order
+    listed: np.ndarray | None = None  # [M] int32, ids of an order without counts, which come before all others
 
     @property
     def tokens(self) -> int:
@@ -46,15 +48,21 @@ class Ranking:
 
     @functools.cached_property
     def order(self) -> np.ndarray:
-        """All ids [V] int32, most frequent first; of equal counts the lower id comes first."""
-        return np.argsort(-self.counts, kind="stable").astype(np.int32)
+        """All ids [V] int32, listed ones, then most frequent first; of equal counts the lower id comes first."""
+        counted = np.argsort(-self.counts, kind="stable").astype(np.int32)
+        return counted if self.listed is None else _joined(self.listed, counted)
+
+    @property
+    def reach(self) -> int:
+        """How many ids of `order` stand where they do for a reason: beyond an order without counts all are alike."""
+        return len(self.counts) if self.listed is None or self.tokens else len(self.listed)
 
     def coverage(self, ids: np.ndarray | Iterable[int]) -> float:
         """The share of the counted occurrences that `ids` make up, 0 to 1."""
         return float(self.counts[np.fromiter(ids, np.int64)].sum() / max(1, self.tokens))
 
     def __add__(self, other: Ranking) -> Ranking:
-        """The ranking of both corpora together.
+        """The ranking of both corpora together; of two orders without counts the first is gone on with by the other.
 
         Raises:
           UserError: another tokenizer counted the other.
@@ -64,17 +72,21 @@ class Ranking:
                 "--merge: the rankings were counted with different tokenizers; count them again with one --ckpt"
             )
         corpora = tuple(dict.fromkeys(self.corpora + other.corpora))
-        return Ranking(self.counts + other.counts, self.tokenizer, corpora)
+        lists = [ranking.listed for ranking in (self, other) if ranking.listed is not None]
+        listed = _joined(*lists) if lists else None
+        return Ranking(self.counts + other.counts, self.tokenizer, corpora, listed)
 
     def save(self, path: Path) -> None:
         """Write an .npz file; an interruption leaves the old file, or none."""
-        with files.written_aside(path, f"--out {path}", suffix=".npz") as part:
-            np.savez_compressed(
-                part,
-                counts=self.counts,
-                tokenizer=np.array(self.tokenizer),
-                corpora=np.array(self.corpora, dtype=np.str_),
-            )
+        arrays: dict[str, Any] = {
+            "counts": self.counts,
+            "tokenizer": np.array(self.tokenizer),
+            "corpora": np.array(self.corpora, dtype=np.str_),
+        }
+        if self.listed is not None:
+            arrays["listed"] = self.listed
+        with files.written_aside(path, f"--out {quoted(path)}", suffix=".npz") as part:
+            np.savez_compressed(part, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Ranking:
@@ -87,15 +99,34 @@ class Ranking:
             with np.load(path, allow_pickle=False) as data:
                 counts, tokenizer = data["counts"], str(data["tokenizer"])
                 corpora = tuple(map(str, data["corpora"]))
+                listed = data.get("listed")
         except FileNotFoundError:
-            raise UserError(f"{path} is no file; count a ranking with python -m train rank") from None
+            raise UserError(f"{quoted(path)} is no file; count a ranking with python -m train rank") from None
         except Exception as error:  # numpy and zipfile raise many kinds for a file that is cut short or of another make
             raise UserError(
-                f"{path} is no ranking or is damaged ({error}); count it again with python -m train rank"
+                f"{quoted(path)} is no ranking or is damaged ({error}); count it again with python -m train rank"
             ) from None
         if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or counts.min(initial=0) < 0:
-            raise UserError(f"{path} holds no counts per token id; count it again with python -m train rank")
-        return cls(counts.astype(np.int64), tokenizer, corpora)
+            raise UserError(f"{quoted(path)} holds no counts per token id; count it again with python -m train rank")
+        if listed is not None and not _orders(listed, len(counts)):
+            raise UserError(
+                f"{quoted(path)} is damaged (its order names no ids); make it again with python -m train rank --merge"
+            )
+        return cls(counts.astype(np.int64), tokenizer, corpora, None if listed is None else listed.astype(np.int32))
+
+    @classmethod
+    def read(cls, path: Path, tokenizer: str, vocab_size: int) -> Ranking:
+        """A ranking or a published token map, for a checkpoint whose tokenizer and vocabulary these are.
+
+        Raises:
+          UserError: as `load`, `check` and `token_maps.read_map` do. A map does not say whose tokenizer it is for.
+        """
+        if token_maps.is_map(path):
+            listed = token_maps.read_map(path, vocab_size)
+            return cls(np.zeros(vocab_size, np.int64), tokenizer, (path.name,), listed)
+        ranking = cls.load(path)
+        ranking.check(tokenizer, vocab_size, path)
+        return ranking
 
     def check(self, tokenizer: str, vocab_size: int, path: Path) -> None:
         """Refuse a ranking of another tokenizer: its ids would name other tokens, and drafts would fail silently.
@@ -106,11 +137,23 @@ class Ranking:
         mend = "count one with python -m train rank CORPUS --ckpt"
         if len(self.counts) != vocab_size:
             raise UserError(
-                f"{path} was counted with a vocabulary of {len(self.counts):,} ids, "
+                f"{quoted(path)} was counted with a vocabulary of {len(self.counts):,} ids, "
                 f"and the checkpoint's has {vocab_size:,}; {mend}"
             )
         if self.tokenizer != tokenizer:
-            raise UserError(f"{path} was counted with another tokenizer than the checkpoint's; {mend}")
+            raise UserError(f"{quoted(path)} was counted with another tokenizer than the checkpoint's; {mend}")
+
+
+def _joined(*lists: np.ndarray) -> np.ndarray:
+    """All ids of some lists, each where it stands first: int32."""
+    ids = np.concatenate(lists)
+    return ids[np.sort(np.unique(ids, return_index=True)[1])].astype(np.int32)
+
+
+def _orders(listed: np.ndarray, vocab_size: int) -> bool:
+    """Whether an array is a list of ids of the vocabulary, each once."""
+    whole = listed.ndim == 1 and np.issubdtype(listed.dtype, np.integer) and listed.size > 0
+    return bool(whole and listed.min() >= 0 and listed.max() < vocab_size and len(np.unique(listed)) == len(listed))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -140,7 +183,7 @@ def sub_vocabulary(
         ids then, and an id of `always` that is not among them cannot be proposed at all.
 
     Raises:
-      UserError: `size` is out of range, or has no room for `always` and one more.
+      UserError: `size` is out of range, larger than a token map is long, or has no room for `always` and one more.
     """
     every = np.arange(vocab_size, dtype=np.int32) if known is None else known.astype(np.int32)
     must = np.intersect1d(np.fromiter(always, np.int64), every)
@@ -157,10 +200,26 @@ def sub_vocabulary(
     if ranking is None:
         raise ValueError("a sub-vocabulary of less than all ids needs a ranking")
     order = ranking.order if known is None else ranking.order[np.isin(ranking.order, every)]
+    reach = reach_of(ranking, every)
+    if size > reach:
+        what = f"{reach:,} ids" if known is None else f"{reach:,} ids of the draft's own vocabulary"
+        raise UserError(
+            f"--draft-vocab {size} is larger than the token map {', '.join(ranking.corpora)}, which names {what}; "
+            "lower it, or say full"
+        )
     chosen = np.isin(order, must)
     others = np.flatnonzero(~chosen)[: size - len(must)]
     chosen[others] = True
     return order[chosen]
+
+
+def reach_of(ranking: Ranking, every: np.ndarray) -> int:
+    """The largest V' below all of `every` that a ranking can choose among these ids."""
+    return (
+        len(every)
+        if ranking.reach == len(ranking.counts)
+        else int(np.isin(ranking.order[: ranking.reach], every).sum())
+    )
 
 
 def crop(head: Array, ids: np.ndarray, int8: bool = False) -> DraftHead:

@@ -21,11 +21,23 @@ from jax import Array
 
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
-from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params, default_taps
+from frspec_jax.drafters.eagle3 import (
+    AS_PUBLISHED,
+    Eagle3Config,
+    Eagle3Params,
+    Norms,
+    default_taps,
+    entered,
+    joined_taps,
+    left,
+    read_by_head,
+    with_embedding,
+    without_embedding,
+)
 from frspec_jax.drafting import Draft, draft_ids
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
-from pallas_kernels.products import linear, rms_norm, take_rows
+from pallas_kernels.products import rms_norm, take_rows
 from train import session
 from train.batches import Batch, Packing
 from train.optimiser import Optimisation, gradients, head_logits, key_of, product_flops, seed_words
@@ -74,18 +86,20 @@ def run(args: argparse.Namespace) -> None:
     def task_of(target: LlamaParams, _: Packing) -> Task:
         embedding, head = target.embedding, target.head
         key = key_of(seed_words(settings.seed))
-        params = initial_params(key, spec, config, head, ids) if found is None else found[1]
-        layer, kept = spec.layer_of(config), jnp.asarray(ids, jnp.int32)
+        whole = initial_params(key, spec, config, head, ids) if found is None else found[1]
+        params, own = without_embedding(whole)
+        embedding = embedding if own is None else own
+        layer, kept, norms = spec.layer_of(config), jnp.asarray(ids, jnp.int32), spec.norms
         return Task(
             spec=spec,
-            params=dataclasses.replace(params, ids=None),  # which are not trained
+            params=dataclasses.replace(params, ids=None),  # which are not trained, nor is an embedding
             recipe=recipe,
-            step=lambda state, ranked, batch: train_step(state, layer, recipe, embedding, head, kept, batch),
-            agreement=lambda params, batch: agreement(params, layer, embedding, head, kept, batch, PASSES),
+            step=lambda state, ranked, batch: train_step(state, layer, recipe, embedding, head, kept, batch, norms),
+            agreement=lambda params, batch: agreement(params, layer, embedding, head, kept, batch, PASSES, norms),
             parts="self-fed step",
             # All weights in each pass (fc, which runs once, too often by some per cent); the target's whole head once.
             flops=recipe.unroll * product_flops(params) + 2.0 * config.vocab_size * config.hidden_size,
-            finished=lambda params: dataclasses.replace(params, ids=kept),
+            finished=lambda params: with_embedding(dataclasses.replace(params, ids=kept), own),
         )
 
     session.train(settings, checkpoint, task_of, spec.taps, draft_vocab=len(ids))
@@ -122,20 +136,26 @@ def initial_params(key: Array, spec: Eagle3Config, config: ModelConfig, head: Ar
 
 
 def unrolled_passes(
-    params: Eagle3Params, config: ModelConfig, embedding: Array, batch: Batch, unroll: int
+    params: Eagle3Params,
+    config: ModelConfig,
+    embedding: Array,
+    batch: Batch,
+    unroll: int,
+    norms: Norms = AS_PUBLISHED,
 ) -> list[Array]:
     """What the draft's head reads, [R, T, H], in each pass; embedding: [V, H]."""
     eps, hidden = config.rms_norm_eps, config.hidden_size
     normed = rms_norm(take_rows(embedding, batch.next_tokens).reshape(-1, hidden), params.embedding_norm, eps)
 
     def enter(features: Array) -> tuple[Array, Array]:
-        return jnp.concatenate([normed, rms_norm(features, params.feature_norm, eps)], axis=-1), features
+        return entered(params, norms, normed, features, eps)
 
     rows, tokens, width = batch.features.shape
-    taps = jnp.asarray(batch.features)[..., hidden:].reshape(rows * tokens, width - hidden)
-    fused = linear(taps, params.fc, params.fc_bias).reshape(rows, tokens, hidden)
-    outputs = self_fed_passes(params.layer, config, enter, fused, batch, unroll)
-    return [rms_norm(output, params.norm, eps) for output in outputs]
+    features = jnp.asarray(batch.features).reshape(rows * tokens, width)
+    fused = joined_taps(params, norms, features, eps).reshape(rows, tokens, hidden)
+    leave = functools.partial(left, params, norms, eps=eps)
+    outputs = self_fed_passes(params.layer, config, enter, fused, batch, unroll, leave)
+    return [read_by_head(params, norms, output, eps) for output in outputs]
 
 
 def wanted(head: Array, ids: Array, batch: Batch) -> tuple[Array, Array]:
@@ -164,6 +184,7 @@ def loss_terms(
     batch: Batch,
     recipe: Eagle3Recipe,
     counts: Array | None = None,
+    norms: Norms = AS_PUBLISHED,
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted sum of each pass's KL divergence from the target's distribution over the draft's vocabulary.
 
@@ -172,6 +193,7 @@ def loss_terms(
     Args:
       embedding, head: [V, H], the target's. ids: [V_d] int32, the draft's vocabulary.
       counts: [unroll] what the sums over pairs are divided by; None: the pairs of this batch that count.
+      norms: the draft's (`Eagle3Config.norms`).
     """
     counts = pairs_counted(head, ids, batch, recipe) if counts is None else counts
     log_want, inside = wanted(head, ids, batch)
@@ -187,14 +209,14 @@ def loss_terms(
 
     total = jnp.zeros(())
     metrics: dict[str, Array] = {}
-    for s, output in enumerate(unrolled_passes(params, config, embedding, batch, recipe.unroll)):
+    for s, output in enumerate(unrolled_passes(params, config, embedding, batch, recipe.unroll, norms)):
         kl, right = (x / (counts[s] + 1e-5) for x in sums(output, valid(batch, s) * inside))
         total += recipe.unroll_decay**s * kl
         metrics |= {f"kl_{s}": kl, f"top1_{s}": right}
     return total, {"loss": total, **metrics}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "recipe", "norms"), donate_argnames=("state",))
 def train_step(
     state: TrainState,
     config: ModelConfig,
@@ -203,21 +225,29 @@ def train_step(
     head: Array,
     ids: Array,
     batch: Batch,
+    norms: Norms = AS_PUBLISHED,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of the optimiser; the arguments are those of `loss_terms`."""
     embedding, head = recipe.cast((embedding, head))
 
     def loss(params: Eagle3Params, part: Batch, counts: Array) -> tuple[Array, dict[str, Array]]:
-        return loss_terms(params, config, embedding, head, ids, part, recipe, counts)
+        return loss_terms(params, config, embedding, head, ids, part, recipe, counts, norms)
 
     counts = pairs_counted(head, ids, batch, recipe)
     grads, metrics = gradients(loss, state.params["draft"], batch, counts, recipe)
     return state.apply_gradients(grads={"draft": grads}), metrics
 
 
-@functools.partial(jax.jit, static_argnames=("config", "passes"))
+@functools.partial(jax.jit, static_argnames=("config", "passes", "norms"))
 def agreement(
-    params: Eagle3Params, config: ModelConfig, embedding: Array, head: Array, ids: Array, batch: Batch, passes: int
+    params: Eagle3Params,
+    config: ModelConfig,
+    embedding: Array,
+    head: Array,
+    ids: Array,
+    batch: Batch,
+    passes: int,
+    norms: Norms = AS_PUBLISHED,
 ) -> Array:
     """How often the draft's best token, and its best three, hold the target's best one of its whole vocabulary.
 
@@ -226,5 +256,5 @@ def agreement(
     assert params.lm_head is not None
     embedding, head = (table.astype(batch.targets.dtype) for table in (embedding, head))
     best = head_logits(batch.targets, head).argmax(-1)
-    outputs = unrolled_passes(params, config, embedding, batch, passes)
+    outputs = unrolled_passes(params, config, embedding, batch, passes, norms)
     return jnp.stack([hits(output, params.lm_head, ids, best, valid(batch, s)) for s, output in enumerate(outputs)])

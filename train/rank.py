@@ -3,7 +3,8 @@
 The full ranking, with counts, is written to CKPT/ranking.npz; generation slices it at any V'.
 Files may be .txt, .jsonl, .json or .parquet, plain or .gz, .xz, .zst; folders are searched. Texts are
 counted without the tokenizer's own start tokens. Of a store that `train answers` has made, the target's own
-answers count.
+answers count. --merge takes published token maps too (freq_32768.pt): what one names comes first, in its order, and
+counts order the rest, if there are any.
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit-tokens", type=int, metavar="N", help="stop after about N tokens of each file")
     parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
     parser.add_argument(
-        "--merge", nargs="+", type=Path, metavar="FILE", help="add up these rankings, and what CORPUS gives"
+        "--merge",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="add up these rankings, and what CORPUS gives; "
+        "of a token map (ids, most frequent first: .pt, .json, .txt, .safetensors) the order is kept, before the rest",
     )
     parser.add_argument(
         "--evaluate", nargs="+", type=Path, metavar="TEXT", help="also print the coverage of text that was not counted"
@@ -82,9 +88,7 @@ def run(args: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     check_writable(out.parent, f"--out {out}")
-    rankings = [Ranking.load(path) for path in args.merge or ()]
-    for path, ranking in zip(args.merge or (), rankings, strict=True):
-        ranking.check(tokenizer, vocab_size, path)
+    rankings = [Ranking.read(path, tokenizer, vocab_size) for path in args.merge or ()]
     stores = {path: taps for path in args.corpus if (taps := stored_taps(path)) is not None}
     files = corpus_files(path for path in args.corpus if path not in stores)
     held_out = corpus_files(args.evaluate or ())
@@ -103,12 +107,13 @@ def run(args: argparse.Namespace) -> None:
     ranking = sum(rankings[1:], rankings[0]) if rankings else counted
     if rankings and names:
         ranking = ranking + counted
-    if not ranking.tokens:
+    if not ranking.tokens and (ranking.listed is None or names):
         raise UserError(f"the corpus holds no text of the roles {args.roles}; choose others with --roles")
     ranking.save(out)
     show(ranking, others, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size))
-    seen = np.count_nonzero(ranking.counts)
-    print(f"wrote {out}: {ranking.tokens:,} tokens, {seen:,} of {vocab_size:,} ids seen")
+    listed = "" if ranking.listed is None else f"an order of {len(ranking.listed):,} ids"
+    seen = f"{ranking.tokens:,} tokens, {np.count_nonzero(ranking.counts):,} of {vocab_size:,} ids seen"
+    print(f"wrote {out}: {', before '.join(filter(None, (listed, seen if ranking.tokens else '')))}")
 
 
 def answer_counts(store: FeatureStore, vocab_size: int) -> np.ndarray:
@@ -134,15 +139,18 @@ def show(ranking: Ranking, others: list[tuple[str, np.ndarray]], always: tuple[i
     from frspec_jax.vocabulary import sub_vocabulary
 
     table = Table(title="share of occurrences inside the sub-vocabulary")
-    for heading in ("V'", "of V", "counted text", *(name for name, _ in others)):
+    texts = [("counted text", ranking.counts), *others] if ranking.tokens else others
+    if not texts:
+        return
+    for heading in ("V'", "of V", *(name for name, _ in texts)):
         table.add_column(Text(heading), justify="right")
     vocab_size = len(ranking.counts)
     for share in SHARES:
         size = vocab_size // share
-        if size <= len(always):
+        if not len(always) < size <= ranking.reach:
             continue
         ids = sub_vocabulary(ranking, size, vocab_size, always)
-        found = [ranking.coverage(ids), *(counts[ids].sum() / counts.sum() for _, counts in others)]
+        found = (counts[ids].sum() / counts.sum() for _, counts in texts)
         table.add_row(f"{size:,}", f"1/{share}", *(f"{value:.2%}" for value in found))
     results_console().print(table)
 

@@ -134,6 +134,7 @@ def self_fed_passes(
     features: Array,
     batch: Batch,
     unroll: int,
+    leave: Callable[[Array], Array] = lambda x: x,
 ) -> list[Array]:
     """A draft's outputs [R, T, H] in each pass: on true features, on its own, on its own of these, ...
 
@@ -144,6 +145,7 @@ def self_fed_passes(
     Args:
       enter: given the features [R * T, H] that a pass reads, what Q, K and V read and the residual stream.
       features: [R, T, H], those of pass 0. batch: segments and positions are read.
+      leave: given the layer's outputs [R * T, H], what counts as the draft's.
     """
     rows, tokens = batch.segment.shape
     here = jnp.arange(tokens)
@@ -168,7 +170,7 @@ def self_fed_passes(
         visible = same & (here[None] <= here[:, None] - s)
         x = x + linear(flat(jax.vmap(_attend)(q, keys, values, visible)), layer.output, layer.output_bias)
         x = x + gated_mlp(layer, rms_norm(x, layer.mlp_norm, config.rms_norm_eps))
-        outputs.append(by_row(x))
+        outputs.append(by_row(leave(x)))
         features = _shifted(outputs[-1])
     return outputs
 

@@ -77,7 +77,8 @@ def add_ranking_argument(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="take sub-vocabularies from each of these .npz files (default: the checkpoint's ranking)",
+        help="take sub-vocabularies from each of these: .npz rankings, or token maps (.pt, .json, .txt, .safetensors) "
+        "(default: the checkpoint's ranking)",
     )
 
 
@@ -118,8 +119,8 @@ def check_rankings(checkpoint: Checkpoint, rankings: Sequence[Path]) -> None:
     """Refuse rankings that are missing, damaged or another tokenizer's, even where no V' is taken from them."""
     for file in rankings:
         if not file.is_file():
-            raise UserError(f"--ranking {file} is no file; give one that python -m train rank has written")
-        Ranking.load(file).check(tokenizer_hash(checkpoint.tokenizer), checkpoint.config.vocab_size, file)
+            raise UserError(f"--ranking {file} is no file; give a ranking of python -m train rank, or a token map")
+        Ranking.read(file, tokenizer_hash(checkpoint.tokenizer), checkpoint.config.vocab_size)
 
 
 def sizes_of(text: str, vocab_size: int) -> list[int | str]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from eval.commands.flags import add_json_argument, add_out_argument
 from eval.runs.provenance import save
 from eval.show import plots
+from frspec_jax import token_maps
 from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import Ranking
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
         name, file = named(path)
         if name in rankings:
             raise UserError(f"two rankings are called {name}; give files with names of their own")
+        if token_maps.is_map(file):
+            raise UserError(f"{file} is a token map, which has no counts; give a ranking of python -m train rank")
         rankings[name] = Ranking.load(file)
         if not rankings[name].tokens:
             raise UserError(f"{file} counts no token; count it again with python -m train rank")

@@ -44,6 +44,7 @@ from frspec_jax.defaults import defaults
 from frspec_jax.drafting import preferred_tree
 from frspec_jax.errors import UserError
 from frspec_jax.flags import add_dtype_flag
+from frspec_jax.vocabulary import Ranking
 
 # What is tried where no flag says otherwise: a pass over many tokens is dear on a CPU, and nearly free on a GPU.
 SPACES = {
@@ -143,8 +144,11 @@ def space_of(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, list
     """The values to try for each figure of a setting."""
     vocab_size = checkpoint.config.vocab_size
     sizes = [vocab_size if size == "full" else int(size) for size in sizes_of(args.draft_vocab, vocab_size)]
-    if not (checkpoint.path / "ranking.npz").is_file():
+    file = checkpoint.path / "ranking.npz"
+    reach = Ranking.load(file).reach if file.is_file() else 0
+    if not reach:
         sizes = [vocab_size]  # nothing to crop by
+    sizes = [size if size == vocab_size else min(size, reach) for size in sizes]  # a token map is only so long
     space = {"draft_vocab": sorted(set(sizes), reverse=True)}
     defaults = SPACES["cpu" if jax.default_backend() == "cpu" else "gpu"]
     for flag, name, least in (("--tree-size", "size", 2), ("--depth", "depth", 1), ("--draft-top-k", "top_k", 1)):

@@ -15,7 +15,7 @@ from eval.runs import provenance
 from frspec_jax.api import Generator
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.copying import Copying
-from frspec_jax.vocabulary import DraftHead, Ranking
+from frspec_jax.vocabulary import DraftHead, Ranking, tokenizer_hash
 
 HEAD_ROWS = 64  # of a cropped head, that tell it from another; all of them would take long
 
@@ -30,18 +30,21 @@ def of_models(checkpoint: Checkpoint, methods: dict[str, Generator], rankings: S
             "vocabulary": checkpoint.config.vocab_size,
         },
         "methods": {name: of_method(model) for name, model in methods.items()},
-        "rankings": {file.stem: of_ranking(file) for file in files if file.is_file()},
+        "rankings": {file.stem: of_ranking(checkpoint, file) for file in files if file.is_file()},
         "dtype": str(methods["vanilla"].weights.target.embedding.dtype),
         "machine": provenance.machine(),
         "versions": provenance.versions(),
     }
 
 
-def of_ranking(file: Path) -> dict[str, Any]:
-    """What a ranking counted."""
-    ranking = Ranking.load(file)
-    counts = hashlib.sha256(ranking.counts.tobytes()).hexdigest()[:16]
-    return {"corpora": list(ranking.corpora), "tokens": ranking.tokens, "digest": counts}
+def of_ranking(checkpoint: Checkpoint, file: Path) -> dict[str, Any]:
+    """What a ranking counted, or how many ids a token map names."""
+    ranking = Ranking.read(file, tokenizer_hash(checkpoint.tokenizer), checkpoint.config.vocab_size)
+    digest, listed = hashlib.sha256(ranking.counts.tobytes()), ranking.listed
+    if listed is not None:
+        digest.update(listed.tobytes())
+    facts = {"corpora": list(ranking.corpora), "tokens": ranking.tokens, "digest": digest.hexdigest()[:16]}
+    return facts if listed is None else facts | {"listed": len(listed)}
 
 
 def of_method(model: Generator) -> dict[str, Any]:

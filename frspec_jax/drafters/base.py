@@ -153,6 +153,10 @@ class DraftSpec(Protocol):
     def hidden_size(self) -> int:
         """H of the target whose features it reads."""
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose inputs it reads besides; their number stands for the last one's output."""
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Out of a config.json, whose other entries are left alone. Raises UserError or ValueError."""

@@ -19,7 +19,7 @@ from flax import struct
 from jax import Array
 
 from frspec_jax import shapes
-from frspec_jax.config import ModelConfig, TreeConfig
+from frspec_jax.config import ModelConfig, TreeConfig, check_layer
 from frspec_jax.drafters.base import Target
 from frspec_jax.drafters.beam import BeamDrafter, BeamWeights
 from frspec_jax.drafters.copying import NO_COPYING, Copying, NoCopying
@@ -99,6 +99,10 @@ class EagleConfig:
 
     kind: ClassVar[str] = "eagle"
     title: ClassVar[str] = "EAGLE-2"
+    taps: ClassVar[tuple[int, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_layer(self)
 
     @classmethod
     def like(cls, target: ModelConfig) -> EagleConfig:

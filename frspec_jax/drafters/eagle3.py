@@ -3,14 +3,15 @@
 It drafts as EAGLE-2 does, with another layer: `fc` joins the residual stream of three of the target's
 layers into what pair t takes in; Q, K and V read its normed embedding and this side by side; and a norm
 and an LM head of its own, over a vocabulary that was cropped when it was trained, read its output. That
-head is cropped further to the sub-vocabulary (FR-Spec, arXiv 2502.14856).
+head is cropped further to the sub-vocabulary (FR-Spec, arXiv 2502.14856). Drafts of vLLM's trainers (speculators)
+may norm in further places (`Norms`), and bring a token embedding of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from flax import struct
 from jax import Array
 
 from frspec_jax import shapes
-from frspec_jax.config import ModelConfig, RopeScaling, TreeConfig
+from frspec_jax.config import ModelConfig, RopeScaling, TreeConfig, check_layer
 from frspec_jax.drafters.base import Target, no_copies
 from frspec_jax.drafters.beam import BeamDrafter, BeamWeights
 from frspec_jax.drafters.copying import NO_COPYING, NoCopying
+from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, Pass, decoder_layer
 from frspec_jax.placement import Placement
@@ -47,6 +49,27 @@ class Eagle3Params:
 
 
 @struct.dataclass
+class Eagle3OwnParams(Eagle3Params):
+    """The weights of a draft whose token embedding was trained too."""
+
+    embedding: Array  # [V, H]
+
+
+@dataclasses.dataclass(frozen=True)
+class Norms:
+    """Where a draft norms besides the published places."""
+
+    residual: bool = False  # the layer's residual stream is the normed feature, not the feature as it came
+    # What fc reads: the taps as they are, normed as one row or each by itself. The learned weights of these norms
+    # are not kept: each scales a column of fc, and stands in it.
+    taps: Literal["none", "joined", "each"] = "none"
+    output: bool = False  # the next pair takes in what the head reads, not the layer's output before the last norm
+
+
+AS_PUBLISHED = Norms()
+
+
+@struct.dataclass
 class Eagle3Weights(BeamWeights):
     """Everything that EAGLE-3 reads when it drafts."""
 
@@ -60,27 +83,57 @@ class Eagle3(BeamDrafter[Eagle3Weights]):
     config: ModelConfig  # the draft's one layer: `Eagle3Config.layer_of(target)`
     taps: tuple[int, ...]
     kernels: Kernels = AUTO
+    norms: Norms = AS_PUBLISHED
     copying: NoCopying = NO_COPYING  # its head cannot read what lies outside its vocabulary
 
     def fused(self, weights: Eagle3Weights, features: Array) -> Array:
-        params = weights.params
-        with jax.named_scope("fc"):
-            taps = features[:, self.config.hidden_size :]  # the target's final feature stands before them
-            return linear(taps.astype(params.fc.dtype), params.fc, params.fc_bias)
+        return joined_taps(weights.params, self.norms, features, self.config.rms_norm_eps)
 
     def extend(
         self, weights: Eagle3Weights, embeddings: Array, features: Array, where: Placement, cache: LayerKV
     ) -> tuple[Array, LayerKV]:
         params, eps = weights.params, self.config.rms_norm_eps
-        parts = [rms_norm(embeddings, params.embedding_norm, eps), rms_norm(features, params.feature_norm, eps)]
+        attend_from, x = entered(params, self.norms, rms_norm(embeddings, params.embedding_norm, eps), features, eps)
         here = Pass.of(self.config, where, self.kernels)
-        return decoder_layer(params.layer, features, here, cache, attend_from=jnp.concatenate(parts, axis=-1))
+        x, cache = decoder_layer(params.layer, x, here, cache, attend_from=attend_from)
+        return left(params, self.norms, x, eps), cache
 
     def head_input(self, weights: Eagle3Weights, outputs: Array) -> Array:
-        return rms_norm(outputs, weights.params.norm, self.config.rms_norm_eps)
+        return read_by_head(weights.params, self.norms, outputs, self.config.rms_norm_eps)
 
     def layer_params(self, weights: Eagle3Weights) -> Eagle3Params:
         return weights.params
+
+
+# The places where a draft norms, in the order in which a pair comes by them. Training runs the same ones.
+
+
+def joined_taps(params: Eagle3Params, norms: Norms, features: Array, eps: float) -> Array:
+    """What pair t takes in, [T, H], of the target's features [T, (1 + taps) H]."""
+    with jax.named_scope("fc"):
+        hidden = params.fc.shape[0]
+        taps = features[:, hidden:].astype(params.fc.dtype)  # the target's final feature stands before them
+        if norms.taps != "none":
+            width = hidden if norms.taps == "each" else taps.shape[1]
+            rows = taps.reshape(-1, width)
+            taps = rms_norm(rows, jnp.ones(width, rows.dtype), eps).reshape(taps.shape)
+        return linear(taps, params.fc, params.fc_bias)
+
+
+def entered(params: Eagle3Params, norms: Norms, embeddings: Array, features: Array, eps: float) -> tuple[Array, Array]:
+    """What Q, K and V read [T, 2 H], and the residual stream [T, H], of normed embeddings and of features [T, H]."""
+    normed = rms_norm(features, params.feature_norm, eps)
+    return jnp.concatenate([embeddings, normed], axis=-1), normed if norms.residual else features
+
+
+def left(params: Eagle3Params, norms: Norms, outputs: Array, eps: float) -> Array:
+    """What the layer's outputs [T, H] are to the next pair."""
+    return rms_norm(outputs, params.norm, eps) if norms.output else outputs
+
+
+def read_by_head(params: Eagle3Params, norms: Norms, outputs: Array, eps: float) -> Array:
+    """What the head reads of them, [T, H] as `left` gives it."""
+    return outputs if norms.output else rms_norm(outputs, params.norm, eps)
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:
@@ -104,9 +157,16 @@ class Eagle3Config:
     taps: tuple[int, ...]
     fc_bias: bool = False
     attention_bias: bool = False
+    norms: Norms = AS_PUBLISHED
+    own_embedding: bool = False  # it was trained with a token embedding of its own, which is not the target's
 
     kind: ClassVar[str] = "eagle3"
     title: ClassVar[str] = "EAGLE-3"
+
+    def __post_init__(self) -> None:
+        check_layer(self, "draft_vocab_size")
+        if not self.taps or min(self.taps) < 0:
+            raise UserError(f"config.json: taps is {list(self.taps)}, and must name layers of the target")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -138,7 +198,7 @@ class Eagle3Config:
     def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> Eagle3Params:
         hidden = self.hidden_size
         norm = shapes.struct(dtype, hidden)
-        return Eagle3Params(
+        params = Eagle3Params(
             fc=shapes.struct(dtype, hidden, len(self.taps) * hidden),
             fc_bias=norm if self.fc_bias else None,
             embedding_norm=norm,
@@ -148,6 +208,7 @@ class Eagle3Config:
             lm_head=shapes.struct(dtype, self.draft_vocab_size, hidden),
             ids=shapes.struct(np.int32, self.draft_vocab_size),
         )
+        return with_embedding(params, shapes.struct(dtype, target.vocab_size, hidden) if self.own_embedding else None)
 
     def vocabulary(self, params: Eagle3Params) -> np.ndarray:
         return np.asarray(params.ids)
@@ -159,14 +220,31 @@ class Eagle3Config:
         self, target: Target, params: Eagle3Params, ids: np.ndarray, *, kernels: Kernels, int8: bool = False
     ) -> tuple[Eagle3, Eagle3Weights]:
         """See `base.DraftSpec`; the head that is cropped is the draft's own, so `ids` must be among its vocabulary."""
-        assert params.lm_head is not None
         known = self.vocabulary(params)
         order = np.argsort(known)
         rows = order[np.searchsorted(known, ids, sorter=order)]
+        params, embedding = without_embedding(params)
+        assert params.lm_head is not None
         weights = Eagle3Weights(
-            embedding=target.params.embedding,
+            embedding=target.params.embedding if embedding is None else embedding,
             head=dataclasses.replace(crop(params.lm_head, rows, int8), ids=jnp.asarray(ids, jnp.int32)),
             whole=None,
             params=dataclasses.replace(params, lm_head=None, ids=None),
         )
-        return Eagle3(self.layer_of(target.config), self.taps, kernels), weights
+        return Eagle3(self.layer_of(target.config), self.taps, kernels, self.norms), weights
+
+
+def with_embedding(params: Eagle3Params, embedding: Any) -> Eagle3Params:
+    """The weights with a token embedding of their own [V, H]; None: without."""
+    if embedding is None:
+        return params
+    return Eagle3OwnParams(**_fields(params), embedding=embedding)
+
+
+def without_embedding(params: Eagle3Params) -> tuple[Eagle3Params, Array | None]:
+    """The weights, and the token embedding of their own that they may have, apart."""
+    return Eagle3Params(**_fields(params)), params.embedding if isinstance(params, Eagle3OwnParams) else None
+
+
+def _fields(params: Eagle3Params) -> dict[str, Any]:
+    return {field.name: getattr(params, field.name) for field in dataclasses.fields(Eagle3Params)}

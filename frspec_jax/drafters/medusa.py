@@ -168,6 +168,7 @@ class MedusaConfig:
 
     kind: ClassVar[str] = "medusa"
     title: ClassVar[str] = "Medusa"
+    taps: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.num_layers < 1:

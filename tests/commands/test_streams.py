@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import COMMANDS
+from frspec_jax import api
 from frspec_jax.commands import dispatch, results_console
 from frspec_jax.errors import UserError, in_python
+from frspec_jax.vocabulary import Ranking
 from tests.support.folders import checkpoint_folder
 
 ROOT = Path(__file__).parents[2]
@@ -128,3 +131,34 @@ def test_a_sentence_has_flags_on_the_command_line_and_arguments_in_python():
     assert str(error) == "Draft.vocab 5 is larger than max_new_tokens; run: python -m train rank X --ckpt C"
     assert error.on_the_command_line.startswith("--draft-vocab 5")
     assert in_python("a - b -- c, a--b and --x") == "a - b -- c, a--b and x"
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        ("--ckpt '/a --depth b' is no folder; give --depth", "ckpt '/a --depth b' is no folder; give Draft.depth"),
+        ('--ckpt "/it\'s --depth" and --depth', 'ckpt "/it\'s --depth" and Draft.depth'),
+        ("the draft's --depth is the target's --depth", "the draft's Draft.depth is the target's Draft.depth"),
+        ("the drafts' --depth, all the others' too", "the drafts' Draft.depth, all the others' too"),
+        ("'python -m --x' is not --x; run: python -m a 'b' --x", "'python -m --x' is not x; run: python -m a 'b' --x"),
+    ],
+)
+def test_what_is_quoted_in_a_sentence_stays_as_it_is(said, heard):
+    assert in_python(said) == heard.replace("Draft.depth", "TreeConfig.depth")
+
+
+@pytest.mark.parametrize("name", ["my --depth folder", "it's --depth", 'say "--depth" now', "plain--depth"])
+def test_errors_in_python_quote_paths_with_spaces_and_leave_them_alone(name, tmp_path):
+    """And so a command that is to be typed can be: a shell reads the path as one."""
+    path = tmp_path / name
+    for ask in (lambda: api.load(path), lambda: Ranking.load(path), lambda: Ranking.read(path / "a --b.pt", "t", 5)):
+        with pytest.raises(UserError) as refused:
+            ask()
+        assert any(word.startswith(str(path)) for word in shlex.split(str(refused.value).split(";")[0]))
+        assert "TreeConfig" not in str(refused.value)
+    (path / "config.json").parent.mkdir()
+    (path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(UserError, match="run: python -m convert hf ") as refused:
+        api.load(path)
+    command = shlex.split(str(refused.value).partition("run: ")[2])
+    assert command == ["python", "-m", "convert", "hf", str(path), "--out", f"{name}-jax"]

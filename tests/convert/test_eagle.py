@@ -108,6 +108,16 @@ def test_quantised_targets_accept_the_original_embedding(ckpt, tmp_path):
     imported(folder, ckpt)
 
 
+def test_names_may_have_model_before_them(ckpt, tmp_path):
+    """vLLM's re-uploads: `model.fc.weight`, `model.layers.0.self_attn.q_proj.weight` and so on."""
+    plain = imported(published_eagle(tmp_path / "plain", ckpt, bias=True, qkv_bias=True), ckpt, "plain")
+    folder = published_eagle(tmp_path / "draft", ckpt, bias=True, qkv_bias=True)
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({f"model.{name}": tensor for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
+    draft, params = imported(folder, ckpt, "prefixed")
+    assert draft == plain[0] and same(params, plain[1])
+
+
 def test_hass_drafts_load_as_eagle_2(ckpt, tmp_path):
     """HASS publishes EAGLE-2's layer under EAGLE-2's names; its config.json has more of the target's entries."""
     folder = published_eagle(tmp_path / "HASS-Tiny", ckpt, bias=False)

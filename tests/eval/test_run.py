@@ -209,14 +209,17 @@ def test_repeats_and_rankings(ckpt, data, tmp_path):
         counts = np.random.default_rng(number).integers(0, 99, VOCAB_SIZE)
         files.append(tmp_path / f"{name}.npz")
         Ranking(counts, tokenizer_hash(checkpoint.tokenizer), (name,)).save(files[-1])
+    files.append(tmp_path / "freq_100.txt")  # a token map
+    files[-1].write_text(" ".join(map(str, range(100, 200))))
     flags = ("--repeats", "2", "--tasks", "QA", "--ranking", *files)
     evaluate(*command(ckpt, data, tmp_path / "run", *flags))
     first, second = timeless(tmp_path / "run")
     assert (first["repeat"], second["repeat"]) == (0, 1) and first["turns"] == second["turns"]
     names = list(first["turns"][0]["methods"])
-    assert names == ["vanilla", "EAGLE-2", "FR-Spec 68 (talk)", "FR-Spec 68 (books)"]
+    assert names == ["vanilla", "EAGLE-2", "FR-Spec 68 (talk)", "FR-Spec 68 (books)", "FR-Spec 68 (freq_100)"]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["rankings"]["books"]["corpora"] == ["books"]
+    assert manifest["rankings"]["freq_100"]["listed"] == 100
 
 
 def test_sampling_is_vanillas_seed_for_seed(ckpt, data, tmp_path):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from frspec_jax import drafters, kv_cache, llama
 from frspec_jax.config import TreeConfig
@@ -14,7 +15,7 @@ from frspec_jax.drafters.base import Accepted, Target, Turn
 from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO
 from tests.support import toy
-from tests.support.drafts import imported, published_eagle3
+from tests.support.drafts import imported, published_eagle3, published_speculators
 from tests.support.tiny_hf import converted, edit_json, model_of, save
 
 IDS = np.sort(np.random.default_rng(7).choice(160, 60, replace=False))
@@ -36,7 +37,9 @@ def rotated(x: torch.Tensor, theta: float) -> torch.Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def layer(t: dict[str, torch.Tensor], embeddings: torch.Tensor, hidden: torch.Tensor, theta: float) -> torch.Tensor:
+def layer(
+    t: dict[str, torch.Tensor], embeddings: torch.Tensor, hidden: torch.Tensor, theta: float, normed_residual=False
+) -> torch.Tensor:
     """The decoder layer over a chain of pairs: embeddings and hidden [T, H]."""
     joined = torch.cat(
         [
@@ -53,7 +56,8 @@ def layer(t: dict[str, torch.Tensor], embeddings: torch.Tensor, hidden: torch.Te
     mixed = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True
     )
-    x = hidden + mixed.transpose(0, 1).reshape(len(joined), -1) @ t["midlayer.self_attn.o_proj.weight"].T
+    residual = normed(hidden, t["midlayer.hidden_norm.weight"]) if normed_residual else hidden
+    x = residual + mixed.transpose(0, 1).reshape(len(joined), -1) @ t["midlayer.self_attn.o_proj.weight"].T
     inner = normed(x, t["midlayer.post_attention_layernorm.weight"])
     gate, up = inner @ t["midlayer.mlp.gate_proj.weight"].T, inner @ t["midlayer.mlp.up_proj.weight"].T
     return x + (torch.nn.functional.silu(gate) * up) @ t["midlayer.mlp.down_proj.weight"].T
@@ -61,6 +65,15 @@ def layer(t: dict[str, torch.Tensor], embeddings: torch.Tensor, hidden: torch.Te
 
 def fused(t: dict[str, torch.Tensor], taps: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(taps, t["fc.weight"], t.get("fc.bias"))
+
+
+def fused_of_normed(t: dict[str, torch.Tensor], taps: torch.Tensor) -> torch.Tensor:
+    """As a draft does that has norms before `fc`."""
+    if "input_norm.weight" in t:
+        taps = normed(taps, t["input_norm.weight"])
+    if "fc_norm.0.weight" in t:
+        taps = torch.cat([normed(part, t[f"fc_norm.{i}.weight"]) for i, part in enumerate(taps.chunk(3, -1))], -1)
+    return fused(t, taps)
 
 
 def logits(t: dict[str, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
@@ -102,6 +115,53 @@ def test_logits_equal_pytorch(theta, bias, deep_ckpt, tmp_path):
         theirs = layer(t, embeddings[: count + step + 1], hidden, theta or 10000.0)
         where = Placement.chain(jnp.int32(count + step), 1)
         ours, cache = jax.jit(drafter.extend)(weights, embedding[tokens[count + step]][None], ours[-1:], where, cache)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"norm_before_residual": False},
+        {"norm_before_residual": True},
+        {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True},
+        {"norm_before_residual": False, "fc_norm": True, "eagle_aux_hidden_state_layer_ids": [0, 5, 6]},
+    ],
+    ids=["after", "before", "joined and output", "each"],
+)
+def test_drafts_of_speculators_equal_pytorch(entries, deep_ckpt, tmp_path):
+    """True pairs, then steps on what the draft said, with each norm where config.json says that it is."""
+    ckpt, h, count = deep_ckpt, deep_ckpt.config.hidden_size, 9
+    folder = published_speculators(tmp_path / "draft", ckpt, IDS, **entries)
+    spec, params = imported(folder, ckpt, "eagle3", command="eagle3")
+    assert np.array_equal(params.ids, IDS) and not spec.own_embedding
+    assert spec.taps == tuple(entries.get("eagle_aux_hidden_state_layer_ids", (2, 3, 3)))
+    t = {
+        name.replace("layers.0.", "midlayer."): value for name, value in load_file(folder / "model.safetensors").items()
+    }
+    rng = np.random.default_rng(0)
+    features, tokens = rng.normal(size=(count, 4 * h)).astype(np.float32), rng.integers(0, 160, count + 2)
+    embedding = np.array(ckpt.params().embedding)
+    embeddings, before = torch.from_numpy(embedding[tokens]), entries["norm_before_residual"]
+
+    def said_by_torch(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = layer(t, embeddings[: len(hidden)], hidden, 10000.0, before)
+        fed = normed(output, t["norm.weight"]) if entries.get("norm_output") else output
+        return logits(t, output), fed
+
+    drafter, weights = spec.assemble(Target(ckpt.config, ckpt.params()), params, IDS, kernels=AUTO)
+    cache, extend = drafter.new_memory(256, jnp.float32).kv, jax.jit(drafter.extend)
+    inputs = drafter.fused(weights, jnp.asarray(features))
+    where = Placement.chain(jnp.int32(0), count)
+    ours, cache = extend(weights, embedding[tokens[:count]], inputs, where, cache)
+    hidden = fused_of_normed(t, torch.from_numpy(features[:, h:]))
+    for step in range(3):
+        expected, fed = said_by_torch(hidden)
+        said = np.asarray(drafter.head_input(weights, ours) @ weights.head.weight.T)
+        np.testing.assert_allclose(said, expected[-len(said) :].numpy(), atol=1e-4)
+        if step == 2:
+            break
+        hidden = torch.cat([hidden, fed[-1:]])
+        where = Placement.chain(jnp.int32(count + step), 1)
+        ours, cache = extend(weights, embedding[tokens[count + step]][None], ours[-1:], where, cache)
 
 
 def test_taps_are_the_streams_that_transformers_layers_read(tmp_path):

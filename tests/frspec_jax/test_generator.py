@@ -19,6 +19,7 @@ from frspec_jax import api, engine
 from frspec_jax.api import NO_DRAFT, Draft, Request
 from frspec_jax.config import VANILLA, Sampling, TreeConfig
 from frspec_jax.errors import UserError
+from frspec_jax.vocabulary import control_ids
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
 
 PROMPT = np.arange(1, 30, dtype=np.int32)
@@ -198,6 +199,29 @@ def test_what_may_be_given_in_several_forms(checkpoint):
     assert api.load(checkpoint, "eagle").drafting.folder == checkpoint.path / "drafts" / "eagle"
     assert api.load(checkpoint, dtype="bfloat16").dtype_name == "bfloat16"
     assert api.load(checkpoint, Draft(tree=VANILLA)).draft_vocab is None
+
+
+def test_a_token_map_is_a_ranking(checkpoint, model, tmp_path):
+    """Sliced at any V' up to its length, which is V' where none is asked for and the map is shorter than a quarter."""
+    file, ids = tmp_path / "freq_40.json", np.random.default_rng(0).permutation(VOCAB_SIZE)[:40].tolist()
+    file.write_text(json.dumps(ids))
+    control = set(control_ids(checkpoint.tokenizer, checkpoint.stop_ids, VOCAB_SIZE))
+    expected = model.generate_ids(PROMPT, Request(16)).tokens
+    for vocab, size in ((None, 40), (20, 20), (40, 40)):
+        mapped = api.load(checkpoint, Draft(vocab=vocab, ranking=file))
+        assert mapped.draft_vocab == size and mapped.generate_ids(PROMPT, Request(16)).tokens == expected
+        best = [number for number in ids if number not in control][: size - len(control)]
+        assert set(mapped.weights.draft.head.ids.tolist()) == control | set(best)
+    with pytest.raises(
+        UserError, match=r"Draft\.vocab 41 is larger than the token map freq_40\.json, which names 40 ids"
+    ):
+        api.load(checkpoint, Draft(vocab=41, ranking=file))
+    assert api.load(checkpoint, Draft(vocab="full", ranking=file)).draft_vocab == VOCAB_SIZE
+    file.write_text(json.dumps([*ids, VOCAB_SIZE]))
+    with pytest.raises(
+        UserError, match=rf"freq_40\.json names the id {VOCAB_SIZE}, outside the checkpoint's vocabulary"
+    ):
+        api.load(checkpoint, Draft(vocab=20, ranking=file))
 
 
 def test_spaces_are_a_prompt_where_there_is_no_template(model):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from frspec_jax import drafters
-from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.checkpoint import Checkpoint, write_draft
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
 from tests.support import toy
@@ -94,3 +94,35 @@ def test_ends_that_are_no_token_ids_are_one_sentence(tmp_path, ids):
     edit_json(file, eos_token_id=ids)
     with pytest.raises(UserError, match="eos_token_id"):
         _ = Checkpoint.open(checkpoint.path).stop_ids
+
+
+SIZES = {
+    "num_heads": [0, -1, 3],  # 3 cannot share 2 KV heads
+    "num_kv_heads": [0, -2, 3],
+    "head_dim": [0, -8, 7],
+    "intermediate_size": [0],
+    "draft_vocab_size": [0, -1],
+    "rms_norm_eps": [0.0, -1e-5],
+    "rope_theta": [0.0, -1e4],
+    "taps": [[], [-1, 0, 1], [0, 1, 99]],
+}
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_a_drafts_sizes_and_taps_are_looked_at_when_it_is_opened(kind, tmp_path):
+    """By `draft_spec`, before any of its weights are read, and by a sentence that names the file and the entry."""
+    checkpoint = checkpoint_folder(tmp_path / "toy", draft=False, ranking=False)
+    spec, params = toy.DRAFTS[kind](checkpoint.config)
+    (folder := checkpoint.path / "drafts" / kind).mkdir(parents=True)
+    write_draft(folder, spec, params, checkpoint.fingerprint, {})
+    assert checkpoint.draft_spec(folder) == spec
+    whole = (folder / "config.json").read_text()
+    for key, values in SIZES.items():
+        for wrong in values if key in json.loads(whole) else []:
+            (folder / "config.json").write_text(whole)
+            edit_json(folder / "config.json", **{key: wrong})
+            with pytest.raises(UserError) as refused:
+                checkpoint.draft(folder)
+            said = str(refused.value)
+            assert said.startswith(f"{folder}/config.json is damaged") and "convert the draft again" in said
+            assert key in said or "query heads cannot be shared" in said

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
 from frspec_jax.checkpoint import Checkpoint
@@ -117,6 +120,46 @@ def published_eagle3(
     (folder / "config.json").write_text(json.dumps(config))
     torch.save(tensors, folder / "pytorch_model.bin")
     return folder
+
+
+def published_speculators(folder: Path, target: Checkpoint, ids: np.ndarray, **entries: Any) -> Path:
+    """The tensors of `published_eagle3` as speculators, vLLM's trainers, write them: in float32, under their names.
+
+    entries: of config.json; norm_before_fc and fc_norm bring their tensors along.
+    """
+    plain = published_eagle3(folder / "plain", target, ids)
+    tensors = {name: value for name, value in torch.load(plain / "pytorch_model.bin", weights_only=True).items()}
+    tensors = {n: value.float() if value.is_floating_point() else value for n, value in tensors.items()}
+    tensors = {name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()}
+    h, random = target.config.hidden_size, torch.Generator().manual_seed(5)
+    if entries.get("norm_before_fc"):
+        tensors["input_norm.weight"] = 1 + 0.3 * torch.randn(3 * h, generator=random)
+    if entries.get("fc_norm"):
+        tensors |= {f"fc_norm.{i}.weight": 1 + 0.3 * torch.randn(h, generator=random) for i in range(3)}
+    tensors["embed_tokens.weight"] = torch.from_numpy(np.array(target.params().embedding))
+    layer = json.loads((plain / "config.json").read_text())
+    size = layer.pop("draft_vocab_size")
+    shutil.rmtree(plain)
+    config = {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.2.0",
+        "draft_vocab_size": size,
+        "norm_before_residual": False,
+        "transformer_layer_config": {**layer, "model_type": "llama", "hidden_act": "silu"},
+        "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "nobody/tiny"}},
+        **entries,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def edit_safetensors(folder: Path, name_of: Callable[[str], str] = lambda name: name, **changes: Any) -> None:
+    """Rename tensors, and put some in (None: take out), under names whose dots are written __."""
+    tensors = {name_of(name): value for name, value in load_file(folder / "model.safetensors").items()}
+    tensors |= {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
 
 
 def edit_pickle(folder: Path, **changes: Any) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from frspec_jax import api, drafting, kv_cache, llama
 from frspec_jax.api import Request
+from frspec_jax.checkpoint import write_draft
 from frspec_jax.drafters.base import Target
+from frspec_jax.drafters.eagle3 import AS_PUBLISHED, Norms, with_embedding
 from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO
 from pallas_kernels.visibility import Sees, causal
@@ -58,18 +60,20 @@ def close(mine, theirs) -> bool:
     return float(np.abs(np.asarray(mine) - np.asarray(theirs)).max()) < 1e-4
 
 
-def of_one_row(params, layer, embedding, row, passes):
+def of_one_row(params, layer, embedding, row, passes, norms=AS_PUBLISHED):
     batch = jax.tree.map(lambda x: x[None], row)
-    unrolled = jax.jit(unrolled_passes, static_argnames=("config", "unroll"))
-    return [output[0] for output in unrolled(params, layer, embedding, batch, passes)]
+    unrolled = jax.jit(unrolled_passes, static_argnames=("config", "unroll", "norms"))
+    return [output[0] for output in unrolled(params, layer, embedding, batch, passes, norms)]
 
 
-def test_passes_are_self_fed_steps_through_the_cache(row, draft):
+@pytest.mark.parametrize("norms", [AS_PUBLISHED, Norms(True, "joined", True), Norms(taps="each")])
+def test_passes_are_self_fed_steps_through_the_cache(row, draft, norms):
     """Pass 0 is the drafter's own way with true pairs; pass s is its s-th step on outputs of its own behind them."""
     spec, params, drafter, weights, embedding, _ = draft
+    drafter = dataclasses.replace(drafter, norms=norms)
     extend = jax.jit(drafter.extend)
     inputs = embedding[row.next_tokens]
-    passes = of_one_row(params, spec.layer_of(CFG), embedding, row, 4)
+    passes = of_one_row(params, spec.layer_of(CFG), embedding, row, 4, norms)
     for pairs in (slice(0, COUNT), slice(COUNT, 15)):
         count = pairs.stop - pairs.start
         where = Placement(jnp.asarray(row.position[pairs]), jnp.int32(0), Sees(jnp.int32(0), causal(count)))
@@ -269,6 +273,19 @@ def test_a_draft_can_start_from_another(ckpt, whole, tmp_path, capsys):
     at = argv.index("--draft-vocab")
     main(argv[:at] + argv[at + 2 :])
     assert same(drafted(ckpt, "second")[1], drafted(ckpt, "whole")[1])
+
+
+def test_a_draft_of_other_norms_and_an_embedding_of_its_own_keeps_them(ckpt, whole, tmp_path):
+    spec, params = drafted(ckpt, "whole")
+    norms, embedding = Norms(True, "joined", True), 0.5 * ckpt.params().embedding
+    spec = dataclasses.replace(spec, norms=norms, own_embedding=True)
+    (folder := ckpt.path / "drafts" / "of-speculators").mkdir()
+    write_draft(folder, spec, with_embedding(params, embedding), ckpt.fingerprint, {})
+    flags = ("--start-from", "of-speculators", "--lr", "0", "--steps", "1")
+    argv = command(whole / "features", ckpt, tmp_path / "work", "on", *flags)
+    main([arg for arg in argv if arg not in ("--draft-vocab", "64")])
+    found = drafted(ckpt, "on")
+    assert found[0] == spec and same(found[1], with_embedding(params, embedding))
 
 
 def test_refusals(ckpt, whole, tmp_path, capsys):

@@ -226,6 +226,29 @@ def test_merging_equals_counting_together(tmp_path, ckpt, capfd):
         assert Ranking.load(tmp_path / name).corpora == together.corpora == ("a.jsonl", "b.jsonl", "c.jsonl")
 
 
+def test_a_token_map_is_a_ranking_and_counts_order_the_rest(tmp_path, ckpt, capfd):
+    order = list(range(VOCAB - 1, VOCAB - 41, -1))
+    (tmp_path / "freq_40.txt").write_text("\n".join(map(str, order)))
+    held_out = write(tmp_path, texts(sentences(20, 5)), ".jsonl", stem="held")
+    flags = ("--ckpt", ckpt, "--out", tmp_path / "map.npz", "--evaluate", held_out)
+    command("--merge", tmp_path / "freq_40.txt", *flags)
+    said = capfd.readouterr().out
+    assert "an order of 40 ids" in said and "counted text" not in said and "held.jsonl" in said
+    made = Ranking.load(tmp_path / "map.npz")
+    assert (made.tokens, made.reach, made.order[:40].tolist()) == (0, 40, order)
+    corpus = write(tmp_path, texts(sentences(50, 1)), ".jsonl", stem="a")
+    command(corpus, "--ckpt", ckpt, "--out", tmp_path / "a.npz")
+    command(corpus, "--merge", tmp_path / "map.npz", "--ckpt", ckpt, "--out", tmp_path / "both.npz")
+    counted, both = Ranking.load(tmp_path / "a.npz"), Ranking.load(tmp_path / "both.npz")
+    assert np.array_equal(both.counts, counted.counts) and both.reach == VOCAB
+    assert both.order.tolist() == [*order, *(i for i in counted.order.tolist() if i not in order)]
+    assert f"an order of 40 ids, before {counted.tokens:,} tokens" in capfd.readouterr().out
+    (tmp_path / "freq_40.txt").write_text(str(VOCAB))
+    out = ("--ckpt", ckpt, "--out", tmp_path / "no.npz")
+    assert f"freq_40.txt names the id {VOCAB}, outside" in refusal(capfd, "--merge", tmp_path / "freq_40.txt", *out)
+    assert not (tmp_path / "no.npz").exists()
+
+
 def test_mistakes_cost_one_sentence_and_leave_nothing(tmp_path, ckpt, capfd):
     good, empty, bad = (tmp_path / name for name in ("good.txt", "empty.txt", "bad.jsonl"))
     good.write_text("the quick fox")

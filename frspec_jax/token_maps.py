@@ -1,0 +1,111 @@
+"""Published token maps: the ids of a vocabulary by frequency, most frequent first, without counts.
+
+What FR-Spec and SGLang pass round (`freq_32768.pt`), as torch or pickle stores it, as JSON, as text, or as a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frspec_jax.errors import UserError, quoted
+
+MEND = "give a list of token ids, most frequent first, or count a ranking with python -m train rank"
+
+
+def is_map(path: Path) -> bool:
+    """Whether a file is one by its name; a ranking with counts is an .npz file."""
+    return path.suffix in READERS
+
+
+def read_map(path: Path, vocab_size: int) -> np.ndarray:
+    """The ids of a token map in their order, [M] int32, M at most V; of an id that stands there twice the first counts.
+
+    Raises:
+      UserError: the file is missing or damaged, holds something else, or an id outside the vocabulary; or it is torch's
+        and torch is missing.
+    """
+    try:
+        found = READERS[path.suffix](path)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{quoted(path)} is no file; {MEND}") from None
+    except Exception as error:  # every format has its own kinds for a file that is cut short or of another make
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{quoted(path)} is no ranking or is damaged ({reason[:200]}); {MEND}") from None
+    ids = _numbers(found)
+    if ids is None or not ids.size:
+        raise UserError(f"{quoted(path)} is no ranking or is damaged (it holds no list of whole numbers); {MEND}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        outside = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise UserError(
+            f"{quoted(path)} names the id {outside}, outside the checkpoint's vocabulary of {vocab_size:,} ids; "
+            "give the map of its own tokenizer"
+        )
+    return ids[np.sort(np.unique(ids, return_index=True)[1])].astype(np.int32)
+
+
+def _numbers(found: Any) -> np.ndarray | None:
+    """A list, or an array or tensor of one axis, as integers; what stands alone in an object counts as the object."""
+    if isinstance(found, dict) and len(found) == 1:
+        found = next(iter(found.values()))
+    if isinstance(found, list | tuple):
+        found = [one.item() if getattr(one, "shape", None) == () else one for one in found]
+        if not all(type(one) is int for one in found):
+            return None
+    elif not hasattr(found, "shape"):
+        return None
+    ids = np.asarray(found)
+    return ids if ids.ndim == 1 and ids.dtype.kind in "iu" else None
+
+
+class _PlainPickle(pickle.Unpickler):
+    """Reads numbers, lists and objects; what would have to be imported, and could run code, is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise UserError(
+            f"a pickle that asks for {module}.{name} could run anything; save the ids as a plain list, or as .json"
+        )
+
+
+def _read_pickle(path: Path) -> Any:
+    """A pickled list of plain numbers, or a file of torch's, whose weights-only reader needs torch."""
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            try:
+                found = _PlainPickle(file).load()
+            except UserError as error:
+                raise UserError(f"{quoted(path)}: {error}") from None
+            if not isinstance(found, int):  # the older of torch's two formats begins with a number that marks it
+                return found
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"reading {quoted(path)} needs torch; run: pip install torch") from None
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_text(path: Path) -> list[int]:
+    return [int(word) for word in path.read_text("utf-8-sig").replace(",", " ").split()]
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".json": lambda path: json.loads(path.read_text("utf-8-sig")),
+    ".safetensors": _read_safetensors,
+    ".txt": _read_text,
+    **dict.fromkeys((".bin", ".pickle", ".pkl", ".pt", ".pth"), _read_pickle),
+}
