@@ -19,6 +19,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 for threshold in ("MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"):  # small programs are kept too
     os.environ.setdefault(f"JAX_PERSISTENT_CACHE_{threshold}", "0")
 
+# PyTorch would start a thread a core in each of the workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import jax
 import pytest
 from hypothesis import settings

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from frspec_jax import api, engine
 from frspec_jax.config import Sampling, TreeConfig
@@ -60,6 +62,26 @@ def test_attention_is_the_same_however_it_is_split(block_q, block_k, splits, com
     mine = attend(q, keys, values, test_tree_attention.sees(committed, line))
     exact = test_tree_attention.reference(q, keys, values, committed, line)
     assert test_tree_attention.error(mine, exact) < 2e-6
+
+
+@pytest.mark.parametrize("how", test_tree_attention.attend)
+@settings(max_examples=8, deadline=None)
+@given(
+    st.tuples(
+        st.integers(1, 70),
+        st.integers(1, 3),
+        st.integers(1, 8),
+        st.sampled_from([64, 80, 96, 128, 256]),
+        st.sampled_from([256, 512, 768]),
+    ),
+    st.floats(0, 1),
+    st.integers(0, 2**32 - 1),
+)
+def test_attention_at_any_shape(how, shape, fill, seed):
+    committed = round(fill * (shape[4] - shape[0]))
+    given = test_tree_attention.case(shape, committed, "tree", seed)
+    mine = test_tree_attention.ours(how, *given)
+    assert test_tree_attention.error(mine, test_tree_attention.reference(*given)) < 2e-6
 
 
 @pytest.mark.parametrize(("block_v", "block_h"), [(16, 16), (64, 128), (256, 32), (128, 64)])

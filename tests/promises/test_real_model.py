@@ -11,7 +11,7 @@ from frspec_jax import Request, Sampling, api, drafting
 from frspec_jax.config import TreeConfig
 from tests import conftest
 
-pytestmark = [pytest.mark.material, pytest.mark.as_shipped]
+pytestmark = pytest.mark.material
 QUESTIONS = [question.turns[0] for question in read_questions(None)]
 
 
@@ -25,6 +25,7 @@ def fr_spec(real_checkpoint, vanilla):
     return api.load(real_checkpoint, "eagle", target=vanilla.weights.target)
 
 
+@pytest.mark.as_shipped
 def test_greedy_output_is_that_of_transformers(vanilla, fr_spec, gguf_path):
     peer = Peer(gguf_path, vanilla.checkpoint.stop_ids)
     for text in QUESTIONS[2:5]:
@@ -46,6 +47,7 @@ def test_sampling_with_a_seed_is_vanillas(real_checkpoint, vanilla, draft_vocab)
         assert model.generate(text, request).tokens == vanilla.generate(text, request).tokens
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("settings", [Sampling(), Sampling(1.0)])
 def test_bfloat16_is_vanillas_too(real_checkpoint, settings):
     """On a CPU with AMX, where it is the default, a token rounds alike alone and in a tree (docs/kernels.md)."""
@@ -61,6 +63,7 @@ def test_bfloat16_is_vanillas_too(real_checkpoint, settings):
             assert model.generate(text, request).tokens == vanilla.generate(text, request).tokens
 
 
+@pytest.mark.as_shipped
 def test_the_draft_that_ships_is_of_use(fr_spec):
     """Far below what it reaches (see its model card), far above what a broken one would."""
     results = [fr_spec.generate(text, Request(max_new_tokens=48)) for text in QUESTIONS[:4]]
@@ -68,6 +71,7 @@ def test_the_draft_that_ships_is_of_use(fr_spec):
     assert tokens / rounds > 1.4
 
 
+@pytest.mark.as_shipped
 def test_the_sub_vocabulary_covers_the_answers(real_checkpoint, vanilla):
     ids = set(drafting.draft_ids(real_checkpoint, api.Draft(vocab=12288)).tolist())
     assert len(ids) == 12288 and set(real_checkpoint.stop_ids) <= ids
