@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from train.speed import Speed
 from train.task import Task
 
 REPORT_EVERY = 10  # steps between two lines of metrics
+AHEAD = 2  # steps that the device has been given before the host waits for the loss of one: it is never without work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +83,9 @@ class Loop:
         )
         self._progress = Progress(*columns, console=opened.console)
         self._bar = self._progress.add_task("training", total=task.recipe.steps, shown="")
-        self._metrics: Metrics = {}  # of the latest step
+        self._flying: collections.deque[tuple[int, Metrics]] = collections.deque()  # steps whose loss nobody has seen
         self._record = -1.0  # of the evaluations so far
         self._every = (
-            Every(REPORT_EVERY, self._report, last=True),
             Every(settings.eval_every, self._evaluate, last=True),
             Every(settings.accept_every if opened.probe else 0, self._measure),
             Every(settings.save_every, self._save),
@@ -106,11 +107,16 @@ class Loop:
         with self._progress:
             try:
                 for step in range(first + 1, end + 1):
-                    state = self._step(state, batches)
+                    batch = devices.spread(next(batches), self._opened.mesh)
+                    state, metrics = self._task.step(state, self._opened.ranked, batch)
+                    self._flying.append((step, metrics))
+                    self._land(AHEAD)
                     for every in self._every:
                         if every.due(step, end):
+                            self._land()
                             every.action(state)
                     self._progress.update(self._bar, completed=step)
+                self._land()
             except KeyboardInterrupt:
                 # A step takes its state's memory over; if it was broken off, the checkpoint before it must do.
                 if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, Array)):
@@ -119,18 +125,25 @@ class Loop:
                 raise
         return state
 
-    def _step(self, state: TrainState, batches: Iterator[Batch]) -> TrainState:
-        batch = devices.spread(next(batches), self._opened.mesh)
-        state, self._metrics = self._task.step(state, self._opened.ranked, batch)
-        loss = float(self._metrics["loss"])
-        if not math.isfinite(loss):
-            raise self._diverged(state, f"the loss is {loss}")
-        self._speed.count()
-        return state
+    def _land(self, flying: int = 0) -> None:
+        """Look at the losses of the steps that were given to the device, in their order, but for the last `flying`.
 
-    def _report(self, state: TrainState) -> None:
-        shown = {key: round(float(value), 4) for key, value in self._metrics.items()}
-        self._folder.log({"step": int(state.step), **self._speed.figures(), **shown})
+        Raises:
+          UserError: one is no number; nothing has been kept since, for whatever keeps weights lands all steps first.
+        """
+        while len(self._flying) > flying:
+            step, metrics = self._flying[0]
+            loss = float(metrics["loss"])
+            if not math.isfinite(loss):  # and stays at the head, so that nobody can go on from here
+                raise self._diverged(step, f"the loss is {loss}")
+            self._flying.popleft()
+            self._speed.count()
+            if step % REPORT_EVERY == 0 or step == self._task.recipe.steps:
+                self._report(step, metrics)
+
+    def _report(self, step: int, metrics: Metrics) -> None:
+        shown = {key: round(float(value), 4) for key, value in metrics.items()}
+        self._folder.log({"step": step, **self._speed.figures(), **shown})
         text = f"loss {shown['loss']:.3f}  top-1 {shown['top1_0']:.1%}  {self._speed}"
         self._progress.update(self._bar, shown=text)
         self._speed.restart()
@@ -162,12 +175,13 @@ class Loop:
 
     def _check(self, state: TrainState) -> None:
         """Refuse weights that are no numbers before they are kept: the loss shows them a step too late."""
+        self._land()
         if not bool(_all_finite(state.params)):
-            raise self._diverged(state, "a weight is no finite number")
+            raise self._diverged(int(state.step), "a weight is no finite number")
 
-    def _diverged(self, state: TrainState, what: str) -> UserError:
+    def _diverged(self, step: int, what: str) -> UserError:
         return UserError(
-            f"step {int(state.step)}: {what}; train again with a lower --lr than {self._task.recipe.lr:g} and "
+            f"step {step}: {what}; train again with a lower --lr than {self._task.recipe.lr:g} and "
             f"another --work, for what {self._folder.folder} holds stays as it was saved"
         )
 

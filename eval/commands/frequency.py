@@ -56,7 +56,7 @@ def named(path: Path) -> tuple[str, Path]:
 
 def cumulative(ranking: Ranking) -> np.ndarray:
     """The share of occurrences [V] that the 1, 2, ... V most frequent tokens make up."""
-    return np.cumsum(ranking.counts[ranking.order]) / ranking.tokens
+    return np.cumsum(np.sort(ranking.counts)[::-1]) / ranking.tokens
 
 
 def needed(ranking: Ranking, share: float) -> int:
@@ -84,7 +84,7 @@ def long_tail(rankings: dict[str, Ranking]) -> Figure:
     drawn, (zipf, whole) = plots.figure(width=10.5, columns=2)
     for number, (name, ranking) in enumerate(rankings.items()):
         colour = plots.COLOURS[number % len(plots.COLOURS)]
-        counts = ranking.counts[ranking.order]
+        counts = np.sort(ranking.counts)[::-1]
         seen = counts[counts > 0] / ranking.tokens
         ranks = np.unique(np.geomspace(1, len(seen), 400).astype(int))  # evenly over the logarithm: a light SVG
         zipf.plot(ranks, seen[ranks - 1], color=colour, label=plots.plain(name))

@@ -56,6 +56,7 @@ def test_frequency_draws_rankings_and_checkpoints(ckpt, tmp_path, capsys):
     assert "is no file" in refused(capsys, "frequency", tmp_path / "x.npz", "--out", tmp_path / "p")
     Ranking(np.zeros(9, int), "t", ("c",)).save(tmp_path / "empty.npz")
     assert "counts no token" in refused(capsys, "frequency", tmp_path / "empty.npz", "--out", tmp_path / "p")
+    assert "is a token map, which has no counts" in refused(capsys, "frequency", "f.pt", "--out", tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import pytest
 
 from eval.__main__ import main
-from eval.commands.tune import Bench, point
+from eval.commands.tune import Bench, point, space_of
 from eval.methods.search import Choice, Point, climb
 from frspec_jax import TreeConfig, api, defaults, generate, tuned
 from frspec_jax.api import Result
+from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.errors import UserError
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
+from train.__main__ import main as train
 
 SPACE = {"draft_vocab": [64, 32, 16, 8], "size": [4, 8, 16], "depth": [2, 3, 4], "top_k": [2, 4]}
 
@@ -141,6 +144,18 @@ def test_without_a_ranking_the_vocabulary_stays_full(copy):
     (copy / "ranking.npz").unlink()
     model = api.load(copy)
     assert (model.draft_vocab, model.tree.size) == (VOCAB_SIZE, 6)
+
+
+def test_a_token_map_bounds_what_is_tried_and_what_was_tuned(copy):
+    """Where the checkpoint's ranking is an order of 20 ids, no more are cropped to; a setting from before is cut."""
+    (file := copy.parent / "freq_20.json").write_text(json.dumps(list(range(40, 60))))
+    train(["rank", "--merge", str(file), "--ckpt", str(copy), "--force"])
+    flags = argparse.Namespace(draft_vocab="full,1/4,16", tree_size="4", depth="2", draft_top_k="2")
+    assert space_of(flags, Checkpoint.open(copy))["draft_vocab"] == [VOCAB_SIZE, 20, 16]
+    tuned.write(copy / "drafts" / "eagle", jnp.float32, tuned.Setting(32, TreeConfig(6, 2, 3)), {})
+    assert api.load(copy).draft_vocab == 20
+    with pytest.raises(UserError, match=r"Draft\.vocab 32 is larger than the token map freq_20\.json"):
+        api.load(copy, api.Draft(vocab=32))
 
 
 # The command --------------------------------------------------------------------------------------

@@ -164,6 +164,41 @@ def test_what_is_no_number_stops_the_run_and_is_never_saved(
     assert same(drafted(ckpt, name)[1], whole[0])
 
 
+class Loss:
+    """A loss that notes how many steps had been given to the device when the host asked for it."""
+
+    def __init__(self, step: int, asked: dict[int, int], calls: list[int], value: float) -> None:
+        self.step, self.asked, self.calls, self.value = step, asked, calls, value
+
+    def __float__(self) -> float:
+        self.asked.setdefault(self.step, len(self.calls))
+        return self.value
+
+
+@pytest.mark.parametrize("first", [None, 2, 5])
+def test_the_device_has_work_while_the_host_looks_at_a_loss(ckpt, whole, tmp_path, monkeypatch, capsys, first):
+    """Two steps behind, but for what keeps weights, which waits for all; the first bad step is the one named."""
+    calls, asked, step, name = [], {}, eagle.train_step, f"ahead-{first}"
+
+    def noted(*args):
+        state, metrics = step(*args)
+        calls.append(0)
+        value = 1.0 if first is None or len(calls) < first else math.inf
+        return state, {**metrics, "loss": Loss(len(calls), asked, calls, value)}
+
+    monkeypatch.setattr(eagle, "train_step", noted)
+    argv = command(whole[1], ckpt, tmp_path / "work", name, "--steps", 12, "--save-every", 6, "--eval-every", 100)
+    if first is None:
+        main(argv)
+        assert asked == {1: 3, 2: 4, 3: 5, 4: 6, 5: 6, 6: 6, 7: 9, 8: 10, 9: 11, 10: 12, 11: 12, 12: 12}
+        rows = [json.loads(row) for row in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "loss" in row] == [10, 12]
+        return
+    assert f"step {first}: the loss is inf" in refusal(capsys, argv)
+    assert len(calls) == min(first + 2, 6) and list((tmp_path / "work" / "checkpoints").iterdir()) == []
+    assert not (ckpt.path / "drafts" / name).exists()
+
+
 # Slips of the finger -----------------------------------------------------------------------------
 
 
