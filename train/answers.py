@@ -196,6 +196,11 @@ class Prompted:
     source: Array  # int32, its number, which tells it apart in the sampling noise
 
 
+# No kernel of ours: under vmap attention's would have a grid of four axes, and a slot's rows need not be a multiple of
+# its blocks.
+XLA = dataclasses.replace(Kernels.all("xla"), steady=False)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "rule"), donate_argnames=("slots",))
 def _admit(
     params: LlamaParams, config: ModelConfig, rule: Rule, draw: Draw, slots: Slots, prompt: Prompted
@@ -204,7 +209,7 @@ def _admit(
     slot, count = prompt.slot, prompt.count
     own = jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, slot, keepdims=False), slots.cache)
     where = Placement.chain(jnp.int32(0), prompt.tokens.shape[0])
-    features, own = llama.forward(params, config, prompt.tokens, where, own)
+    features, own = llama.forward(params, config, prompt.tokens, where, own, kernels=XLA)
     cache = jax.tree.map(lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, slot, 0), slots.cache, own)
     last = llama.logits(params, features[count - 1][None])
     draw = dataclasses.replace(draw, sequence=prompt.source)
@@ -225,10 +230,7 @@ def _decode(
     """Feed `steps` tokens to every slot: the tokens fed [steps, B] and their features [steps, B, H]."""
 
     def one(cache: KVCache, token: Array, length: Array) -> tuple[Array, KVCache]:
-        kernels = dataclasses.replace(
-            Kernels.all("xla"), steady=False
-        )  # under vmap, which would give the kernel a grid of four axes
-        features, cache = llama.forward(params, config, token[None], Placement.chain(length, 1), cache, kernels=kernels)
+        features, cache = llama.forward(params, config, token[None], Placement.chain(length, 1), cache, kernels=XLA)
         return features[0], cache
 
     def step(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
