@@ -79,7 +79,7 @@ def nudged(x: Array, by: Array) -> Array:
 
 
 def copies_of(still: tuple[Any, ...], most: int = 16) -> list[tuple[Any, ...]]:
-    """So many copies of some arrays that together they fit no cache, the first the arrays themselves; `most` at most."""
+    """So many copies of some arrays that they fit no cache, `most` at most; the first are the arrays themselves."""
     size = sum(array.nbytes for array in jax.tree.leaves(still))
     count = max(1, min(most, CACHE // max(1, size)))
     return [still, *(jax.tree.map(lambda x: jnp.array(x, copy=True), still) for _ in range(count - 1))]

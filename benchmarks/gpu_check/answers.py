@@ -80,8 +80,10 @@ def _encoded(checkpoint: Checkpoint, texts: list[str]) -> list[list[int]]:
 
 
 def _caches(config: ModelConfig, params: LlamaParams, count: int, capacity: int) -> KVCache:
-    empty = kv_cache.empty(config, kv_cache.rounded_capacity(capacity), params.embedding.dtype)
-    return jax.tree.map(lambda rows: jnp.zeros((count, *rows.shape), rows.dtype), empty)
+    """Empty caches of `count` sequences; in steps of 64 rows, since every row is read in every step."""
+    shape = (count, config.num_kv_heads, -(-capacity // 64) * 64, config.head_dim)
+    dtype = kv_cache.stored(params.embedding.dtype)
+    return tuple(kv_cache.LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
 
 def _answered(

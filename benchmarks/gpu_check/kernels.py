@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,21 +23,25 @@ from pallas_kernels.subvocab_head import cases as heads
 from pallas_kernels.timing import Case
 from pallas_kernels.tree_attention import cases as attention
 
+WORKERS = 8  # kernels that are compiled side by side
 Check = tuple[str, Callable[[], tuple[float, float]]]  # a name, and what finds the error and what it may be
 
 
 def kernels(session: Session) -> None:
     """Tell each kernel's error; the step fails if one is too large, or if a kernel does not compile."""
     wrong = []
-    for name, check in checks(sizes_of(session)):
-        try:
-            error, tolerance = check()
-            right = error <= tolerance  # NaN is not
-            session.tell(name, {"error": error, "tolerance": tolerance, "right": right})
-        except Exception as failure:
-            right = False
-            session.tell(name, {"right": False, "failed": str(failure)[:600]})
-        wrong += [] if right else [name]
+    with concurrent.futures.ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
+        waiting = {pool.submit(check): name for name, check in checks(sizes_of(session))}
+        for future in concurrent.futures.as_completed(waiting):
+            name = waiting[future]
+            try:
+                error, tolerance = future.result()
+                right = error <= tolerance  # NaN is not
+                session.tell(name, {"error": error, "tolerance": tolerance, "right": right})
+            except Exception as failure:
+                right = False
+                session.tell(name, {"right": False, "failed": str(failure)[:600]})
+            wrong += [] if right else [name]
     if wrong:
         raise RuntimeError(f"wrong: {', '.join(wrong)}")
 
@@ -44,7 +50,7 @@ def checks(sizes: Sizes) -> Iterator[Check]:
     """All six kernels: small in float32, and at the model's sizes in its own dtype."""
     small = ("tiny", 200, None, jnp.float32)
     large = (sizes.model, sizes.context, sizes.draft_vocab, sizes.dtype)
-    for model, context, vocab, dtype in dict.fromkeys((small, large)) if sizes.model != "tiny" else (small,):
+    for model, context, vocab, dtype in (small,) if sizes.model == "tiny" else (small, large):
         of_model = [functools.partial(attention.timed, model, tokens, context, dtype) for tokens in (60, 10, 1)]
         of_model += [functools.partial(heads.timed, model, 10, vocab, dtype)]
         of_model += [functools.partial(products.timed, model, 10, product, dtype) for product in products.PRODUCTS]

@@ -37,7 +37,7 @@ class Amounts:
 REAL = Amounts(
     ((128, 512), (288, 256)), 224, 32, 0.8, 16, 512, 12_288, 4096, 40, 10**6, 10, 12_288, TreeConfig(60, 6, 10), 10, 96
 )
-DRY = Amounts(((64, 4),), 32, 16, 0.5, 2, 64, 64, 16, 2, 4, 1, 128, TreeConfig(4, 2, 2), 2, 8)
+DRY = Amounts(((64, 4),), 32, 16, 0.5, 2, 64, 64, 16, 2, 4, 1, 128, TreeConfig(3, 1, 2), 2, 8)
 
 
 def amounts_of(session: Session) -> Amounts:

@@ -62,7 +62,7 @@ def sizes_of(session: Session) -> Sizes:
 
 
 def every_kernel(session: Session) -> Kernels:
-    """All operations by kernels. A dry run interprets that of the head alone: all of a round's take a minute to compile.
+    """All operations by kernels. A dry run interprets the head's alone: all of a round's take a minute to compile.
 
     (That each of them runs interpreted, the steps that look at one at a time show.)
     """

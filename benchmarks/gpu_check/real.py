@@ -21,7 +21,7 @@ LEAST = 15.0  # seconds: with less left no further way is begun
 
 
 def real_model(session: Session) -> None:
-    """Ways to decode, in bfloat16 and in float32, against vanilla decoding. In float32 the tokens are equal, or it fails.
+    """Ways to decode, in bfloat16 and in float32, against vanilla decoding. In float32 other tokens are a failure.
 
     The sample of questions that ships is asked; a draft that there is none of, for lack of time, is left out.
     """

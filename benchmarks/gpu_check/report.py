@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-ROUNDS = ("rounds", "auto", "4 layers", "4 layers, loops as graphs")  # steps whose figures are rounds
+ROUNDS = ("rounds", "more rounds", "4 layers", "4 layers, loops as graphs")  # steps whose figures are rounds
 REAL = {"tokens/s": "tokens_per_second", "accepted": "accepted_length", "ms a round": "ms_a_round"}
 
 

@@ -19,29 +19,32 @@ def bandwidth(session: Session) -> None:
 
 
 def rounds(session: Session) -> None:
-    """All layers. Two lots, so that the telling half is there if the time does not do for the other."""
-    sizes = sizes_of(session)
-    vocab, kernel = sizes.draft_vocab, sizes.kernel
+    """All layers: with every kernel and with none."""
+    vocab = sizes_of(session).draft_vocab
     every, xla = every_kernel(session), Kernels.all("xla")
-    first = [
+    variants = [
         Variant("xla", xla, vocab),
         Variant("all", every, vocab),
         Variant("vanilla, xla", xla, None),
         Variant("vanilla, all", every, None),
     ]
-    second = [
+    measure(session, variants[1:2] if session.dry else variants)
+
+
+def more_rounds(session: Session) -> None:
+    """All layers: some kernels, no sub-vocabulary, and `auto`, which goes by the tables that the sweep has written.
+
+    (With no table, `auto` is XLA but for attention and what stands around it.)
+    """
+    sizes = sizes_of(session)
+    vocab, kernel = sizes.draft_vocab, sizes.kernel
+    variants = [
+        Variant("auto", Kernels(), vocab),
         Variant("attention", Kernels(kernel, "xla", "xla"), vocab),
         Variant("attention and head", Kernels(kernel, kernel, "xla"), vocab),
-        Variant("all, full vocabulary", every, sizes.shape.vocabulary),
+        Variant("all, full vocabulary", every_kernel(session), sizes.shape.vocabulary),
     ]
-    measure(session, first[1:2] if session.dry else first)
-    if not session.dry:
-        measure(session, second)
-
-
-def auto(session: Session) -> None:
-    """What `auto` makes of the tables that the sweep has just written (with none, XLA but for attention)."""
-    measure(session, [Variant("auto", Kernels(), sizes_of(session).draft_vocab)])
+    measure(session, variants[:1] if session.dry else variants)
 
 
 def few_layers(session: Session) -> None:

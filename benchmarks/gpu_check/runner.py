@@ -72,8 +72,9 @@ class Record:
             self.data["figures"].setdefault(step, {})[name] = value
         self._write()
 
-    def ended(self, step: str, outcome: str, seconds: float) -> None:
-        self.data["steps"].append({"step": step, "outcome": outcome, "seconds": round(seconds, 1)})
+    def ended(self, step: Step, outcome: str, seconds: float) -> None:
+        flags = {"xla_flags": step.xla_flags} if step.xla_flags else {}
+        self.data["steps"].append({"step": step.name, "outcome": outcome, "seconds": round(seconds, 1), **flags})
         self._write()
 
     def _write(self) -> None:
@@ -90,7 +91,7 @@ def run(steps: list[Step], total: float, session: dict[str, Any], record: Record
         begun = time.monotonic()
         limit = min(step.limit, end - begun)
         if limit < LEAST:
-            record.ended(step.name, "no time left", 0)
+            record.ended(step, "no time left", 0)
             continue
         print(f"== {step.name}, {limit:.0f} s at most", flush=True)
         if worker is not None and worker.xla_flags != step.xla_flags:
@@ -103,7 +104,7 @@ def run(steps: list[Step], total: float, session: dict[str, Any], record: Record
             worker = None
         seconds = time.monotonic() - begun
         print(f"== {step.name}: {outcome}, {seconds:.1f} s", flush=True)
-        record.ended(step.name, outcome, seconds)
+        record.ended(step, outcome, seconds)
     if worker is not None:
         worker.stop()
 

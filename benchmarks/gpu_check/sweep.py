@@ -1,4 +1,4 @@
-"""Which config of each kernel is best here, and whether it beats XLA: tables for `auto`, the most telling shapes first."""
+"""Which config of each kernel is best here, and whether it beats XLA: tables for `auto`, most telling shapes first."""
 
 from __future__ import annotations
 
