@@ -27,7 +27,9 @@ def exactness(session: Session) -> None:
     ways = {"all": every_kernel(session)} | ({} if session.dry else {"xla": Kernels.all("xla")})
     weights, eagle = toy.weights(config, IDS)
     plans = {}
-    for rule, settings in RULES.items():
+    rules = list(RULES)[1:] if session.dry else list(RULES)
+    for rule in rules:
+        settings = RULES[rule]
         vanilla = toy.vanilla_plan(config, settings)
         plans[rule, "vanilla"] = dataclasses.replace(vanilla, kernels=Kernels.all("xla"))
         for name, kernels in ways.items():
