@@ -26,6 +26,7 @@ from pallas_kernels.dispatch import Implementation, Kernels
 from pallas_kernels.models import SHAPES, Shape
 
 WORKERS = 5  # programs that are compiled side by side
+TIMING = 15.0  # seconds of a step that are kept for timing them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,18 +157,37 @@ def model_of(session: Session, layers: int | None = None) -> tuple[ModelConfig, 
 
 
 def measure(session: Session, variants: list[Variant], layers: int | None = None) -> None:
-    """Compile variants side by side, then time one after the other, and tell each as it comes."""
+    """Compile variants side by side, then time one after the other, and tell each as it comes.
+
+    What is not compiled in time is told so, and the others are timed all the same.
+    """
     sizes, speed = sizes_of(session), bandwidth_of(session)
     config, weights = model_of(session, layers)
     programs = [Program(variant, sizes, config, weights) for variant in variants]
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        waiting = {pool.submit(program.compile): program for program in programs}
+    pool = concurrent.futures.ThreadPoolExecutor(WORKERS)
+    waiting = {pool.submit(program.compile): program for program in programs}
+    concurrent.futures.wait(waiting, timeout=max(1.0, session.left - TIMING))
+    pool.shutdown(wait=False, cancel_futures=True)
     for future, program in waiting.items():
         name = program.variant.name
-        if (error := future.exception()) is not None:
-            session.tell(name, {"failed": str(error)[-600:]})
+        if not future.done() or future.cancelled():
+            session.tell(name, {"failed": "not compiled in time"})
             continue
-        microseconds, floor = program.microseconds(), 1e6 * program.bytes / speed
-        session.held["programs"][name] = program
-        found = {"us": round(microseconds, 1), "floor_us": round(floor, 1), "times_floor": microseconds / floor}
-        session.tell(name, found | {"bytes": program.bytes, "compile_seconds": round(program.seconds, 1)})
+        try:
+            future.result()
+            session.tell(name, _timed(program, speed))
+        except Exception as error:  # too little memory, say: the other variants fit
+            session.tell(name, {"failed": str(error)[-600:]})
+        else:
+            session.held["programs"][name] = program
+
+
+def _timed(program: Program, speed: float) -> dict[str, Any]:
+    microseconds, floor = program.microseconds(), 1e6 * program.bytes / speed
+    return {
+        "us": round(microseconds, 1),
+        "floor_us": round(floor, 1),
+        "times_floor": round(microseconds / floor, 3),
+        "bytes": program.bytes,
+        "compile_seconds": round(program.seconds, 1),
+    }

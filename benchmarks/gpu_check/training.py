@@ -61,7 +61,7 @@ def draft(session: Session) -> None:
     state = _steps(task, state, ranked, batches, amounts.timed_steps)
     seconds = (time.perf_counter() - begun) / amounts.timed_steps
     fitting = int((session.left - WRITING - 30) / (SLACK * seconds))  # the new schedule is compiled anew
-    recipe = dataclasses.replace(recipe, steps=max(20, min(fitting, amounts.most_steps)) if not session.dry else 4)
+    recipe = dataclasses.replace(recipe, steps=max(2, min(fitting, amounts.most_steps)))
     tokens = amounts.rows * amounts.row
     session.tell("speed", {"seconds_a_step": seconds, "tokens_a_step": tokens, "steps": recipe.steps})
     so_far = task.spec, task.finished(state.params["draft"])

@@ -14,6 +14,9 @@ import pytest
 
 from benchmarks.gpu_check import archive, layout, prompts, report, runner
 from benchmarks.gpu_check.__main__ import steps
+from eval.commands import stages as by_stage
+from pallas_kernels import bench
+from pallas_kernels.fused_linear import cases as products
 
 ROOT = Path(__file__).parents[2]
 TINY = ["-m", "eval", "stages", "tiny"]
@@ -49,12 +52,18 @@ def test_a_dry_run_of_part_1_does_every_step(tmp_path):
         assert row["us"] > 0 and row["floor_us"] > 0 and row["bytes"] > 0
     (profile,) = found["profile"].values()
     assert 0 < len(profile["kernels"]) <= 60 and profile["kernels"][0]["us"] >= profile["kernels"][-1]["us"]
-    assert {name.split(":")[0] for name in found["sweep"]} == set(operations[:3])
+    swept = {"tree_attention", "fused_linear"}
+    assert {name.split(":")[0] for name in found["sweep"]} == swept
     assert all(case["wrong"] == [] and case["pallas_us"] > 0 for case in found["sweep"].values())
-    assert {path.stem for path in (tmp_path / "kernels").rglob("*.json")} == set(operations[:3])
-    rows = found["stages"]["stages"]["rows"]
+    assert {path.stem for path in (tmp_path / "kernels").rglob("*.json")} == swept
+    figures = found["stages"]["stages"]
+    rows = figures["rows"]
     assert [row["name"] for row in rows] == ["vanilla", "EAGLE-2"]
-    assert min(stage["us"] for stage in rows[1]["stages"]) > 0
+    stages = {stage["stage"]: stage["us"] for stage in rows[1]["stages"]}
+    assert {"extend", "level: layer", "level: head, top-k", "verify: layers", "accept, compact"} < set(stages)
+    assert min(stages.values()) > 0 and figures["random_weights"] is True
+    by_stage.plot(figures, tmp_path)
+    assert (tmp_path / "stages.png").stat().st_size > 5000
 
 
 def test_a_dry_run_of_part_2_trains_a_draft_that_changes_no_token(tmp_path):
@@ -66,6 +75,15 @@ def test_a_dry_run_of_part_2_trains_a_draft_that_changes_no_token(tmp_path):
     assert all(row["same_as_vanilla"] == row["answers"] == 2 and row["tokens_per_second"] > 0 for row in ways.values())
     assert {path.name for path in (tmp_path / "draft").iterdir()} == {"config.json", "model.safetensors"}
     assert (tmp_path / "ranking.npz").exists()
+
+
+def test_the_bench_alone_writes_what_it_finds(tmp_path, monkeypatch):
+    """`python -m pallas_kernels.bench --dry`, of one of its cases."""
+    monkeypatch.setattr(bench, "cases", lambda *_: [products.timed("tiny", 10, "down", "float32")])
+    bench.main(["--dry", "--json", str(tmp_path / "kernels.json")])
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    (case,) = found["cases"]
+    assert found["interpreted"] and case["wrong"] == [] and case["pallas_us"] > 0 and case["xla_us"] > 0
 
 
 # Steps and their limits --------------------------------------------------------------------------
