@@ -9,6 +9,7 @@ checked against a float32 reference first: one that is wrong is reported, and ne
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
@@ -53,27 +54,59 @@ def widened(x: Array) -> Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def measure(case: Case, kernel: Implementation, calls: int, speed: float) -> dict[str, Any]:
-    """Times of XLA and of the kernel under its best right config; the configs that were wrong."""
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A way to run a case, compiled: once, and in a loop to be timed; or why that failed."""
+
+    once: Any = None
+    loop: timing.Loop | None = None
+    failure: str = ""
+
+
+def build(case: Case, how: dict[str, Any], copies: list[tuple[Any, ...]], calls: int) -> Built:
+    run = functools.partial(case.run, **how)
+    try:
+        once = jax.jit(run).lower(case.moving, *case.still).compile()
+        return Built(once, timing.calls_of(run, case.moving, copies, calls))
+    except Exception as failure:  # too much shared memory, say: such a config is out, and the sweep goes on
+        return Built(failure=_reason(failure))
+
+
+def _reason(failure: Exception) -> str:
+    return (str(failure).splitlines() or [type(failure).__name__])[0][:200]
+
+
+def measure(case: Case, kernel: Implementation, calls: int, speed: float, workers: int = 1) -> dict[str, Any]:
+    """Times of XLA and of the kernel under its best right config; the configs that were wrong.
+
+    workers: threads that compile side by side; what is timed runs alone.
+    """
+    copies = timing.copies_of(case.still, min(16, calls))
+    ways: list[dict[str, Any]] = [{"implementation": kernel, "config": config} for config in case.configs]
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        plain, *built = pool.map(lambda how: build(case, how, copies, calls), [{"implementation": "xla"}, *ways])
     exact = jax.jit(functools.partial(case.run, implementation="xla"))(
         *jax.tree.map(widened, (case.moving, *case.still))
     )
     best, best_us, wrong = None, float("inf"), []
-    for config in case.configs:
-        run = functools.partial(case.run, implementation=kernel, config=config)
+    for config, way in zip(case.configs, built, strict=True):
+        if way.loop is None:
+            wrong.append({**dataclasses.asdict(config), "error": way.failure})
+            continue
         try:
-            mine = jax.jit(run)(case.moving, *case.still)
-            error = float(jnp.abs(mine.astype(jnp.float32) - exact).max())
+            error = float(jnp.abs(way.once(case.moving, *case.still).astype(jnp.float32) - exact).max())
             if not error <= case.tolerance:  # NaN is wrong too
                 wrong.append({**dataclasses.asdict(config), "error": error})
                 continue
-            taken = timing.per_call(run, case.moving, *case.still, calls=calls)
-        except Exception as failure:  # too much shared memory, say: such a config is out, and the sweep goes on
-            wrong.append({**dataclasses.asdict(config), "error": str(failure).splitlines()[0][:200]})
+            taken = way.loop.microseconds()
+        except Exception as failure:
+            wrong.append({**dataclasses.asdict(config), "error": _reason(failure)})
             continue
         if taken < best_us:
             best, best_us = config, taken
-    xla = timing.per_call(functools.partial(case.run, implementation="xla"), case.moving, *case.still, calls=calls)
+    if plain.loop is None:
+        raise RuntimeError(f"XLA's {case.operation} failed: {plain.failure}")
+    xla = plain.loop.microseconds()
     floor = 1e6 * case.bytes / speed
     return {
         "operation": case.operation,

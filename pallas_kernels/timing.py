@@ -37,24 +37,37 @@ class Case:
     tolerance: float  # of the kernel's result against the reference in float32
 
 
-def looped(step: Callable[[Any, Carry], Carry], held: Any, carry: Carry, calls: int, repeats: int = 5) -> float:
-    """Median microseconds of one `step(held, carry)`, over `repeats` compiled loops of `calls` of them.
+class Loop:
+    """A compiled loop of `calls` of one `step(held, carry)`: threads may compile many side by side, and one runs them.
 
     The step must use what the one before it returned (`nudged`), or XLA would leave it out or run it once.
     held: arrays that are only read. carry: copied, and from then on updated in place.
     """
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def loop(held: Any, carry: Carry) -> Carry:
-        return lax.fori_loop(0, calls, lambda _, carry: step(held, carry), carry)
+    def __init__(self, step: Callable[[Any, Carry], Carry], held: Any, carry: Carry, calls: int) -> None:
+        @functools.partial(jax.jit, donate_argnums=1)
+        def loop(held: Any, carry: Carry) -> Carry:
+            return lax.fori_loop(0, calls, lambda _, carry: step(held, carry), carry)
 
-    carry = jax.block_until_ready(loop(held, jax.tree.map(lambda x: jnp.array(x, copy=True), carry)))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        carry = jax.block_until_ready(loop(held, carry))
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times) / calls
+        self._held, self._carry, self._calls = held, carry, calls
+        self._run = loop.lower(held, carry).compile()
+
+    def microseconds(self, repeats: int = 5) -> float:
+        """Of one step: the median over `repeats` loops, after one that is not counted."""
+        carry = jax.block_until_ready(
+            self._run(self._held, jax.tree.map(lambda x: jnp.array(x, copy=True), self._carry))
+        )
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            carry = jax.block_until_ready(self._run(self._held, carry))
+            times.append(time.perf_counter() - start)
+        return 1e6 * statistics.median(times) / self._calls
+
+
+def looped(step: Callable[[Any, Carry], Carry], held: Any, carry: Carry, calls: int, repeats: int = 5) -> float:
+    """Median microseconds of one `step(held, carry)`, over `repeats` compiled loops of `calls` of them (`Loop`)."""
+    return Loop(step, held, carry, calls).microseconds(repeats)
 
 
 def nudged(x: Array, by: Array) -> Array:
@@ -65,22 +78,25 @@ def nudged(x: Array, by: Array) -> Array:
     return (x + 1e-30 * hint).astype(x.dtype)
 
 
-def per_call(function: Callable[..., Any], moving: Array, *still: Any, calls: int = 64) -> float:
-    """Microseconds of `function(moving, *still)`, out of cache: the arrays of `still` rotate over copies.
+def copies_of(still: tuple[Any, ...], most: int = 16) -> list[tuple[Any, ...]]:
+    """So many copies of some arrays that they fit no cache, `most` at most; the first are the arrays themselves."""
+    size = sum(array.nbytes for array in jax.tree.leaves(still))
+    count = max(1, min(most, CACHE // max(1, size)))
+    return [still, *(jax.tree.map(lambda x: jnp.array(x, copy=True), still) for _ in range(count - 1))]
+
+
+def calls_of(function: Callable[..., Any], moving: Array, copies: list[tuple[Any, ...]], calls: int = 64) -> Loop:
+    """A loop of `function(moving, *still)`, out of cache: the arrays of `still` rotate over `copies_of` them.
 
     The result (the first, where there are several) is folded into `moving`, weighted by almost nothing.
     """
-    size = sum(array.nbytes for array in jax.tree.leaves(still))
-    count = max(1, min(16, CACHE // max(1, size)))
-    copies = [still, *(jax.tree.map(lambda x: jnp.array(x, copy=True), still) for _ in range(count - 1))]
 
     def step(held: Any, moving: Array) -> Array:
         for still in held:
             moving = nudged(moving, jax.tree.leaves(function(moving, *still))[0])
         return moving
 
-    rounds = max(1, calls // len(copies))
-    return looped(step, copies, moving, rounds) / len(copies)
+    return Loop(step, copies, moving, max(1, calls // len(copies)))
 
 
 def bandwidth(megabytes: int = 512) -> float:

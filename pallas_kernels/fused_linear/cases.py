@@ -57,7 +57,7 @@ def timed(name: str, rows: int, product: Product, dtype: DTypeLike) -> Case:
     """One product of a layer, with what stands around it."""
     rng = np.random.default_rng(0)
     x, weight, around = jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(size=s.shape).astype(np.float32) / np.sqrt(s.shape[-1]), dtype),
+        lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) / np.sqrt(s.shape[-1]), dtype),
         arguments(name, rows, product, dtype),
     )
     gated = product == "gate and up"

@@ -46,7 +46,7 @@ def timed(name: str, rows: int, vocabulary: int | None, dtype: DTypeLike, k: int
     """The best `k` of `vocabulary` ids for `rows` features, at the sizes of the model called `name`."""
     rng = np.random.default_rng(0)
     shapes = arguments(SHAPES[name], rows, vocabulary, dtype)
-    x, head = (jnp.asarray(rng.normal(size=s.shape).astype(np.float32), dtype) for s in shapes)
+    x, head = (jnp.asarray(rng.standard_normal(s.shape, np.float32), dtype) for s in shapes)
     return Case(
         operation="subvocab_head",
         label=f"{name}, {rows} rows, V' = {head.shape[0]:,}, top {k}",
