@@ -99,9 +99,10 @@ def check_layer(config: Any, *others: str, file: str = "config.json") -> None:
     for name in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", *others):
         if getattr(config, name) < 1:
             raise UserError(f"{file}: {name} is {getattr(config, name)}, and must be at least 1")
-    for name in ("rms_norm_eps", "rope_theta"):
-        if getattr(config, name, 1.0) <= 0:
-            raise UserError(f"{file}: {name} is {getattr(config, name)}, and must be above 0")
+    if config.rms_norm_eps < 0:
+        raise UserError(f"{file}: rms_norm_eps is {config.rms_norm_eps}, and must be at least 0")
+    if getattr(config, "rope_theta", 1.0) <= 0:
+        raise UserError(f"{file}: rope_theta is {config.rope_theta}, and must be above 0")
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{file}: {config.num_heads} query heads cannot be shared by {config.num_kv_heads} KV heads")
     if config.head_dim % 2:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -48,12 +49,10 @@ def watched() -> list[dict[str, Any]]:
 
 def compile_all(wanted: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
     """The ledger of each case."""
-    try:
-        from benchmarks.gpu_compile import assembler, ledger, programs
-    except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed here; `make gpu-compile` makes an environment that has it"
-        ) from None
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise UserError("jax[cuda12] is not installed here; `make gpu-compile` makes an environment that has it")
+    from benchmarks.gpu_compile import assembler, ledger, programs
+
     entries = []
     with assembler.listening() as listener:
         for one in track(wanted, "compiling", console=Console(stderr=True)):

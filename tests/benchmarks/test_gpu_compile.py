@@ -163,7 +163,10 @@ def test_two_ledgers_side_by_side(tmp_path, capsys, monkeypatch):
             command._ledger_at(file)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("nvidia") is not None, reason="needs an environment without jax[cuda12]")
+HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="needs an environment without jax[cuda12]")
 def test_without_the_wheels_it_says_what_to_do(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_compile", "--layers", "1", "--out", str(tmp_path / "out")],
@@ -174,7 +177,7 @@ def test_without_the_wheels_it_says_what_to_do(tmp_path):
 
 
 @pytest.mark.cuda_compile
-@pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="needs jax[cuda12]: `make gpu-compile`")
+@pytest.mark.skipif(not HAS_CUDA, reason="needs jax[cuda12]: `make gpu-compile`")
 def test_every_budget_is_kept():
     wanted = json.loads(command.BUDGETS.read_text())["budgets"]
     entries = command.compile_all(wanted, {})

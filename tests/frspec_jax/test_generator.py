@@ -111,7 +111,7 @@ def test_threads_share_a_model(model):
 
 def test_a_warm_model_compiles_nothing_for_its_first_prompts(checkpoint):
     """What `warm_up` compiles is what prompts run: caches are bound to the device from the first one on."""
-    model = api.load(checkpoint, Draft(tree=TreeConfig(5, 2, 2)))
+    model = api.load(checkpoint, Draft(tree=TreeConfig(5, 2, 2)), chunk=64)
     before = engine.prefill._cache_size(), engine.run._cache_size()
     model.warm_up()
     assert (engine.prefill._cache_size(), engine.run._cache_size()) == (before[0] + 1, before[1] + 1)

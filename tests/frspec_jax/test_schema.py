@@ -102,7 +102,7 @@ SIZES = {
     "head_dim": [0, -8, 7],
     "intermediate_size": [0],
     "draft_vocab_size": [0, -1],
-    "rms_norm_eps": [0.0, -1e-5],
+    "rms_norm_eps": [-1e-5],
     "rope_theta": [0.0, -1e4],
     "taps": [[], [-1, 0, 1], [0, 1, 99]],
 }

@@ -61,7 +61,7 @@ def test_a_second_prompt_compiles_nothing(kind):
 def test_ten_requests_of_a_model_are_two_programs(tmp_path, requests):
     """Prefill and rounds: the first request is warmed up for, and finds both."""
     checkpoint = checkpoint_folder(tmp_path / "toy")
-    model = api.load(checkpoint, Draft(tree=TREE), dtype="float32")
+    model = api.load(checkpoint, Draft(tree=TREE), dtype="float32", chunk=64)
     with programs() as made:
         model.warm_up(requests[0].sampling)
     assert sum(name in ("prefill", "jit(prefill)") for name in made) == 1
