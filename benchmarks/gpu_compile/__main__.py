@@ -72,7 +72,8 @@ def compile_all(wanted: list[dict[str, Any]], options: dict[str, Any]) -> list[d
 
 
 def summary(entries: list[dict[str, Any]]) -> Table:
-    table = Table("program", title="Compiled for an H100: launches of one round, step, chunk or training step")
+    table = Table(title="Compiled for an H100: launches of one round, step, chunk or training step")
+    table.add_column("program", min_width=44)
     for heading in ("launches", "a layer", "loops", "waits", "GB read", "MiB temporaries", "most registers", "spilled"):
         table.add_column(heading, justify="right")
     for entry in entries:
