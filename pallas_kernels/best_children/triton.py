@@ -39,18 +39,9 @@ def best_children(beams: Array, scores: Array, tokens: Array, sees: Array, own: 
     )
 
 
-def _kernel(
-    beams_ref: Any,
-    scores_ref: Any,
-    tokens_ref: Any,
-    sees_ref: Any,
-    own_ref: Any,
-    number_ref: Any,
-    chosen_ref: Any,
-    best_ref: Any,
-    seen_ref: Any,
-    every_ref: Any,
-) -> None:
+def _kernel(*refs: Any) -> None:
+    """Refs: the arguments of `best_children`, and the fields of `Children`."""
+    beams_ref, scores_ref, tokens_ref, sees_ref, own_ref, number_ref, chosen_ref, best_ref, seen_ref, every_ref = refs
     k, words = sees_ref.shape
     child = lax.iota(jnp.int32, power_of_two(k * k))
     real = child < k * k

@@ -47,21 +47,9 @@ def rotary_append(
     return q, bits_of(k, keys.dtype), bits_of(v, values.dtype)
 
 
-def _kernel(
-    qkv_ref: Any,
-    cos_sin_ref: Any,
-    start_ref: Any,
-    _keys: Any,
-    _values: Any,
-    q_ref: Any,
-    keys_ref: Any,
-    values_ref: Any,
-    *,
-    heads: int,
-    block: int,
-    skip: int,
-) -> None:
+def _kernel(*refs: Any, heads: int, block: int, skip: int) -> None:
     """One head of `block` tokens. The caches come twice, as what is read and as what is written: they are the same."""
+    qkv_ref, cos_sin_ref, start_ref, _keys, _values, q_ref, keys_ref, values_ref = refs
     tokens, half, kv_heads = cos_sin_ref.shape[0], cos_sin_ref.shape[1] // 2, keys_ref.shape[0]
     head, token = pl.program_id(0), pl.program_id(1) * block + lax.iota(jnp.int32, block)
     pair = lax.iota(jnp.int32, power_of_two(half, least=1))

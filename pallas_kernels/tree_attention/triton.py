@@ -90,23 +90,13 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Con
     )(mixed, weight)
 
 
-def _attend(
-    q_ref: Any,
-    keys_ref: Any,
-    values_ref: Any,
-    ancestors_ref: Any,
-    committed_ref: Any,
-    out_ref: Any,
-    weight_ref: Any,
-    *,
-    config: Config,
-    group: int,
-) -> None:
+def _attend(*refs: Any, config: Config, group: int) -> None:
     """One block of rows against one share of the cache.
 
     Refs: q [T, heads, head_dim]; keys and values [kv_heads, S, head_dim]; ancestors [T, W]; committed [1];
     out [block_q, head_dim] and weight [block_q], the log-sum-exp of the share's scores.
     """
+    q_ref, keys_ref, values_ref, ancestors_ref, committed_ref, out_ref, weight_ref = refs
     head, split, step = pl.program_id(0), pl.program_id(2), config.block_k
     tokens, head_dim = q_ref.shape[0], q_ref.shape[2]
     committed = committed_ref[0]
