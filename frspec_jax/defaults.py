@@ -29,8 +29,8 @@ DEFAULTS = {
     # A pass over 4, 8 and 60 tokens costs a CPU about 1.5, 1.8 and 5 passes over one in float32; one with units for
     # products of bfloat16 (AMX) about 1.1, 1.2 and 3; and a GPU about one. A GPU needs no longer chunk: from
     # 256 rows on its products take the time, and no longer the bytes of the weights.
-    "cpu": Defaults(TreeConfig(size=4, depth=2, top_k=2), jnp.float32, Chunks(64, 512)),
-    "cpu with amx": Defaults(TreeConfig(size=8, depth=3, top_k=4), jnp.bfloat16, Chunks(64, 512)),
+    "cpu": Defaults(TreeConfig(size=4, depth=2, top_k=2), jnp.float32, Chunks(64, 256)),
+    "cpu with amx": Defaults(TreeConfig(size=8, depth=3, top_k=4), jnp.bfloat16, Chunks(64)),
     "gpu": Defaults(TreeConfig(size=60, depth=6, top_k=10), jnp.bfloat16, Chunks(256)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -12,6 +13,19 @@ def subvocab_top_k(x: Array, head: Array, k: int, scale: Array | None, ids: Arra
     """`pallas_kernels.subvocab_head.subvocab_top_k`; arguments and result as there."""
     logits = rows_f32(x, head) if scale is None else rows_f32(x, head.astype(x.dtype)) * scale
     best, index = lax.top_k(logits, k)
-    peak = best[:, :1]  # known already: no pass over the logits goes into it
-    log_total = peak + jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True))
+    log_total = lax.platform_dependent(logits, best, cpu=lambda logits, _: logsumexp(logits), default=_above_the_best)
     return best - log_total, index if ids is None else ids[index]
+
+
+def logsumexp(logits: Array) -> Array:
+    """Over each row of logits [M, V']: [M, 1]."""
+    return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _above_the_best(logits: Array, best: Array) -> Array:
+    """The same, where the best logits are known: no pass over all of them finds the largest.
+
+    Not for a CPU: there XLA would sort all logits, once the best of a top-k are read on their own.
+    """
+    peak = best[:, :1]
+    return peak + jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True))
