@@ -22,6 +22,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the device at hand; what is compiled for is told
 
+import jax
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -30,8 +31,10 @@ from benchmarks.gpu_compile import picture
 from eval.runs import provenance
 from frspec_jax import files
 from frspec_jax.errors import UserError, reported
+from pallas_kernels.models import SHAPES
 
 ROOT = Path(__file__).parents[2]
+KERNELS = ("auto", "xla", "attention", "attention and head", "all")
 BUDGETS = Path(__file__).parent / "budgets.json"
 
 
@@ -57,7 +60,14 @@ def compile_all(wanted: list[dict[str, Any]], options: dict[str, Any]) -> list[d
     with assembler.listening() as listener:
         for one in track(wanted, "compiling", console=Console(stderr=True)):
             case = programs.Case(**one["case"])
-            done = programs.compiled(case, listener.options | options)
+            if case.draft_vocab > programs.SHAPES[case.model].vocabulary:
+                raise UserError(f"--draft-vocab {case.draft_vocab} is more than {case.model} has; give less, or full")
+            try:
+                done = programs.compiled(case, listener.options | options)
+            except jax.errors.JaxRuntimeError as error:
+                if "compile option" not in str(error):
+                    raise
+                raise UserError(f"--set: {str(error).splitlines()[0]}; give one of XLA's options") from None
             layers = case.layers or programs.SHAPES[case.model].layers
             kernels = [k for k in listener.heard() if "shared_memory" in k and programs.ours(k["kernel"])]
             entry = {
@@ -142,11 +152,15 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--what", choices=("round", "vanilla", "prefill", "train"), help="one program of this kind")
-    parser.add_argument("--model", metavar="NAME", help="its sizes, of pallas_kernels/models.py (default: llama3-8b)")
-    parser.add_argument("--layers", type=int, metavar="L", help="so many of the model's layers (default: all)")
-    parser.add_argument("--draft-vocab", metavar="V'", help="ids of the draft's head, or full (default: 32768)")
-    parser.add_argument("--kernels", help="auto, xla, attention, 'attention and head', or all (default: auto)")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens in the cache (default: 1024)")
+    parser.add_argument(
+        "--model", metavar="NAME", choices=SHAPES, help="its sizes, of pallas_kernels/models.py (default: llama3-8b)"
+    )
+    parser.add_argument("--layers", type=_at_least_1, metavar="L", help="so many of the model's layers (default: all)")
+    parser.add_argument(
+        "--draft-vocab", type=_vocabulary, metavar="V'", help="ids of the draft's head, or full (default: 32768)"
+    )
+    parser.add_argument("--kernels", choices=KERNELS, help="which run as kernels (default: auto)")
+    parser.add_argument("--context", type=_at_least_1, metavar="N", help="tokens in the cache (default: 1024)")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="XLA's options")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a program is over its budget")
     parser.add_argument("--diff", nargs=2, type=Path, metavar="FILE", help="two ledgers to hold side by side")
@@ -160,8 +174,7 @@ def main() -> None:
         return
     files.check_writable(args.out, f"--out {args.out}")
     given = {name: getattr(args, name) for name in ("what", "model", "layers", "kernels", "context")}
-    if args.draft_vocab:
-        given["draft_vocab"] = 0 if args.draft_vocab == "full" else int(args.draft_vocab)
+    given["draft_vocab"] = args.draft_vocab
     one = {name: value for name, value in given.items() if value is not None}
     entries = compile_all([{"case": one}] if one else watched(), dict(map(_option, args.set)))
     for entry in entries[:1] if not one else entries:
@@ -174,6 +187,16 @@ def main() -> None:
     for sentence in over:
         console.print(f"over budget: {sentence}")
     sys.exit(bool(over) and args.check)
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
+def _vocabulary(text: str) -> int:
+    return 0 if text == "full" else _at_least_1(text)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -163,6 +163,17 @@ def test_two_ledgers_side_by_side(tmp_path, capsys, monkeypatch):
             command._ledger_at(file)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [["--kernels", "some"], ["--model", "gpt"], ["--layers", "-1"], ["--draft-vocab", "many"], ["--context", "0"]],
+)
+def test_what_is_not_there_is_refused(wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_compile", *wrong, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2 and wrong[0] in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
 
