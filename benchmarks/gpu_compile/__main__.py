@@ -15,12 +15,9 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
-
-os.environ["JAX_PLATFORMS"] = "cpu"  # the device at hand; what is compiled for is told
 
 import jax
 from rich.console import Console
@@ -54,6 +51,7 @@ def compile_all(wanted: list[dict[str, Any]], options: dict[str, Any]) -> list[d
     """The ledger of each case."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise UserError("jax[cuda12] is not installed here; `make gpu-compile` makes an environment that has it")
+    jax.config.update("jax_platforms", "cpu")  # the device at hand; what is compiled for is told
     from benchmarks.gpu_compile import assembler, ledger, programs
 
     entries = []
