@@ -16,6 +16,7 @@ from convert.folder import TensorFolder
 from convert.hf import add_dtype
 from convert.progress import tensor_progress
 from convert.weights import DTYPES, fill, tensor_count
+from frspec_jax import pace_tables
 from frspec_jax.checkpoint import Checkpoint, check_draft_name, write_draft
 from frspec_jax.config import check_layer
 from frspec_jax.drafters.base import DraftSpec
@@ -99,6 +100,7 @@ def import_draft(
             f"{source.label}/config.json: the draft was made for another target than --target {target.path}; "
             f"convert the weights that it was trained on, or take {TARGET_KEY} out of that file to try it on these"
         )
+    odds = pace_tables.read_odds(args.source)
     shapes = spec.shapes(target.config).replace(**dict.fromkeys(given))
     dtype = source.lossless_dtype if args.dtype == "auto" else DTYPES[args.dtype]
     out = args.target / "drafts" / args.name
@@ -111,6 +113,8 @@ def import_draft(
         known = facts if isinstance(facts, dict) else {}
         about = {**known, "source": spec.kind, "folder": args.source.resolve().name}
         write_draft(part, spec, params, target.fingerprint, about)
+        if odds is not pace_tables.DEFAULT:
+            pace_tables.write_odds(part, odds)
     print(f"wrote {out}: a draft of kind {spec.kind}, {np.dtype(dtype).name}; its target is {args.target}")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from convert.layouts import LAYOUTS
 from convert.weights import DTYPES
+from frspec_jax import pace_tables
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.errors import UserError
 from frspec_jax.files import new_folder
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
             (out / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
             config |= {"torch_dtype": args.dtype}
             (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if (odds := pace_tables.read_odds(folder)) is not pace_tables.DEFAULT:
+                pace_tables.write_odds(out, odds)
         if args.draft_vocab is not None:
             write_vocabulary(out, checkpoint, args.draft_vocab)
     print(f"wrote {args.out}")

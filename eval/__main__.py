@@ -5,7 +5,8 @@ from __future__ import annotations
 from frspec_jax.commands import dispatch
 
 COMMANDS = {
-    "demo": "answer three prompts with FR-Spec, and compare it with vanilla decoding",
+    "demo": "answer three prompts with FR-Spec, and compare it with other ways of decoding",
+    "pace": "watch what each round of an answer drafts and verifies",
     "speed": "tokens a second, accepted length and stage times, side by side",
     "stages": "where a round's time goes, at a published model's sizes: no checkpoint needed",
     "accept": "accepted length over a question set",

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from frspec_jax import compile_cache, engine
+from frspec_jax import compile_cache, engine, pace_tables
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.defaults import CONTEXT, defaults
@@ -77,7 +77,9 @@ def load(
     with jax.enable_x64(False):
         params = checkpoint.params(runtime.dtype) if target is None else target
         drafting, weights = assembled(checkpoint, Target(checkpoint.config, params), draft, kernels)
-    return Generator(checkpoint, drafting, engine.Weights(params, weights), runtime)
+    pace = drafting.pace
+    tables = None if pace is None else pace_tables.tables_of(pace, drafting.tree, drafting.odds)
+    return Generator(checkpoint, drafting, engine.Weights(params, weights, tables), runtime)
 
 
 def runtime_of(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from frspec_jax.config import TreeConfig
 from frspec_jax.engine import Chunks
+from frspec_jax.pace import Pace
 from pallas_kernels import device
 
 CONTEXT = 4096  # tokens of prompt and answer, where none are asked for and the model was trained for as many
@@ -20,18 +21,40 @@ CONTEXT = 4096  # tokens of prompt and answer, where none are asked for and the 
 class Defaults:
     """What suits a kind of device."""
 
-    tree: TreeConfig
+    tree: TreeConfig  # that each round verifies where the pace is fixed
+    paced: TreeConfig  # that a round may verify where it is not: the largest
+    pace: Pace
     dtype: Any
     chunks: Chunks  # of a prompt
 
+
+# What a round with a pace may choose from. As deep as a chain of copied tokens that still pays; the draft's own beams
+# seldom do beyond the third level on a CPU. A GPU verifies 60 nodes in about the time of one.
+CPU_PACE = Pace((1, 2, 4, 8), TreeConfig(size=8, depth=4, top_k=4))
+AMX_PACE = Pace((1, 2, 4, 8, 16), TreeConfig(size=16, depth=4, top_k=4))
+GPU_PACE = Pace((1, 60), TreeConfig(size=60, depth=6, top_k=10))
 
 DEFAULTS = {
     # A pass over 4, 8 and 60 tokens costs a CPU about 1.5, 1.8 and 5 passes over one in float32; one with units for
     # products of bfloat16 (AMX) about 1.1, 1.2 and 3; and a GPU about one. A GPU needs no longer chunk: from
     # 256 rows on its products take the time, and no longer the bytes of the weights.
-    "cpu": Defaults(TreeConfig(size=4, depth=2, top_k=2), jnp.float32, Chunks(64, 256)),
-    "cpu with amx": Defaults(TreeConfig(size=8, depth=3, top_k=4), jnp.bfloat16, Chunks(64)),
-    "gpu": Defaults(TreeConfig(size=60, depth=6, top_k=10), jnp.bfloat16, Chunks(256)),
+    "cpu": Defaults(
+        TreeConfig(size=4, depth=2, top_k=2),
+        TreeConfig(size=8, depth=7, top_k=4),
+        CPU_PACE,
+        jnp.float32,
+        Chunks(64, 256),
+    ),
+    "cpu with amx": Defaults(
+        TreeConfig(size=8, depth=3, top_k=4), TreeConfig(size=16, depth=7, top_k=4), AMX_PACE, jnp.bfloat16, Chunks(64)
+    ),
+    "gpu": Defaults(
+        TreeConfig(size=60, depth=6, top_k=10),
+        TreeConfig(size=60, depth=9, top_k=10),
+        GPU_PACE,
+        jnp.bfloat16,
+        Chunks(256),
+    ),
 }
 
 

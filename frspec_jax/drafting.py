@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from frspec_jax import tuned
+from frspec_jax import pace_tables, tuned
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import VANILLA, TreeConfig
 from frspec_jax.defaults import defaults
 from frspec_jax.drafters.base import NO_WEIGHTS, Drafter, DraftSpec, DraftWeights, Target, Vanilla
 from frspec_jax.errors import UserError, quoted
 from frspec_jax.method import Method
+from frspec_jax.pace import Pace
 from frspec_jax.vocabulary import Ranking, control_ids, reach_of, sub_vocabulary, tokenizer_hash
 from pallas_kernels.dispatch import AUTO, Kernels
 
@@ -27,11 +28,29 @@ class Draft:
     # V', "full", or a share such as "1/4". None: what `eval tune` found best on this device, or a quarter of the
     # vocabulary where there is a ranking.
     vocab: int | str | None = None
-    tree: TreeConfig | None = None  # None: what `eval tune` found best, or what suits the device
+    tree: TreeConfig | None = None  # None: what suits the pace
     # The file that sub-vocabularies are taken from, a ranking or a token map; None: the checkpoint's ranking.
     ranking: str | Path | None = None
     int8: bool = False  # round the draft's head: half the bytes of bfloat16, and the same text
-    copying: bool = False  # propose besides what followed the same tokens earlier in the text
+    # Propose besides what followed the same tokens earlier in the text; None: where the pace is auto.
+    copying: bool | None = None
+    # "auto": each round drafts and verifies what pays (`frspec_jax.pace`). "fixed": the whole tree, as in the papers.
+    # None: auto, but fixed where a tree is asked for.
+    pace: Literal["auto", "fixed"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pace not in (None, "auto", "fixed"):
+            raise UserError(f"--pace {self.pace} must be auto or fixed")
+
+    @property
+    def paced(self) -> bool:
+        """Whether rounds differ by what pays."""
+        return self.pace == "auto" or (self.pace is None and self.tree is None)
+
+    @property
+    def copies(self) -> bool:
+        """Whether what stands in the text is proposed."""
+        return self.paced if self.copying is None else self.copying
 
     @property
     def off(self) -> bool:
@@ -51,6 +70,8 @@ class Drafting:
     method: Method
     vocab: int | None = None  # V'; None where nothing drafts
     folder: Path | None = None  # the draft's
+    pace: Pace | None = None  # None: fixed
+    odds: pace_tables.Fitted = pace_tables.DEFAULT  # that a pace goes by
 
 
 NOT_DRAFTING = Drafting(Vanilla(), VANILLA, Method())
@@ -66,8 +87,8 @@ def draft_folder(checkpoint: Checkpoint, draft: Draft) -> Path | None:
     if folder is not None:
         return folder
     why = 'draft "none" asks for none' if draft.off else f"{quoted(checkpoint.path)} has none"
-    if draft.copying:
-        raise UserError(f"--copying on needs a draft, and {why}; drop the flag or add one")
+    if draft.copying and not draft.paced:
+        raise UserError(f"--copying on with a fixed pace needs a draft, and {why}; say --pace auto, or add one")
     if draft.vocab is not None:
         raise UserError(f"--draft-vocab {draft.vocab} needs a draft, and {why}; drop the flag or add one")
     return None
@@ -83,9 +104,12 @@ def assembled(
     """
     folder = draft_folder(checkpoint, draft)
     dtype = target.params.embedding.dtype
-    asked = draft.vocab is not None
-    draft = draft if folder is None else preferred(checkpoint, folder, draft, dtype)
-    if folder is None or draft.tree == VANILLA:
+    asked, copies = draft.vocab is not None, draft.copies
+    if folder is None:
+        return looking_up(draft, dtype) if draft.copying and draft.paced else NOT_DRAFTING, NO_WEIGHTS
+    pace = pace_of(draft, dtype)
+    draft = preferred(checkpoint, folder, draft, dtype)
+    if draft.tree == VANILLA:
         return NOT_DRAFTING, NO_WEIGHTS
     spec, params = checkpoint.draft(folder, dtype)
     known = spec.vocabulary(params)
@@ -94,10 +118,38 @@ def assembled(
     if draft.tree.top_k > len(ids):
         raise UserError(f"--draft-top-k {draft.tree.top_k} is larger than --draft-vocab {len(ids)}; lower it")
     whole = checkpoint.config.vocab_size if known is None else len(known)
-    method = Method(spec.kind, cropped=len(ids) < whole, copying=draft.copying)
-    joined: DraftSpec = spec.copies(draft.copying)
+    method = Method(spec.kind, cropped=len(ids) < whole, copying=copies, paced=pace is not None)
+    # With a pace, what is looked up is a chain of its own, whichever kind drafts.
+    joined: DraftSpec = spec.copies(copies and pace is None)
     drafter, weights = joined.assemble(target, params, ids, kernels=kernels, int8=draft.int8)
-    return Drafting(drafter, spec.fit(draft.tree), method, len(ids), folder), weights
+    if pace is None:
+        return Drafting(drafter, spec.fit(draft.tree), method, len(ids), folder), weights
+    pace, odds = spec.fit_pace(pace, len(ids)), pace_tables.read_odds(folder)
+    return Drafting(drafter, draft.tree, method, len(ids), folder, pace, odds), weights
+
+
+def pace_of(draft: Draft, dtype: Any) -> Pace | None:
+    """What rounds may choose from, within the tree that is asked for; None: they choose nothing."""
+    if not draft.paced:
+        return None
+    best = defaults(dtype)
+    pace = dataclasses.replace(best.pace, lookup=draft.copies)
+    if draft.tree is None or draft.tree == best.paced:
+        return pace
+    tree = draft.tree
+    if tree == VANILLA:
+        raise UserError("--pace auto needs a tree to choose from; drop --tree-size 1, or say --draft none")
+    sizes = (*(size for size in pace.sizes if size < tree.size), tree.size)
+    growth = dataclasses.replace(pace.growth, size=2, depth=min(tree.depth, pace.growth.depth))
+    return Pace(sizes, growth, pace.lookup).with_beams(tree.top_k)
+
+
+def looking_up(draft: Draft, dtype: Any) -> Drafting:
+    """No draft but what stands in the text already."""
+    pace = pace_of(draft, dtype)
+    assert pace is not None
+    tree = draft.tree or defaults(dtype).paced
+    return Drafting(Vanilla(), tree, Method(copying=True, paced=True), pace=pace)
 
 
 def preferred(checkpoint: Checkpoint, folder: Path, draft: Draft, dtype: Any) -> Draft:
@@ -110,9 +162,11 @@ def preferred(checkpoint: Checkpoint, folder: Path, draft: Draft, dtype: Any) ->
     vocab, tree = draft.vocab, draft.tree
     if vocab is None and setting is not None and ranking_file(checkpoint, draft).is_file():
         vocab = setting.draft_vocab
+    if tree is None and draft.paced:
+        tree = defaults(dtype).paced
     if tree is None:
         # A setting of no tree says that drafting does not pay here; who asks for a part of it still gets a draft.
-        asks = draft.vocab is not None or draft.copying
+        asks = draft.vocab is not None or draft.copies
         usual = setting is None or (setting.tree == VANILLA and asks)
         tree = defaults(dtype).tree if setting is None or usual else setting.tree
     return dataclasses.replace(draft, vocab=vocab, tree=tree)

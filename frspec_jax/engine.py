@@ -17,18 +17,20 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from frspec_jax import kv_cache, llama, sampling
+from frspec_jax import kv_cache, llama, lookup, pace, sampling
 from frspec_jax.config import ModelConfig, Sampling, TreeConfig
 from frspec_jax.drafters.base import Accepted, Drafter, DraftMemory, DraftWeights, Turn
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
+from frspec_jax.pace import Growing, Pace, PaceTables, Pulse
 from frspec_jax.placement import Placement
 from frspec_jax.sampling import Draw, Rule, argument
-from frspec_jax.tree import DraftTree, accepted_path
+from frspec_jax.tree import Candidates, DraftTree, accepted_path, best_first
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.tree_attention import attention_rows
 
 RUNNING, STOPPED, FULL = 0, 1, 2  # DecodeState.finished
+OWN, DRAFTED, COPIED = 0, 1, 2  # DecodeState.origins: the target's own tokens, and accepted drafts
 
 # XLA may otherwise leave out the rounding of a sum to bfloat16 and back, in one program and not in another, and
 # a tree's pass and a single token's would part. In float32 this changes nothing. (JAX takes such options at the
@@ -46,6 +48,12 @@ class Plan:
     stop_ids: tuple[int, ...] = ()
     rule: Rule = "greedy"
     kernels: Kernels = AUTO  # the target's; a drafter carries its own
+    pace: Pace | None = None  # how rounds may differ; None: each verifies the whole tree that the drafter proposes
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether something looks at the text so far."""
+        return self.drafter.reads_text or (self.pace is not None and self.pace.lookup)
 
     def within(self, rows: int) -> Plan:
         """The same for as long as a text fits `rows` rows of the caches."""
@@ -55,7 +63,8 @@ class Plan:
     @property
     def margin(self) -> int:
         """Cache rows that a round may write beyond the committed ones."""
-        return max(self.tree.size, self.tree.draft_rows, self.tree.depth + 1)
+        growth = self.tree if self.pace is None else self.pace.growth
+        return max(self.tree.size, growth.draft_rows, self.tree.depth + 1)
 
 
 @struct.dataclass
@@ -64,14 +73,16 @@ class Weights:
 
     target: LlamaParams
     draft: DraftWeights
+    pace: PaceTables | None = None  # where the plan has a pace
 
 
 @struct.dataclass
 class Caches:
-    """The cache of the target and the memory of the drafter; they outlive a request, and need no clearing."""
+    """What is known of the tokens so far. It outlives a request, and needs no clearing."""
 
     target: KVCache
     draft: DraftMemory
+    text: Array | None = None  # [S + 1] int32, the tokens from position 1 on; None where nobody reads it
 
     @property
     def capacity(self) -> int:
@@ -104,12 +115,15 @@ class DecodeState:
     finished: Array  # int32: RUNNING, STOPPED by a stop id, or FULL (the limit is reached)
     rounds: Array  # int32
     histogram: Array  # [D+1] int32, rounds by the number of drafts that they emitted (0 to D)
+    origins: Array  # [S + D + 1] int8, how each emitted token came: OWN, DRAFTED or COPIED
+    pulse: Pulse  # what the next round's pace goes by
     asked: Asked
 
 
 def new_caches(plan: Plan, capacity: int, dtype: jnp.dtype) -> Caches:
     """Caches for `capacity` positions (a multiple of `kv_cache.BLOCK`)."""
-    return Caches(kv_cache.empty(plan.config, capacity, dtype), plan.drafter.new_memory(capacity, dtype))
+    text = jnp.full(capacity + 1, -1, jnp.int32) if plan.reads_text else None
+    return Caches(kv_cache.empty(plan.config, capacity, dtype), plan.drafter.new_memory(capacity, dtype), text)
 
 
 # Prefill -----------------------------------------------------------------------------------------
@@ -171,7 +185,15 @@ def prefill(plan: Plan, weights: Weights, caches: Caches, chunk: Chunk, asked: A
 
     # A branch, so that the head is read once a prompt and not once a chunk.
     root = lax.cond(chunk.last, first_token, lambda _: jnp.int32(0), feature)
-    return state_after(plan, Caches(target, draft), feature, root, length, asked)
+    text = _noted(caches.text, chunk.tokens[1:], chunk.start + 1)
+    if text is not None:  # what follows the last token of all was not known
+        text = text.at[length].set(jnp.where(chunk.last, root, text[length]))
+    return state_after(plan, Caches(target, draft, text), feature, root, length, asked)
+
+
+def _noted(text: Array | None, tokens: Array, position: Array) -> Array | None:
+    """The text with `tokens` [T] from a position on; what is no token of it yet is written over later."""
+    return None if text is None else lax.dynamic_update_slice(text, tokens, (position,))
 
 
 def state_after(plan: Plan, caches: Caches, feature: Array, root: Array, length: Array, asked: Asked) -> DecodeState:
@@ -192,6 +214,8 @@ def state_after(plan: Plan, caches: Caches, feature: Array, root: Array, length:
         finished=jnp.where(stopped, STOPPED, jnp.where(asked.limit <= 1, FULL, RUNNING)).astype(jnp.int32),
         rounds=jnp.int32(0),
         histogram=jnp.zeros(depth + 1, jnp.int32),
+        origins=jnp.zeros(caches.capacity + depth + 1, jnp.int8),
+        pulse=Pulse.still(),
         asked=asked,
     )
 
@@ -224,11 +248,17 @@ def start(
 # The round ---------------------------------------------------------------------------------------
 
 
+def turn_of(state: DecodeState) -> Turn:
+    """What the drafter is told when its turn comes."""
+    return Turn(state.accepted, state.root, state.length, state.caches.text)
+
+
 def draft(plan: Plan, weights: Weights, state: DecodeState) -> tuple[DraftTree, DraftMemory]:
     """Steps 1 and 2, extend and propose: a tree below the root, and what the drafter remembers."""
     with jax.named_scope("draft"):
-        turn = Turn(state.accepted, state.root, state.length)
-        return plan.drafter.propose(weights.draft, plan.tree, turn, state.caches.draft)
+        turn = turn_of(state)
+        lead, memory = plan.drafter.take_in(weights.draft, turn, state.caches.draft)
+        return plan.drafter.propose(weights.draft, plan.tree, lead, turn, memory)
 
 
 @struct.dataclass
@@ -240,35 +270,60 @@ class Verdict:
     typical: Array | None  # [N] bool, nodes that it would also bear, where acceptance is lossy
 
 
-def verify(plan: Plan, weights: Weights, state: DecodeState, tree: DraftTree) -> tuple[Verdict, KVCache]:
-    """Steps 3 and 4: what the target says of each node, and its cache."""
+def verify(
+    plan: Plan, weights: Weights, cache: KVCache, tree: DraftTree, length: Array, draw: Draw
+) -> tuple[Verdict, KVCache]:
+    """Steps 3 and 4: what the target says of each node of a tree after `length` tokens, and its cache."""
     with jax.named_scope("verify"):
         features, cache = llama.forward(
             weights.target,
             plan.config,
             tree.tokens,
-            Placement.of_tree(tree, state.length),
-            state.caches.target,
+            Placement.of_tree(tree, length),
+            cache,
             kernels=plan.kernels,
             taps=plan.drafter.taps,
         )
         scores = llama.logits(weights.target, features)
-    draw = state.asked.draw
-    following = state.length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)
+    following = length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)
     chosen = sampling.choose(scores, plan.rule, draw, following, tree.depth)
     lossy = plan.rule == "typical"
     typical = sampling.typical(scores, draw.by, tree.tokens, tree.parent) if lossy else None
     return Verdict(features, chosen, typical), cache
 
 
-def accept(plan: Plan, state: DecodeState, tree: DraftTree, verdict: Verdict, caches: Caches) -> DecodeState:
-    """Steps 5 and 6: emit the right path and one token more, and commit its K/V rows."""
+@struct.dataclass
+class Taken:
+    """The path of a tree that the target goes along, and the token that it says after it."""
+
+    path: Array  # [D+1] int32, the nodes
+    block: Array  # [D+1] int32, tokens: the accepted drafts, then the target's own; padding after that
+    drafts: Array  # int32, how many were accepted
+    features: Array  # [D+1, (1 + taps) H], of the nodes
+
+    @classmethod
+    def nothing(cls, like: Accepted) -> Taken:
+        """Before a tree is verified."""
+        zeros = jnp.zeros_like(like.next_tokens)
+        return cls(zeros, zeros, jnp.int32(0), jnp.zeros_like(like.features))
+
+
+def take(plan: Plan, tree: DraftTree, verdict: Verdict, cache: KVCache, length: Array) -> tuple[Taken, KVCache]:
+    """Step 5: the right path, and a cache in which its K/V rows stand one after the other."""
     depth = plan.tree.depth
     path, drafts = accepted_path(tree, verdict.chosen, depth, verdict.typical)
-    index = jnp.arange(depth + 1, dtype=jnp.int32)
-    block = verdict.chosen[path]  # [D+1]: the accepted drafts, then the bonus token; padding past drafts + 1
+    block = verdict.chosen[path]
     if verdict.typical is not None:  # then the drafts need not be what the target chose
-        block = jnp.where(index < drafts, jnp.roll(tree.tokens[path], -1), block)
+        block = jnp.where(jnp.arange(depth + 1) < drafts, jnp.roll(tree.tokens[path], -1), block)
+    if tree.tokens.shape[0] > 1:
+        cache = kv_cache.compact(cache, length, path, plan.kernels.attention)
+    return Taken(path, block, drafts, verdict.features[path]), cache
+
+
+def emit(plan: Plan, state: DecodeState, tree: DraftTree, taken: Taken, caches: Caches) -> DecodeState:
+    """Step 6: write down what was taken, as far as a stop id or the limit allows."""
+    depth, block, drafts = plan.tree.depth, taken.block, taken.drafts
+    index = jnp.arange(depth + 1, dtype=jnp.int32)
     stops = jnp.isin(block, jnp.array(plan.stop_ids, jnp.int32)) & (index <= drafts)
     stopped = stops.any()
     count = jnp.where(stopped, jnp.argmax(stops).astype(jnp.int32), drafts) + 1
@@ -276,15 +331,17 @@ def accept(plan: Plan, state: DecodeState, tree: DraftTree, verdict: Verdict, ca
     stopped &= count <= room
     count = jnp.minimum(count, room).astype(jnp.int32)
     emitted = state.emitted + count
+    came = jnp.where(index < drafts, DRAFTED, OWN)
+    if tree.copied is not None:
+        came = jnp.where((index < drafts) & jnp.roll(tree.copied[taken.path], -1), COPIED, came)
     return dataclasses.replace(
         state,
-        caches=dataclasses.replace(
-            caches, target=kv_cache.compact(caches.target, state.length, path, plan.kernels.attention)
-        ),
+        caches=dataclasses.replace(caches, text=_noted(caches.text, block, state.length + 1)),
         length=state.length + count,
         root=block[count - 1],
-        accepted=Accepted(verdict.features[path], block, count),
+        accepted=Accepted(taken.features, block, count),
         output=lax.dynamic_update_slice(state.output, block, (state.emitted,)),
+        origins=lax.dynamic_update_slice(state.origins, came.astype(jnp.int8), (state.emitted,)),
         emitted=emitted,
         finished=jnp.where(stopped, STOPPED, jnp.where(emitted >= state.asked.limit, FULL, RUNNING)).astype(jnp.int32),
         rounds=state.rounds + 1,
@@ -294,9 +351,93 @@ def accept(plan: Plan, state: DecodeState, tree: DraftTree, verdict: Verdict, ca
 
 def decode_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
     """One round: draft, verify, accept."""
+    if plan.pace is not None:
+        return paced_round(plan, weights, state)
     tree, memory = draft(plan, weights, state)
-    verdict, cache = verify(plan, weights, state, tree)
-    return accept(plan, state, tree, verdict, Caches(cache, memory))
+    verdict, cache = verify(plan, weights, state.caches.target, tree, state.length, state.asked.draw)
+    taken, cache = take(plan, tree, verdict, cache, state.length)
+    return emit(plan, state, tree, taken, dataclasses.replace(state.caches, target=cache, draft=memory))
+
+
+def paced_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
+    """One round that drafts and verifies as much as pays (`frspec_jax.pace`)."""
+    assert plan.pace is not None and weights.pace is not None
+    costs, drafter, turn, pulse = weights.pace.costs, plan.drafter, turn_of(state), state.pulse
+    price, trust = pulse.price(costs), pulse.trust
+    depth, by_level = plan.tree.depth, drafter.by_level(plan.pace.growth)
+
+    with jax.named_scope("lookup"):  # what stands in the text costs no drafting
+        found, likely = jnp.zeros(0, jnp.int32), jnp.zeros(0)
+        if plan.pace.lookup:
+            assert state.caches.text is not None
+            chain = lookup.chain(state.caches.text, state.length, depth)
+            found, likely = chain.tokens, pace.copied(weights.pace.odds, chain, trust[pace.COPIED])
+        unknown = 1 - jnp.exp(likely[0]) if plan.pace.lookup else jnp.float32(1)
+        undrafted = pace.best_size(plan.pace, costs, price, likely)
+        drafts = pace.drafting_pays(costs, price, pulse, unknown) if by_level else jnp.bool_(False)
+        # What was accepted waits until something is drafted, or there is no room for what this round may bring.
+        room = jnp.where(undrafted.index == 0, 1, depth + 1)
+        takes_in = drafts | (turn.accepted.count + room > depth + 1)
+
+    Drafted = tuple[Candidates, Array, DraftMemory]
+
+    def take_in(memory: DraftMemory) -> DraftMemory:
+        return drafter.take_in(weights.draft, turn, memory)[1]
+
+    def offer(nothing: Drafted) -> Drafted:
+        assert plan.pace is not None and weights.pace is not None
+        lead, memory = drafter.take_in(weights.draft, turn, nothing[2])
+        going = Growing(weights.pace, price, trust[pace.DRAFTED])
+        return drafter.offer(weights.draft, plan.pace.growth, lead, turn, memory, going)
+
+    with jax.named_scope("draft"):
+        memory = pace.when(takes_in & ~drafts, take_in, state.caches.draft)
+        nothing = Candidates.none(sum(by_level)), jnp.int32(0), memory
+        drafted, levels, memory = pace.when(drafts, offer, nothing)
+
+    with jax.named_scope("rerank"):
+        candidates = pace.joined(drafted, by_level, found, likely)
+        tree, kept = best_first(plan.tree, candidates, state.root)
+        copied = jnp.concatenate([jnp.zeros(1, bool), kept >= drafted.count])
+        tree = dataclasses.replace(tree, copied=copied)
+        likely = candidates.scores[kept]
+        choice = pace.best_size(plan.pace, costs, price, likely)
+
+    def passed(size: int, carry: tuple[Taken, KVCache]) -> tuple[Taken, KVCache]:
+        part = tree.first(size)
+        verdict, cache = verify(plan, weights, carry[1], part, state.length, state.asked.draw)
+        return take(plan, part, verdict, cache, state.length)
+
+    at = Taken.nothing(turn.accepted), state.caches.target
+    for index, size in enumerate(plan.pace.sizes):
+        at = pace.when(choice.index == index, functools.partial(passed, size), at)
+    taken, cache = at
+    after = emit(plan, state, tree, taken, Caches(cache, memory, state.caches.text))
+
+    with jax.named_scope("pulse"):
+        facts = pace.Facts(
+            levels=levels,
+            size=choice.index,
+            gain=pace.gained(costs, price, levels, undrafted, choice, unknown),
+            emitted=after.length - state.length,
+            promised=pace.promised(plan.pace, choice, likely, copied),
+            came=pace.came(copied, taken.path, taken.drafts),
+        )
+        pulse = pace.after(pulse, costs, facts)
+    return dataclasses.replace(after, accepted=_waiting(turn.accepted, takes_in, after.accepted), pulse=pulse)
+
+
+def _waiting(before: Accepted, taken_in: Array, new: Accepted) -> Accepted:
+    """What the drafter has not taken in yet: what a round brought, after what waited already."""
+    first = jnp.where(taken_in, 0, before.count)
+
+    def joined(old: Array, fresh: Array) -> Array:
+        wide = jnp.concatenate([old, jnp.zeros_like(fresh)])
+        return lax.dynamic_update_slice_in_dim(wide, fresh, first, 0)[: old.shape[0]]
+
+    return Accepted(
+        joined(before.features, new.features), joined(before.next_tokens, new.next_tokens), first + new.count
+    )
 
 
 def decode_rounds(plan: Plan, weights: Weights, state: DecodeState, rounds: Array) -> DecodeState:

@@ -92,8 +92,14 @@ def add_draft_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--copying",
         choices=("off", "on"),
-        default="off",
-        help="an EAGLE-2 draft also proposes what followed the same tokens earlier in the text (default: off)",
+        help="propose besides what followed the same tokens earlier in the text, even with --draft none; with a fixed "
+        "pace an EAGLE-2 draft only (default: on, with a fixed pace off)",
+    )
+    group.add_argument(
+        "--pace",
+        choices=("auto", "fixed"),
+        help="auto: each round drafts and verifies what pays; fixed: one tree in every round, as in the papers "
+        "(default: auto, or fixed where a flag shapes the tree)",
     )
 
 
@@ -108,13 +114,13 @@ class DraftFlags:
         from frspec_jax.drafting import Draft, preferred_tree
 
         args = self.args
-        draft = Draft(args.draft, args.draft_vocab, None, args.ranking, args.draft_int8, args.copying == "on")
+        copying = None if args.copying is None else args.copying == "on"
+        draft = Draft(args.draft, args.draft_vocab, None, args.ranking, args.draft_int8, copying, args.pace)
         shaped = (args.tree_size, args.depth, args.draft_top_k) != (None, None, None)
-        return (
-            dataclasses.replace(draft, tree=tree_of(args, preferred_tree(checkpoint, draft, dtype)))
-            if shaped
-            else draft
-        )
+        if not shaped:
+            return draft
+        draft = dataclasses.replace(draft, pace=args.pace or "fixed")
+        return dataclasses.replace(draft, tree=tree_of(args, preferred_tree(checkpoint, draft, dtype)))
 
 
 def draft_of(args: argparse.Namespace) -> DraftFlags:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from frspec_jax import engine
+from frspec_jax import engine, pace_tables
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.detokenizer import Detokenizer, text_of
@@ -131,6 +131,7 @@ class Generator:
         self._caches: engine.Caches | None = None  # of the last text that ended, for the next to begin in
         self._compiling = threading.Lock()  # over the plans that are compiled
         self._warm: set[tuple[engine.Plan, int]] = set()  # with the chunks of a prompt
+        self._paced = False  # whether the costs of a round are known
 
     @property
     def tree(self) -> TreeConfig:
@@ -156,7 +157,13 @@ class Generator:
         """What is compiled for these sampling settings: their figures do not matter, but whether anything samples."""
         drafting, stop_ids = self.drafting, self.checkpoint.stop_ids
         return engine.Plan(
-            self.checkpoint.config, drafting.drafter, drafting.tree, stop_ids, rule_of(sampling), self.runtime.kernels
+            self.checkpoint.config,
+            drafting.drafter,
+            drafting.tree,
+            stop_ids,
+            rule_of(sampling),
+            self.runtime.kernels,
+            drafting.pace,
         )
 
     def encode(self, prompt: Prompt, request: Request = Request()) -> np.ndarray:
@@ -220,6 +227,33 @@ class Generator:
         plan = self.plan(sampling)
         for size in self._chunk_sizes(prompt_tokens):
             self._compile(plan, size, sampling)
+        if plan.pace is not None and not self._paced:
+            with self._compiling:
+                self._find_costs(plan)
+
+    def measure_costs(self) -> None:
+        """Measure what a round costs on this device, and keep it, whatever was measured before; seconds."""
+        self.warm_up()
+        with self._compiling:
+            self._find_costs(self.plan(), anew=True)
+
+    def _find_costs(self, plan: engine.Plan, anew: bool = False) -> None:
+        """What the pace's decisions go by: measured before on this device, or now."""
+        if plan.pace is None or self.weights.pace is None or (self._paced and not anew):
+            return
+        name = pace_tables.name_of(plan, self.runtime.dtype, self.draft_vocab)
+        costs = None if anew else pace_tables.kept_costs(name, plan.pace)
+        if costs is None and self.capacity >= pace_tables.room_to_measure(plan.pace, plan.tree):
+            caches, chunks = self._take_caches() or self._new_caches(plan), self.runtime.chunks
+            with jax.enable_x64(False):
+                state = pace_tables.measuring_state(plan, self.weights, caches, chunks)
+                costs, caches = pace_tables.measured(plan, self.weights, state)
+            self.give_back(caches)
+            pace_tables.keep_costs(name, plan.pace, costs)
+        if costs is not None:  # else the context has no room to measure in, and the guess stays
+            tables = dataclasses.replace(self.weights.pace, costs=costs)
+            self.weights = dataclasses.replace(self.weights, pace=tables)
+        self._paced = True
 
     def _chunk_sizes(self, prompt_tokens: int | None) -> list[int]:
         """The sizes of the chunks that a prompt runs in; None: that any may need."""

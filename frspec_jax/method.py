@@ -14,18 +14,20 @@ class Method:
     kind: str | None = None  # of draft, as its config.json names it; None: nothing drafts
     cropped: bool = False  # to a sub-vocabulary: FR-Spec
     copying: bool = False
+    paced: bool = False  # each round drafts and verifies what pays
     lossy: bool = False  # typical acceptance
 
     @classmethod
     def parse(cls, name: str) -> Method:
         """The method of a `name`."""
         kind, *more = name.removesuffix(", lossy").split("+")
-        return cls(None if kind == "vanilla" else kind, "fr" in more, "copying" in more, lossy=name.endswith(", lossy"))
+        named = None if kind == "vanilla" else kind
+        return cls(named, "fr" in more, "copying" in more, "auto" in more, name.endswith(", lossy"))
 
     @property
     def name(self) -> str:
         """The method in a word, as results and records have it."""
-        parts = [self.kind or "vanilla", *["fr"] * self.cropped, *["copying"] * self.copying]
+        parts = [self.kind or "vanilla", *["fr"] * self.cropped, *["copying"] * self.copying, *["auto"] * self.paced]
         return "+".join(parts) + ", lossy" * self.lossy
 
     @property
@@ -35,7 +37,16 @@ class Method:
 
     def label(self, vocab: int | None) -> str:
         """What tables call the method where it may propose `vocab` tokens."""
+        if self.paced:
+            return self._paced_label(vocab)
         label = self.title
         if self.cropped:
             label = f"FR-Spec {vocab:,}" if self.kind == "eagle" else f"{label} + FR {vocab:,}"
         return label + " + copying" * self.copying
+
+    def _paced_label(self, vocab: int | None) -> str:
+        """Copying goes without saying there, and its absence does not."""
+        if self.kind is None:
+            return "lookup alone, auto"
+        label = dataclasses.replace(self, paced=False, copying=False).label(vocab)
+        return f"{label}, auto" + " without copying" * (not self.copying)

@@ -5,6 +5,10 @@ Integers and scores only: no model stands here, so any drafter can grow a tree w
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +29,72 @@ class DraftTree:
     parent: Array  # [N] int32; the root is its own parent
     depth: Array  # [N] int32, 0 for the root
     ancestors: Array  # [N, words] int32, bit j: node j is this node or above it
+    copied: Array | None = None  # [N] bool, nodes that were looked up in the text; None: all were drafted
 
     @classmethod
     def of_root(cls, root: Array) -> DraftTree:
         """The tree of vanilla decoding: the root alone."""
         zero = jnp.zeros((1,), jnp.int32)
         return cls(root[None], zero, zero, jnp.ones((1, 1), jnp.int32))
+
+    def first(self, nodes: int) -> DraftTree:
+        """The tree of its first nodes alone, which holds the parents of all of them."""
+        copied = None if self.copied is None else self.copied[:nodes]
+        ancestors = self.ancestors[:nodes, : -(-nodes // 32)]
+        return DraftTree(self.tokens[:nodes], self.parent[:nodes], self.depth[:nodes], ancestors, copied)
+
+
+@struct.dataclass
+class Candidates:
+    """C nodes that were proposed below a root. A parent has a lower number than its child, and is no less likely."""
+
+    tokens: Array  # [C] int32, full-vocabulary ids
+    scores: Array  # [C] float32, log-probability of the path from the root; -inf: no such node
+    parent: Array  # [C] int32, a candidate's number; -1 for the root
+
+    @classmethod
+    def none(cls, count: int) -> Candidates:
+        """As many that are not there."""
+        zeros = jnp.zeros(count, jnp.int32)
+        return cls(zeros, jnp.full(count, -jnp.inf, jnp.float32), zeros - 1)
+
+    def with_more(self, tokens: Array, scores: Array, parent: Array) -> Candidates:
+        """And others after them; parent: numbers among all."""
+        return Candidates(
+            tokens=jnp.concatenate([self.tokens, tokens]),
+            scores=jnp.concatenate([self.scores, scores]),
+            parent=jnp.concatenate([self.parent, parent]),
+        )
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[0]
+
+
+C = TypeVar("C")
+
+
+class Going(Protocol):
+    """How far a tree grows."""
+
+    def likely(self, scores: Array, level: int) -> Array:
+        """Log-probabilities [..., K] that the target agrees, of a draft's own for tokens `level` + 1 below the root."""
+
+    def on(self, level: int, scores: Array, deeper: Callable[[C], C], ended: C) -> C:
+        """What level `level` makes of a tree that has `ended` before it, if it goes on; scores: [K], of its beams."""
+
+
+class AllTheWay:
+    """EAGLE-2's own way: every level, and the draft is believed."""
+
+    def likely(self, scores: Array, level: int) -> Array:
+        return scores
+
+    def on(self, level: int, scores: Array, deeper: Callable[[C], C], ended: C) -> C:
+        return deeper(ended)
+
+
+ALL_THE_WAY = AllTheWay()
 
 
 @struct.dataclass
@@ -44,9 +108,7 @@ class Beam:
     scores: Array  # [K] float32, cumulative log-probability under the draft
     number: Array  # [K] the beams' numbers among the candidates
     visible: Array  # [K, words] int32 bit words over the draft's tree rows: those that each beam sees, its own included
-    history_tokens: Array  # [candidates so far]
-    history_scores: Array  # [candidates so far]
-    history_parent: Array  # [candidates so far] the parent's number; -1 for the root
+    history: Candidates  # all so far
 
     @classmethod
     def start(cls, tree: TreeConfig, scores: Array, tokens: Array) -> Beam:
@@ -58,9 +120,7 @@ class Beam:
             scores=scores,
             number=number,
             visible=_own_rows(tree.draft_rows, k, 0),
-            history_tokens=tokens,
-            history_scores=scores,
-            history_parent=jnp.full((k,), -1, jnp.int32),
+            history=Candidates(tokens, scores, jnp.full((k,), -1, jnp.int32)),
         )
 
     def grow(self, scores: Array, tokens: Array, implementation: Implementation = "auto") -> tuple[Beam, Array]:
@@ -73,7 +133,7 @@ class Beam:
           The next beam, and [K] which of the present beams each new one descends from.
         """
         k = tokens.shape[0]
-        first = self.history_tokens.shape[0]  # the number of the first child
+        first = self.history.count  # the number of the first child
         level = (first - k) // (k * k) + 1  # levels whose rows the draft has written by now
         own = _own_rows(32 * self.visible.shape[1], k, level * k)
         best = best_children(self.scores, scores, tokens, self.visible, own, implementation=implementation)
@@ -82,10 +142,15 @@ class Beam:
             scores=best.scores,
             number=first + best.number,
             visible=best.sees,
-            history_tokens=jnp.concatenate([self.history_tokens, tokens.reshape(-1)]),
-            history_scores=jnp.concatenate([self.history_scores, best.every]),
-            history_parent=jnp.concatenate([self.history_parent, jnp.repeat(self.number, k)]),
+            history=self.history.with_more(tokens.reshape(-1), best.every, jnp.repeat(self.number, k)),
         ), best.number // k
+
+    def ended(self) -> Beam:
+        """A beam of the next level's shape that nothing grows on."""
+        k = self.tokens.shape[0]
+        none = Candidates.none(k * k)
+        history = self.history.with_more(none.tokens, none.scores, none.parent)
+        return dataclasses.replace(self, scores=jnp.full_like(self.scores, -jnp.inf), history=history)
 
 
 def _own_rows(rows: int, k: int, first: int) -> Array:
@@ -93,31 +158,51 @@ def _own_rows(rows: int, k: int, first: int) -> Array:
     return constant_words(np.eye(k, rows, first, dtype=bool))
 
 
-def rerank(tree: TreeConfig, beam: Beam, root: Array) -> DraftTree:
+def rerank(tree: TreeConfig, candidates: Candidates, root: Array) -> DraftTree:
     """Keep the N - 1 candidates of highest cumulative score, in the order in which they were proposed.
 
     A child's score never exceeds its parent's, and a tie goes to the earlier candidate, so the kept
     set holds every kept node's parent, and parents precede children.
     """
+    number = jnp.arange(candidates.count, dtype=jnp.int32)
+    earlier = number[None] < number[:, None]
+    stays = _rank(candidates) < tree.size - 1  # [C]
+    place = (earlier & stays[None]).sum(-1)  # [C] how many before it stay
+    return _kept(tree, candidates, root, stays, place)[0]
+
+
+def best_first(tree: TreeConfig, candidates: Candidates, root: Array) -> tuple[DraftTree, Array]:
+    """The same tree in the order of its scores, so that its first n nodes are the tree of size n; and which they are.
+
+    Returns:
+      The tree, and the numbers [N-1] of the candidates that it keeps.
+    """
+    place = _rank(candidates)
+    return _kept(tree, candidates, root, place < tree.size - 1, place)
+
+
+def _rank(candidates: Candidates) -> Array:
+    """How many candidates go before each one, [C]: those of a higher score, and of equal ones the earlier."""
     # Counting stands in for sorting: every candidate against every other is a few hundred thousand comparisons
     # in two or three fused loops, where two sorts and a binary search are a chain of small kernels on a GPU.
-    scores = beam.history_scores
-    number = jnp.arange(scores.shape[0], dtype=jnp.int32)
+    scores, number = candidates.scores, jnp.arange(candidates.count, dtype=jnp.int32)
     earlier = number[None] < number[:, None]
-    better = (scores[None] > scores[:, None]) | ((scores[None] == scores[:, None]) & earlier)
-    stays = better.sum(-1) < tree.size - 1  # [candidates]
-    place = (earlier & stays[None]).sum(-1)  # [candidates] how many before it stay
+    return ((scores[None] > scores[:, None]) | ((scores[None] == scores[:, None]) & earlier)).sum(-1)
+
+
+def _kept(tree: TreeConfig, candidates: Candidates, root: Array, stays: Array, place: Array) -> tuple[DraftTree, Array]:
+    """The tree of those that stay, [C] bool, each at its `place` [C] among them."""
     places = jnp.arange(tree.size - 1)
     kept = jnp.argmax(stays[None] & (place[None] == places[:, None]), axis=-1)  # [N-1] candidate numbers
-    above = beam.history_parent[kept]  # [N-1] candidate numbers, -1 for the root
+    above = candidates.parent[kept]  # [N-1] candidate numbers, -1 for the root
     parent = jnp.where(above < 0, 0, place[above] + 1).astype(jnp.int32)
     parent = jnp.concatenate([jnp.zeros((1,), jnp.int32), parent])
-    tokens = jnp.concatenate([root[None], beam.history_tokens[kept]])
+    tokens = jnp.concatenate([root[None], candidates.tokens[kept]])
     ancestors = own = constant_words(np.eye(tree.size, dtype=bool))
     for _ in range(tree.depth):
         ancestors = own | ancestors[parent]
     depth = lax.population_count(ancestors).sum(-1) - 1
-    return DraftTree(tokens, parent, depth, ancestors)
+    return DraftTree(tokens, parent, depth, ancestors), kept
 
 
 def accepted_path(draft: DraftTree, chosen: Array, max_depth: int, besides: Array | None = None) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ COMMANDS = {
     "curves": "plot what runs have logged",
     "medusa-tree": "fit a Medusa draft's tree to what its heads get right",
     "copying": "fit how far an EAGLE-2 draft copies what stands in the text already",
+    "pace": "find out how often the target agrees with a draft, for rounds that pay",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,11 +21,22 @@ from frspec_jax.errors import UserError
 from frspec_jax.flags import add_dtype_flag, add_tree_flags, tree_of
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
 
-COPYING = {"off": (False,), "on": (True,), "both": (False, True)}
+COPYING = {None: (None,), "off": (False,), "on": (True,), "both": (False, True)}
+PACES: dict[str, tuple[Literal["fixed", "auto"], ...]] = {
+    "fixed": ("fixed",),
+    "auto": ("auto",),
+    "both": ("fixed", "auto"),
+}
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str, dtype: str | None = None) -> None:
-    """The flags of a checkpoint, its drafts and their trees. dtype: the default; None is what suits the device."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, vocabularies: str, dtype: str | None = None, pace: str = "fixed"
+) -> None:
+    """The flags of a checkpoint, its drafts and their trees.
+
+    Args:
+      vocabularies, pace: the defaults. dtype: the default; None is what suits the device.
+    """
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
     parser.add_argument(
         "--draft", metavar="NAME,...", help="names or folders of drafts to measure (default: the only one there is)"
@@ -38,10 +50,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, vocabularies: str, dtyp
     add_tree_flags(parser)
     parser.add_argument(
         "--copying",
-        choices=COPYING,
-        default="off",
-        help="EAGLE-2 drafts also propose what followed the same tokens earlier in the text; both: each method without "
-        "it and with it (default: off)",
+        choices=[choice for choice in COPYING if choice],
+        help="drafts also propose what followed the same tokens earlier in the text; both: each method without "
+        "it and with it (default: off with a fixed pace, and on where it is auto)",
+    )
+    parser.add_argument(
+        "--pace",
+        choices=PACES,
+        default=pace,
+        help="fixed: one tree in every round, as in the papers; auto: as users get it, each round drafts and verifies "
+        f"what pays; both: each method both ways (default: {pace})",
     )
     add_dtype_flag(parser, dtype)
 
@@ -107,11 +125,11 @@ def models(
     if any(checkpoint.draft_folder(name) is None for name in names):
         raise UserError(f"{args.ckpt} holds no draft to measure; add one with python -m train eagle or convert eagle")
     check_rankings(checkpoint, rankings)
-    tree: TreeConfig = tree_of(args, preferred_tree(checkpoint, Draft(names[0]), args.dtype))
+    tree: TreeConfig = tree_of(args, preferred_tree(checkpoint, Draft(names[0], pace="fixed"), args.dtype))
     if tree.size == 1:
         raise UserError("--tree-size 1 drafts nothing; vanilla decoding is measured anyhow, so ask for 2 or more")
     sizes = sizes_of(args.draft_vocab, checkpoint.config.vocab_size)
-    drafts = varied(names, sizes, tree, rankings, COPYING[args.copying])
+    drafts = varied(names, sizes, tree, rankings, COPYING[args.copying], PACES[args.pace])
     return checkpoint, methods(checkpoint, drafts, dtype=args.dtype, context=context)
 
 

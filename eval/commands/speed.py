@@ -50,16 +50,24 @@ def run(args: argparse.Namespace) -> None:
     checkpoint, methods = models(args)
     vanilla = methods["vanilla"]
     peer = Peer(args.peer, checkpoint.stop_ids, vanilla.dtype_name) if args.peer else None
-    prompts = [vanilla.encode(q.turns[0]) for q in spread(read_questions(args.data), args.questions)]
-    figures = compare(methods, prompts, request, peer)
+    questions = spread(read_questions(args.data), args.questions)
+    prompts = [vanilla.encode(question.turns[0]) for question in questions]
+    figures = compare(methods, prompts, request, [question.task for question in questions], peer)
     show(figures)
     save(args.json, figures)
 
 
 def compare(
-    methods: dict[str, Generator], prompts: list[np.ndarray], request: Request, peer: Peer | None = None
+    methods: dict[str, Generator],
+    prompts: list[np.ndarray],
+    request: Request,
+    tasks: list[str],
+    peer: Peer | None = None,
 ) -> dict[str, Any]:
-    """Run the methods side by side; a list of figures by method, and the bandwidth they are held against."""
+    """Run the methods side by side; a list of figures by method, and the bandwidth they are held against.
+
+    tasks: of each prompt, a name under which speed-ups are pooled.
+    """
     results: dict[str, list[Result]] = {name: [] for name in methods}
     peer_rates = []
     console = Console(stderr=True)
@@ -72,10 +80,19 @@ def compare(
     side_by_side.check_rounds(sum(result.rounds for result in results["vanilla"]))
     speed = bandwidth()
     context = int(np.mean([len(p) for p in prompts])) + request.max_new_tokens // 2
-    rows = [_row(name, methods[name], results, prompts, request, speed, context) for name in methods]
+    rows = [
+        _row(name, methods[name], results)
+        | {"by_task": by_task(results[name], results["vanilla"], tasks)}
+        | _stages(methods[name], prompts, request, speed, context)
+        for name in methods
+    ]
+    for row in rows:
+        if "floor_ms" in row:
+            row["times_floor"] = round(row["round_ms"] / row["floor_ms"], 2)
     if peer_rates:
         rows.insert(0, {"name": "transformers", "tokens_per_second": round(statistics.median(peer_rates), 2)})
-    tree = next(m.tree for m in methods.values() if m.tree.size > 1)
+    trees = [m.tree for m in sorted(methods.values(), key=lambda m: m.drafting.pace is not None) if m.tree.size > 1]
+    tree = trees[0]
     return {
         "tree": {"size": tree.size, "depth": tree.depth, "top_k": tree.top_k},
         "prompts": len(prompts),
@@ -85,19 +102,32 @@ def compare(
     }
 
 
-def _row(
-    name: str,
-    model: Generator,
-    results: dict[str, list[Result]],
-    prompts: list[np.ndarray],
-    request: Request,
-    speed: float,
-    context: int,
-) -> dict[str, Any]:
-    mine, base = results[name], results["vanilla"]
+def by_task(mine: list[Result], base: list[Result], tasks: list[str]) -> dict[str, float]:
+    """How many times as fast as vanilla decoding the prompts of each task were, all of its time together."""
+
+    def seconds(results: list[Result], task: str) -> float:
+        return sum(result.decode_seconds for result, its in zip(results, tasks, strict=True) if its == task)
+
+    return {task: round(seconds(base, task) / seconds(mine, task), 3) for task in dict.fromkeys(tasks)}
+
+
+def _stages(
+    model: Generator, prompts: list[np.ndarray], request: Request, speed: float, context: int
+) -> dict[str, float]:
+    """A round's stages and its floor, where every round is the same."""
+    if model.drafting.pace is not None:
+        return {}
     times = [stages.stage_times(model, prompt, request) for prompt in prompts[:3]]
+    return {
+        "draft_ms": round(statistics.median(s.draft for s in times), 2),
+        "verify_ms": round(statistics.median(s.verify for s in times), 2),
+        "floor_ms": round(1e3 * round_bytes(model, context) / speed, 2),
+    }
+
+
+def _row(name: str, model: Generator, results: dict[str, list[Result]]) -> dict[str, Any]:
+    mine, base = results[name], results["vanilla"]
     tokens, rounds = sum(len(r.tokens) - 1 for r in mine), sum(r.rounds for r in mine)
-    floor = 1e3 * round_bytes(model, context) / speed
     round_ms = statistics.median(1e3 * r.decode_seconds / max(1, r.rounds) for r in mine)
     ratios = [r.decode_rate / b.decode_rate for r, b in zip(mine, base, strict=True) if b.decode_rate]
     return {
@@ -106,11 +136,7 @@ def _row(
         "tokens_per_second": round(statistics.median(r.decode_rate for r in mine), 2),
         "speed_up": round(statistics.median(ratios), 3),
         "accepted_length": round(tokens / max(1, rounds), 3),
-        "draft_ms": round(statistics.median(s.draft for s in times), 2),
-        "verify_ms": round(statistics.median(s.verify for s in times), 2),
         "round_ms": round(round_ms, 2),
-        "floor_ms": round(floor, 2),
-        "times_floor": round(round_ms / floor, 2),
         "identical_to_vanilla": all(r.tokens == b.tokens for r, b in zip(mine, base, strict=True)),
     }
 
@@ -141,10 +167,26 @@ def show(figures: dict[str, Any]) -> None:
     for row in figures["methods"]:
         table.add_row(*(_cell(row.get(key)) for key in HEADINGS))
     results_console().print(table)
+    tasks = list(figures["methods"][-1]["by_task"])
+    if len(tasks) > 1:
+        results_console().print(by_task_table(figures["methods"], tasks))
     print(
         "tokens/s: median over the prompts, decoding alone; accepted: tokens a round, the bonus token counted;\n"
         "× floor: a round against the time to read what it must; identical: to vanilla, on every prompt"
     )
+
+
+def by_task_table(rows: list[dict[str, Any]], tasks: list[str]) -> Table:
+    """Speed-ups over vanilla, a column a task."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="× vanilla by task, all of its time together")
+    for heading in ("method", *tasks, "mean"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in rows:
+        if row["name"] not in ("vanilla", "transformers"):
+            speed_ups = [row["by_task"][task] for task in tasks]
+            cells = [f"{value:.2f}" for value in (*speed_ups, statistics.mean(speed_ups))]
+            table.add_row(row["name"], *cells)
+    return table
 
 
 def _cell(value: Any) -> str:

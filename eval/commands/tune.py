@@ -162,7 +162,7 @@ def space_of(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, list
 
 def start_of(checkpoint: Checkpoint, draft: str | None, dtype: Any) -> Choice:
     """The setting that is used without tuning, or since the last tuning."""
-    tree = preferred_tree(checkpoint, Draft(draft), dtype)
+    tree = preferred_tree(checkpoint, Draft(draft, pace="fixed"), dtype)
     tree = defaults(dtype).tree if tree == VANILLA else tree  # an earlier tuning found that no tree pays
     model = api.load(checkpoint, Draft(draft, tree=tree), dtype=dtype)
     assert model.draft_vocab is not None

@@ -111,7 +111,7 @@ def draft_stages(plan: engine.Plan, weights: engine.Weights, context: int, dtype
         beam = Beam.start(tree, scores[0], tokens[0])
         for _level in range(1, tree.depth):
             beam, _parents = beam.grow(scores, tokens, drafter.kernels.attention)
-        return nudged(scores, rerank(tree, beam, jnp.int32(0)).depth)
+        return nudged(scores, rerank(tree, beam.history, jnp.int32(0)).depth)
 
     yield Stage("extend", 1, extend, (jnp.ones((tree.depth + 1, hidden), dtype), cache), bytes_read)
     yield Stage("level: layer", tree.depth - 1, level, (jnp.ones((k, hidden), dtype), cache), bytes_read)

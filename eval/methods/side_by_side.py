@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,15 +50,16 @@ def varied(
     vocabularies: Sequence[int | str],
     tree: TreeConfig | None,
     rankings: Sequence[Path] = (),
-    copying: Sequence[bool] = (False,),
+    copying: Sequence[bool | None] = (None,),
+    paces: Sequence[Literal["fixed", "auto"]] = ("fixed",),
 ) -> list[Draft]:
     """Every draft (None: the only one there is) without and with copying, at each V', from each of the rankings.
 
-    rankings: instead of the checkpoint's own.
+    tree: of a fixed pace; an auto one chooses by itself. rankings: instead of the checkpoint's own.
     """
     return [
-        Draft(draft, size, tree, ranking, copying=copies)
-        for draft, copies, size in itertools.product(drafts, copying, vocabularies)
+        Draft(draft, size, tree if pace == "fixed" else None, ranking, copying=copies, pace=pace)
+        for draft, pace, copies, size in itertools.product(drafts, paces, copying, vocabularies)
         for ranking in ([None] if size == "full" or not rankings else rankings)
     ]
 

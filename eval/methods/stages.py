@@ -28,14 +28,15 @@ def draft_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeS
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
 def verify_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
     """The target's pass over a tree: the `engine.Verdict`, and the state."""
-    verdict, cache = engine.verify(plan, weights, state, tree)
+    verdict, cache = engine.verify(plan, weights, state.caches.target, tree, state.length, state.asked.draw)
     return verdict, replace(state, caches=replace(state.caches, target=cache))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
 def accept_step(plan: engine.Plan, state: engine.DecodeState, tree: Any, verdict: engine.Verdict) -> Any:
     """The end of a round: the state with the accepted path emitted and committed."""
-    return engine.accept(plan, state, tree, verdict, state.caches)
+    taken, cache = engine.take(plan, tree, verdict, state.caches.target, state.length)
+    return engine.emit(plan, state, tree, taken, replace(state.caches, target=cache))
 
 
 @dataclasses.dataclass(frozen=True)

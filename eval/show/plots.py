@@ -54,12 +54,12 @@ def save(drawn: Figure, folder: Path, name: str) -> str:
     return name
 
 
-def bars(axis: Axes, names: Sequence[str], values: Sequence[float], errors: Any = None, unit: str = "") -> None:
-    """Horizontal bars, the first on top, each with its figure at the end."""
+def bars(axis: Axes, names: Sequence[str], values: Sequence[float], errors: Any = None, digits: int = 1) -> None:
+    """Horizontal bars, the first on top, each with its figure inside."""
     places = np.arange(len(names))
     axis.barh(places, values, xerr=errors, color=COLOURS[0], height=0.65, error_kw={"elinewidth": 1, "capsize": 3})
     for place, value in enumerate(values):
-        axis.annotate(f" {value:,.1f}{unit}", (0, place), va="center", ha="left", color="white", fontweight="bold")
+        axis.annotate(f" {value:,.{digits}f}", (0, place), va="center", ha="left", color="white", fontweight="bold")
     axis.set_yticks(places, [plain(name) for name in names])
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")

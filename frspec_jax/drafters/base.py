@@ -13,7 +13,8 @@ from jax import Array
 from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
-from frspec_jax.tree import DraftTree
+from frspec_jax.pace import Pace
+from frspec_jax.tree import Candidates, DraftTree, Going
 from pallas_kernels.dispatch import Kernels
 
 
@@ -36,6 +37,7 @@ class Turn:
     accepted: Accepted  # what it has not taken in yet
     root: Array  # int32, the last emitted token
     length: Array  # int32, n: the root's position, and the tokens committed before it
+    text: Array | None  # [S + 1] int32, the tokens at positions 1 .. n; None where nobody reads it (`reads_text`)
 
 
 @struct.dataclass
@@ -64,15 +66,30 @@ class Drafter(Protocol[W, M]):
     def new_memory(self, capacity: int, dtype: jnp.dtype) -> M:
         """What it remembers before it has seen anything; for texts of up to `capacity` tokens."""
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it looks at the text so far (`Turn.text`)."""
+
     def prefill(self, weights: W, features: Array, next_tokens: Array, start: Array, memory: M) -> M:
         """Take in a chunk of a prompt.
 
         features: [T, (1 + taps) H] of the tokens at `start` .. `start + T - 1`.
-        next_tokens: [T]; the last real one is not known yet, so its row is taken in again by `propose`.
+        next_tokens: [T]; the last real one is not known yet, so its row is taken in again by `take_in`.
         """
 
-    def propose(self, weights: W, tree: TreeConfig, turn: Turn, memory: M) -> tuple[DraftTree, M]:
-        """Take in what was accepted, then grow a tree below the root."""
+    def take_in(self, weights: W, turn: Turn, memory: M) -> tuple[Array, M]:
+        """Take in what was accepted: what the drafter begins with below the root, [...], and its memory."""
+
+    def propose(self, weights: W, tree: TreeConfig, lead: Array, turn: Turn, memory: M) -> tuple[DraftTree, M]:
+        """A tree below the root, where `take_in` gave `lead`."""
+
+    def offer(
+        self, weights: W, tree: TreeConfig, lead: Array, turn: Turn, memory: M, going: Going
+    ) -> tuple[Candidates, Array, M]:
+        """Every node that it would propose, level by level as far as `going` goes on, and how many levels (int32)."""
+
+    def by_level(self, tree: TreeConfig) -> tuple[int, ...]:
+        """How many candidates `offer` has at each depth below the root, in the order of their numbers."""
 
     def each_pass(self, weights: W) -> tuple[Any, ...]:
         """Those of the weights that are read whole each time that it predicts: what a floor in bytes counts."""
@@ -95,10 +112,17 @@ class Memoryless:
     def within(self, rows: int) -> Self:
         return self
 
+    @property
+    def reads_text(self) -> bool:
+        return False
+
     def prefill(
         self, weights: DraftWeights, features: Array, next_tokens: Array, start: Array, memory: DraftMemory
     ) -> DraftMemory:
         return memory
+
+    def take_in(self, weights: DraftWeights, turn: Turn, memory: DraftMemory) -> tuple[Array, DraftMemory]:
+        return turn.accepted.features[turn.accepted.count - 1], memory
 
     def each_pass(self, weights: DraftWeights) -> tuple[Any, ...]:
         return (weights,)
@@ -117,9 +141,17 @@ class Vanilla(Memoryless):
         return hash(Vanilla)
 
     def propose(
-        self, weights: DraftWeights, tree: TreeConfig, turn: Turn, memory: DraftMemory
+        self, weights: DraftWeights, tree: TreeConfig, lead: Array, turn: Turn, memory: DraftMemory
     ) -> tuple[DraftTree, DraftMemory]:
         return DraftTree.of_root(turn.root), memory
+
+    def offer(
+        self, weights: DraftWeights, tree: TreeConfig, lead: Array, turn: Turn, memory: DraftMemory, going: Going
+    ) -> tuple[Candidates, Array, DraftMemory]:
+        return Candidates.none(0), jnp.int32(0), memory
+
+    def by_level(self, tree: TreeConfig) -> tuple[int, ...]:
+        return ()
 
     def passes(self, tree: TreeConfig) -> int:
         return 0
@@ -179,6 +211,9 @@ class DraftSpec(Protocol):
 
     def fit(self, tree: TreeConfig) -> TreeConfig:
         """The tree that it grows where `tree` is asked for; a draft with a tree of its own may offer fewer nodes."""
+
+    def fit_pace(self, pace: Pace, vocab: int) -> Pace:
+        """The pace that suits it with a V' of `vocab`, where `pace` suits the device: it may have levels of its own."""
 
     def assemble(
         self, target: Target, params: Any, ids: np.ndarray, *, kernels: Kernels, int8: bool = False

@@ -17,10 +17,10 @@ from jax import Array
 from frspec_jax import kv_cache
 from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.drafters.base import DraftMemory, DraftWeights, Turn
-from frspec_jax.drafters.copying import Copying, NoCopying, WholeHead
+from frspec_jax.drafters.copying import Copies, Copying, NoCopies, NoCopying, WholeHead
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.placement import Placement
-from frspec_jax.tree import Beam, DraftTree, rerank
+from frspec_jax.tree import ALL_THE_WAY, Beam, Candidates, DraftTree, Going, rerank
 from frspec_jax.vocabulary import DraftHead
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.products import take_rows
@@ -41,7 +41,17 @@ class BeamMemory(DraftMemory):
     """What a drafter of one layer remembers between rounds."""
 
     kv: LayerKV
-    text: Array | None  # [S + 1] int32, the tokens so far where copying looks at them (`Copying.new_text`)
+
+
+@struct.dataclass
+class Frontier:
+    """A tree in the making, where it grows next."""
+
+    beam: Beam
+    inputs: Array  # [K, H], what the layer reads for each beam beside its token
+    kv: LayerKV
+    copies: Copies | NoCopies
+    levels: Array  # int32, grown so far
 
 
 W = TypeVar("W", bound=BeamWeights)
@@ -72,17 +82,31 @@ class BeamDrafter(abc.ABC, Generic[W]):
         """What the LM head reads of the layer's outputs, both [T, H]."""
 
     def new_memory(self, capacity: int, dtype: jnp.dtype) -> BeamMemory:
-        return BeamMemory(kv_cache.empty(self.config, capacity, dtype)[0], self.copying.new_text(capacity))
+        return BeamMemory(kv_cache.empty(self.config, capacity, dtype)[0])
+
+    @property
+    def reads_text(self) -> bool:
+        return self.copying.reads_text
 
     def prefill(self, weights: W, features: Array, next_tokens: Array, start: Array, memory: BeamMemory) -> BeamMemory:
         return self._taken_in(weights, features, next_tokens, start, memory)[1]
 
-    def propose(self, weights: W, tree: TreeConfig, turn: Turn, memory: BeamMemory) -> tuple[DraftTree, BeamMemory]:
+    def take_in(self, weights: W, turn: Turn, memory: BeamMemory) -> tuple[Array, BeamMemory]:
         accepted = turn.accepted
         with jax.named_scope("extend"):  # overwrites what the draft wrote for the last tree
             start = turn.length - accepted.count
             outputs, memory = self._taken_in(weights, accepted.features, accepted.next_tokens, start, memory)
-        return self.grow(weights, tree, outputs[accepted.count - 1], turn, memory)
+        return outputs[accepted.count - 1], memory
+
+    def propose(
+        self, weights: W, tree: TreeConfig, lead: Array, turn: Turn, memory: BeamMemory
+    ) -> tuple[DraftTree, BeamMemory]:
+        candidates, _, memory = self.offer(weights, tree, lead, turn, memory)
+        with jax.named_scope("rerank"):
+            return rerank(tree, candidates, turn.root), memory
+
+    def by_level(self, tree: TreeConfig) -> tuple[int, ...]:
+        return tree.top_k, *(tree.top_k**2,) * (tree.depth - 1)
 
     def each_pass(self, weights: W) -> tuple[Any, ...]:
         return self.layer_params(weights), weights.head
@@ -97,32 +121,43 @@ class BeamDrafter(abc.ABC, Generic[W]):
     def within(self, rows: int) -> Self:
         return dataclasses.replace(self, kernels=dataclasses.replace(self.kernels, rows=rows))  # type: ignore[type-var]
 
-    def grow(
-        self, weights: W, tree: TreeConfig, feature: Array, turn: Turn, memory: BeamMemory
-    ) -> tuple[DraftTree, BeamMemory]:
-        """Grow EAGLE-2's dynamic tree below the root, then keep its best `tree.size` nodes.
+    def offer(
+        self,
+        weights: W,
+        tree: TreeConfig,
+        lead: Array,
+        turn: Turn,
+        memory: BeamMemory,
+        going: Going = ALL_THE_WAY,
+    ) -> tuple[Candidates, Array, BeamMemory]:
+        """Grow EAGLE-2's dynamic tree below the root.
 
-        Level 0 reads the K best tokens off `feature` [H], the draft's output for the last committed pair; each further
+        Level 0 reads the K best tokens off `lead` [H], the draft's output for the last committed pair; each further
         level runs the K beams through the draft, takes each one's K best tokens, and makes the K best of those K² the
         next beams.
         """
-        committed, kv = turn.length, memory.kv
-        copies = self.copying.below_root(memory.text, committed, weights.whole)
+        copies = self.copying.below_root(turn.text, turn.length, weights.whole)
         with jax.named_scope("draft_level_0"):
-            scores, tokens = copies.raised(*self._best_tokens(weights, tree, feature[None]))
-            beam = Beam.start(tree, scores[0], tokens[0])
-            inputs = jnp.broadcast_to(feature, (tree.top_k, feature.shape[0]))
-        parents = jnp.zeros(tree.top_k, jnp.int32)  # beams of the level above
+            scores, tokens = copies.raised(*self._best_tokens(weights, tree, lead[None]))
+            beam = Beam.start(tree, going.likely(scores[0], 0), tokens[0])
+            inputs = jnp.broadcast_to(lead, (tree.top_k, lead.shape[0]))
+            copies = copies.below(beam.tokens, jnp.zeros(tree.top_k, jnp.int32))
+        at = Frontier(beam, inputs, memory.kv, copies, jnp.int32(1))
         for level in range(1, tree.depth):
+
+            def deeper(ended: Frontier, level: int = level, at: Frontier = at) -> Frontier:
+                beam = at.beam
+                where = Placement.of_level(beam, level, turn.length)
+                embeddings = take_rows(weights.embedding, beam.tokens)
+                outputs, kv = self.extend(weights, embeddings, at.inputs, where, ended.kv)
+                scores, tokens = at.copies.raised(*self._best_tokens(weights, tree, outputs))
+                beam, parents = beam.grow(going.likely(scores, level), tokens, self.kernels.attention)
+                copies = at.copies.below(beam.tokens, parents)
+                return Frontier(beam, outputs[parents], kv, copies, at.levels + 1)
+
             with jax.named_scope(f"draft_level_{level}"):
-                where = Placement.of_level(beam, level, committed)
-                outputs, kv = self.extend(weights, take_rows(weights.embedding, beam.tokens), inputs, where, kv)
-                copies = copies.below(beam.tokens, parents)
-                scores, tokens = copies.raised(*self._best_tokens(weights, tree, outputs))
-                beam, parents = beam.grow(scores, tokens, self.kernels.attention)
-                inputs = outputs[parents]
-        with jax.named_scope("rerank"):
-            return rerank(tree, beam, turn.root), dataclasses.replace(memory, kv=kv)
+                at = going.on(level, at.beam.scores, deeper, dataclasses.replace(at, beam=at.beam.ended()))
+        return at.beam.history, at.levels, BeamMemory(at.kv)
 
     def _best_tokens(self, weights: W, tree: TreeConfig, outputs: Array) -> tuple[Array, Array, Array]:
         """What the head reads of outputs [M, H], and the K best tokens: log-probabilities and ids, [M, K] each."""
@@ -140,4 +175,4 @@ class BeamDrafter(abc.ABC, Generic[W]):
         inputs, embeddings = self.fused(weights, features), take_rows(weights.embedding, next_tokens)
         where = Placement.chain(start, features.shape[0])
         outputs, kv = self.extend(weights, embeddings, inputs, where, memory.kv)
-        return outputs, BeamMemory(kv, self.copying.noted(memory.text, next_tokens, start))
+        return outputs, BeamMemory(kv)

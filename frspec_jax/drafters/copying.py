@@ -6,8 +6,8 @@ It can be looked up: where the last tokens occurred earlier, what stood behind t
 decoding). Here it is no guess beside the draft's but part of its distribution, so that the tree's scores
 weigh both. A draft may say what it likes: the target alone decides, and the text stays the same.
 
-A drafter holds `Copying` or `NO_COPYING`. Each makes what is remembered of a text, and, below a root, what raises the
-scores of beams level by level: `Copies`, or `NoCopies`, which changes nothing.
+A drafter holds `Copying` or `NO_COPYING`. Below a root each makes what raises the scores of beams level by level:
+`Copies`, or `NoCopies`, which changes nothing.
 """
 
 from __future__ import annotations
@@ -47,17 +47,13 @@ class Copying:
         """What is read of a head [V, H] of which the draft keeps the rows `ids` [V']."""
         return WholeHead(weight, jnp.asarray(np.isin(np.arange(weight.shape[0]), ids)))
 
-    def new_text(self, capacity: int) -> Array | None:
-        """The text so far, [S + 1] int32, while nothing is known of it (-1); the first token never is."""
-        return jnp.full(capacity + 1, -1, jnp.int32)
-
-    def noted(self, text: Array | None, next_tokens: Array, start: Array) -> Array | None:
-        """The text with `next_tokens` [T] at positions start + 1 .. start + T."""
-        assert text is not None
-        return lax.dynamic_update_slice(text, next_tokens, (start + 1,))
+    @property
+    def reads_text(self) -> bool:
+        """Whether it looks at the text so far (`base.Turn.text`)."""
+        return True
 
     def below_root(self, text: Array | None, length: Array, whole: WholeHead | None) -> Copies:
-        """What raises the scores of a tree's beams; the root stands at position `length`."""
+        """What raises the scores of a tree's beams; the root stands at position `length` of the text [S + 1]."""
         assert text is not None and whole is not None
         return Copies(self, whole, text, length, recent(text, length)[None], length[None])
 
@@ -69,11 +65,9 @@ class NoCopying:
     def whole_head(self, weight: Array, ids: np.ndarray) -> WholeHead | None:
         return None
 
-    def new_text(self, capacity: int) -> Array | None:
-        return None
-
-    def noted(self, text: Array | None, next_tokens: Array, start: Array) -> Array | None:
-        return None
+    @property
+    def reads_text(self) -> bool:
+        return False
 
     def below_root(self, text: Array | None, length: Array, whole: WholeHead | None) -> NoCopies:
         return NoCopies()
@@ -82,6 +76,7 @@ class NoCopying:
 NO_COPYING = NoCopying()
 
 
+@struct.dataclass
 class NoCopies:
     """Raises nothing, at any level."""
 
@@ -92,11 +87,11 @@ class NoCopies:
         return self
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Copies:
     """What followed the last tokens of M beams, at one level of a tree in the making."""
 
-    copying: Copying
+    copying: Copying = struct.field(pytree_node=False)
     whole: WholeHead
     text: Array  # [S + 1] int32
     length: Array  # int32 scalar, the root's position

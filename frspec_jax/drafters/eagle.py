@@ -25,6 +25,7 @@ from frspec_jax.drafters.beam import BeamDrafter, BeamWeights
 from frspec_jax.drafters.copying import NO_COPYING, Copying, NoCopying
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, Pass, decoder_layer, linear
+from frspec_jax.pace import Pace
 from frspec_jax.placement import Placement
 from frspec_jax.schema import checked
 from frspec_jax.vocabulary import crop
@@ -156,6 +157,9 @@ class EagleConfig:
 
     def fit(self, tree: TreeConfig) -> TreeConfig:
         return tree
+
+    def fit_pace(self, pace: Pace, vocab: int) -> Pace:
+        return pace.with_beams(min(pace.growth.top_k, vocab))
 
     def assemble(
         self, target: Target, params: EagleParams, ids: np.ndarray, *, kernels: Kernels, int8: bool = False

@@ -27,6 +27,7 @@ from frspec_jax.drafters.copying import NO_COPYING, NoCopying
 from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import LayerParams, Pass, decoder_layer
+from frspec_jax.pace import Pace
 from frspec_jax.placement import Placement
 from frspec_jax.schema import checked
 from frspec_jax.vocabulary import crop
@@ -215,6 +216,9 @@ class Eagle3Config:
 
     def fit(self, tree: TreeConfig) -> TreeConfig:
         return tree
+
+    def fit_pace(self, pace: Pace, vocab: int) -> Pace:
+        return pace.with_beams(min(pace.growth.top_k, vocab))
 
     def assemble(
         self, target: Target, params: Eagle3Params, ids: np.ndarray, *, kernels: Kernels, int8: bool = False

@@ -22,8 +22,9 @@ from frspec_jax import shapes
 from frspec_jax.config import TREE_LIMIT, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import DraftMemory, DraftWeights, Memoryless, Target, Turn, no_copies
 from frspec_jax.layers import linear
+from frspec_jax.pace import Pace
 from frspec_jax.schema import checked
-from frspec_jax.tree import DraftTree
+from frspec_jax.tree import ALL_THE_WAY, Candidates, DraftTree, Going
 from frspec_jax.vocabulary import DraftHead, crop
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.subvocab_head import subvocab_top_k
@@ -129,31 +130,62 @@ class Medusa(Memoryless):
     kernels: Kernels = AUTO
 
     def propose(
-        self, weights: MedusaWeights, tree: TreeConfig, turn: Turn, memory: DraftMemory
+        self, weights: MedusaWeights, tree: TreeConfig, lead: Array, turn: Turn, memory: DraftMemory
     ) -> tuple[DraftTree, DraftMemory]:
         choices = within(self.choices, tree)
         parent, depth, ancestors = skeleton(choices)
-        levels, ranks = int(depth.max()), 1 + max(max(path) for path in choices)
-        with jax.named_scope("medusa_heads"):
-            feature = turn.accepted.features[turn.accepted.count - 1][None]
-            index = best_rows(weights, feature, levels, ranks, self.kernels)
-        index = index[depth[1:] - 1, np.array([path[-1] for path in choices])]
-        tokens = weights.lm_heads[0].ids[index]  # the only place where a sub-vocabulary index becomes an id
-        tokens = jnp.concatenate([turn.root[None], tokens])
+        tokens = jnp.concatenate([turn.root[None], self._said(weights, choices, lead)[1]])
         return DraftTree(tokens, jnp.asarray(parent), jnp.asarray(depth), jnp.asarray(ancestors)), memory
 
+    def offer(
+        self,
+        weights: MedusaWeights,
+        tree: TreeConfig,
+        lead: Array,
+        turn: Turn,
+        memory: DraftMemory,
+        going: Going = ALL_THE_WAY,
+    ) -> tuple[Candidates, Array, DraftMemory]:
+        choices = self._offered(tree)
+        parent, depth, _ = skeleton(choices)
+        own, tokens = self._said(weights, choices, lead)
+        paths: list[Array] = []
+        for node, above in enumerate(parent[1:] - 1):
+            score = going.likely(own[node], int(depth[1 + node]) - 1)
+            paths.append(score if above < 0 else paths[above] + score)
+        return Candidates(tokens, jnp.stack(paths), jnp.asarray(parent[1:] - 1)), jnp.int32(1), memory
 
-def best_rows(weights: MedusaWeights, feature: Array, levels: int, ranks: int, kernels: Kernels) -> Array:
-    """The best `ranks` rows of the first `levels` heads, [levels, ranks] int32, given a feature [1, H]."""
+    def by_level(self, tree: TreeConfig) -> tuple[int, ...]:
+        return tuple(np.bincount([len(path) - 1 for path in self._offered(tree)]).tolist())
+
+    def _offered(self, tree: TreeConfig) -> Choices:
+        """The paths of a tree, a level after the other."""
+        return tuple(sorted(within(self.choices, tree), key=len))
+
+    def _said(self, weights: MedusaWeights, choices: Choices, lead: Array) -> tuple[Array, Array]:
+        """What the heads say of each path's last token: its log-probability and its id, [C] each."""
+        levels, ranks = max(map(len, choices)), 1 + max(max(path) for path in choices)
+        with jax.named_scope("medusa_heads"):
+            scores, rows = best_rows(weights, lead[None], levels, ranks, self.kernels)
+        at = np.array([len(path) - 1 for path in choices]), np.array([path[-1] for path in choices])
+        return scores[at], weights.lm_heads[0].ids[rows[at]]  # the only place where a row becomes an id
+
+
+def best_rows(weights: MedusaWeights, feature: Array, levels: int, ranks: int, kernels: Kernels) -> tuple[Array, Array]:
+    """The best `ranks` rows of the first `levels` heads, given a feature [1, H].
+
+    Returns:
+      Their log-probabilities, and which they are (int32): [levels, ranks] each.
+    """
     outputs = [residual(blocks, feature.astype(blocks[0].weight.dtype)) for blocks in weights.blocks[:levels]]
     if len(weights.lm_heads) == 1:  # all heads read through one: a single product
         outputs = [jnp.concatenate(outputs)]
-    return jnp.concatenate(
-        [
-            subvocab_top_k(rows, head.weight, ranks, head.scale, implementation=kernels.head)[1]
-            for rows, head in zip(outputs, weights.lm_heads, strict=False)
-        ]
-    )
+    best = [
+        subvocab_top_k(rows, head.weight, ranks, head.scale, implementation=kernels.head)
+        for rows, head in zip(outputs, weights.lm_heads, strict=False)
+    ]
+    scores, rows = zip(*best, strict=True)
+    return jnp.concatenate(scores), jnp.concatenate(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +229,12 @@ class MedusaConfig:
     def fit(self, tree: TreeConfig) -> TreeConfig:
         """As much of the draft's own tree as `tree` has room for."""
         return dataclasses.replace(tree, size=1 + len(within(self.choices, tree)))
+
+    def fit_pace(self, pace: Pace, vocab: int) -> Pace:
+        """All of the draft's own tree: its heads speak all at once, so that there is no level to end at."""
+        paths = [path for path in self.choices if max(path) < vocab and len(path) <= pace.growth.depth]
+        growth = TreeConfig(1 + len(paths), max(map(len, paths)), 1 + max(max(path) for path in paths))
+        return dataclasses.replace(pace, growth=growth)
 
     def assemble(
         self, target: Target, params: MedusaParams, ids: np.ndarray, *, kernels: Kernels, int8: bool = False

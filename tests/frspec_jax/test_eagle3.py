@@ -207,9 +207,14 @@ def test_proposals_are_ids_of_the_vocabulary_that_is_left(order):
     rng = np.random.default_rng(4)
     features = jnp.asarray(rng.normal(size=(3, 4 * cfg.hidden_size)), jnp.float32)
     accepted = Accepted(features, jnp.array([4, 9, 1], jnp.int32), jnp.int32(2))
-    turn = Turn(accepted, jnp.int32(9), jnp.int32(2))
-    propose = jax.jit(drafter.propose, static_argnames="tree")
-    tree, _ = propose(weights, TreeConfig(20, 3, 4), turn, drafter.new_memory(256, jnp.float32))
+    turn = Turn(accepted, jnp.int32(9), jnp.int32(2), None)
+
+    @jax.jit
+    def proposed(weights, turn, memory):
+        lead, memory = drafter.take_in(weights, turn, memory)
+        return drafter.propose(weights, TreeConfig(20, 3, 4), lead, turn, memory)[0]
+
+    tree = proposed(weights, turn, drafter.new_memory(256, jnp.float32))
     assert set(np.asarray(tree.tokens[1:]).tolist()) <= set(ids.tolist())
 
 

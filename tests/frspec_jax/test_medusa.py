@@ -114,7 +114,9 @@ def test_proposals_are_the_best_of_each_head(own, ids):
     features = np.random.default_rng(6).normal(size=(5, cfg.hidden_size)).astype(np.float32)
     accepted = Accepted(jnp.asarray(features), jnp.zeros(5, jnp.int32), jnp.int32(3))
     shape = TreeConfig(64, 4, 10)
-    tree, memory = drafter.propose(weights, shape, Turn(accepted, jnp.int32(42), jnp.int32(8)), NO_MEMORY)
+    turn = Turn(accepted, jnp.int32(42), jnp.int32(8), None)
+    lead, memory = drafter.take_in(weights, turn, NO_MEMORY)
+    tree, memory = drafter.propose(weights, shape, lead, turn, memory)
     assert isinstance(tree, DraftTree) and memory is NO_MEMORY
     expected = reference(published(spec, params), np.array(head), features[2:3], 1)
     ranked = [kept[np.argsort(-logits[0][kept], kind="stable")] for logits in expected]

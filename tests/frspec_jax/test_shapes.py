@@ -40,12 +40,19 @@ def test_of_a_round(kind, tree, settings):
     prefill = functools.partial(engine.prefill.__wrapped__, plan)
     state = jax.eval_shape(prefill, w, caches, chunk, asked)
     proposed, memory = jax.eval_shape(functools.partial(engine.draft, plan), w, state)
-    verdict, cache = jax.eval_shape(functools.partial(engine.verify, plan), w, state, proposed)
+    verdict, cache = jax.eval_shape(
+        functools.partial(engine.verify, plan), w, state.caches.target, proposed, state.length, asked.draw
+    )
+    taken, cache = jax.eval_shape(functools.partial(engine.take, plan), proposed, verdict, cache, state.length)
     after = jax.eval_shape(
-        functools.partial(engine.accept, plan), state, proposed, verdict, engine.Caches(cache, memory)
+        functools.partial(engine.emit, plan),
+        state,
+        proposed,
+        taken,
+        engine.Caches(cache, memory, state.caches.text),
     )
     sizes = letters(plan, capacity)
-    parts = (chunk, asked, state, proposed, verdict, after)
+    parts = (chunk, asked, state, proposed, verdict, taken, after)
     assert all(said.check(part, sizes) > 1 for part in parts)
     assert (verdict.typical is None) == (settings.typical == 0)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
@@ -60,7 +67,7 @@ def test_of_a_growing_tree(tree):
         for level in range(1, tree.depth):
             seen += [beam, Placement.of_level(beam, level, jnp.int32(7))]
             beam, _ = beam.grow(scores, tokens)
-        return (*seen, beam, rerank(tree, beam, jnp.int32(0)))
+        return (*seen, beam, rerank(tree, beam.history, jnp.int32(0)))
 
     shape = jax.ShapeDtypeStruct
     made = jax.eval_shape(grown, shape((k, k), jnp.float32), shape((k, k), jnp.int32))

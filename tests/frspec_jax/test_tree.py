@@ -92,7 +92,7 @@ def grown(tree: TreeConfig, proposals) -> tuple[DraftTree, list[Beam], list[jax.
         beam, parents = beam.grow(scores, tokens)
         beams.append(beam)
         descents.append(parents)
-    return rerank(tree, beam, jnp.int32(ROOT)), beams, descents
+    return rerank(tree, beam.history, jnp.int32(ROOT)), beams, descents
 
 
 def bits(words: np.ndarray) -> list[set[int]]:
@@ -143,10 +143,10 @@ def test_trees_from_real_numbers_are_whole(tree, seed):
     assert len(set(siblings)) == tree.size - 1
     lines = bits(draft.ancestors)
     assert all(lines[n] == lines[parent[n]] | {n} for n in nodes[1:])
-    scores = np.asarray(beams[-1].history_scores)
+    scores = np.asarray(beams[-1].history.scores)
     kept = np.sort(np.argsort(-scores, kind="stable")[: tree.size - 1])
     assert len(scores) == tree.candidates
-    assert np.array_equal(draft.tokens[1:], np.asarray(beams[-1].history_tokens)[kept])
+    assert np.array_equal(draft.tokens[1:], np.asarray(beams[-1].history.tokens)[kept])
 
 
 # Accepting ---------------------------------------------------------------------------------------

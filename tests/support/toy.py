@@ -18,11 +18,15 @@ from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.drafters.eagle3 import Eagle3Config, Eagle3Params
 from frspec_jax.drafters.medusa import PUBLISHED_63, MedusaConfig, MedusaParams
 from frspec_jax.llama import LlamaParams
+from frspec_jax.pace import Pace
+from frspec_jax.pace_tables import DEFAULT, tables_of
 from frspec_jax.sampling import rule_of
 from frspec_jax.shapes import model_shapes
 from frspec_jax.tree import DraftTree
 from pallas_kernels.dispatch import AUTO
 from pallas_kernels.visibility import causal
+
+PACE = Pace((1, 2, 4, 8), TreeConfig(8, 3, 4))
 
 
 def config(vocab_size: int = 24, **changes: Any) -> ModelConfig:
@@ -118,6 +122,23 @@ def plan(
     return engine.Plan(cfg, drafter, tree, stop_ids, rule_of(settings))
 
 
+def paced(
+    cfg: ModelConfig, kind: str | None, settings: Sampling = Sampling(), ids: np.ndarray | None = None, **changes: Any
+) -> tuple[engine.Plan, engine.Weights]:
+    """A plan with a pace for a kind of draft (None: only what stands in the text), and weights with usual tables.
+
+    changes: of the `Pace`.
+    """
+    tree, pace = TreeConfig(8, 5, 4), dataclasses.replace(PACE, **changes)
+    if kind is None:
+        w, drafter = engine.Weights(target(cfg), NO_WEIGHTS), Vanilla()
+    else:
+        w, drafter = weights(cfg, ids, kind=kind)
+        pace = DRAFTS[kind](cfg)[0].fit_pace(pace, cfg.vocab_size if ids is None else len(ids))
+    one = dataclasses.replace(plan(cfg, drafter, tree, settings), pace=pace)
+    return one, dataclasses.replace(w, pace=tables_of(pace, tree, DEFAULT))
+
+
 def vanilla_plan(cfg: ModelConfig, settings: Sampling = Sampling(), stop_ids: tuple[int, ...] = ()) -> engine.Plan:
     return plan(cfg, Vanilla(), VANILLA, settings, stop_ids)
 
@@ -135,7 +156,7 @@ def decode(
 ) -> tuple[list[int], engine.DecodeState]:
     """The tokens that a plan emits after a prompt, and the last state."""
     assert plan.rule == rule_of(settings), "a plan is decoded with the settings that it was made for"
-    if isinstance(plan.drafter, Vanilla):
+    if isinstance(plan.drafter, Vanilla) and plan.pace is None:
         w = engine.Weights(w.target, NO_WEIGHTS)
     caches = engine.new_caches(plan, capacity, jnp.float32)
     asked = engine.Asked.of(settings, seed=seed, limit=limit)
@@ -157,7 +178,7 @@ class Oracle(Memoryless):
     """A drafter that is told the answer: it proposes, as a chain, the tokens that are to come."""
 
     def propose(
-        self, weights: Told, tree: TreeConfig, turn: Turn, memory: DraftMemory
+        self, weights: Told, tree: TreeConfig, lead: Array, turn: Turn, memory: DraftMemory
     ) -> tuple[DraftTree, DraftMemory]:
         nodes = jnp.arange(tree.size, dtype=jnp.int32)
         tokens = weights.text[turn.length + nodes]

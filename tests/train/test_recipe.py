@@ -109,13 +109,13 @@ def test_passes_say_the_tokens_that_drafting_does(drafting):
     own = drafting.outputs(drafting.row)[0]
     head = DraftHead(drafting.head, jnp.arange(40))
     weights = drafter.EagleWeights(drafting.embedding, head, None, drafting.params)
-    grow = jax.jit(drafter.Eagle(drafting.layer).grow, static_argnames="tree")
+    propose = jax.jit(drafter.Eagle(drafting.layer).propose, static_argnames="tree")
     for committed in range(1, drafting.count - 2):
         root = jnp.int32(drafting.row.next_tokens[committed - 1])
         feature, shape = own[committed - 1], TreeConfig(4, 3, 1)
         accepted = Accepted(feature[None], root[None], jnp.int32(1))
-        turn = Turn(accepted, root, jnp.int32(committed))
-        tree, _ = grow(weights, shape, feature, turn, BeamMemory(cache, None))
+        turn = Turn(accepted, root, jnp.int32(committed), None)
+        tree, _ = propose(weights, shape, feature, turn, BeamMemory(cache))
         assert int(tree.tokens[0]) == int(root)
         chain = np.asarray(tree.tokens[1:])
         next_tokens = drafting.row.next_tokens.copy()
