@@ -141,7 +141,7 @@ def pace_of(draft: Draft, dtype: Any) -> Pace | None:
         raise UserError("--pace auto needs a tree to choose from; drop --tree-size 1, or say --draft none")
     sizes = (*(size for size in pace.sizes if size < tree.size), tree.size)
     growth = dataclasses.replace(pace.growth, size=2, depth=min(tree.depth, pace.growth.depth))
-    return Pace(sizes, growth, pace.lookup).with_beams(tree.top_k)
+    return dataclasses.replace(pace, sizes=sizes, growth=growth).with_beams(tree.top_k)
 
 
 def looking_up(draft: Draft, dtype: Any) -> Drafting:

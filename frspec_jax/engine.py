@@ -387,7 +387,7 @@ def paced_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState
     def offer(nothing: Drafted) -> Drafted:
         assert plan.pace is not None and weights.pace is not None
         lead, memory = drafter.take_in(weights.draft, turn, nothing[2])
-        going = Growing(weights.pace, price, trust[pace.DRAFTED])
+        going = Growing(plan.pace, weights.pace, price, trust[pace.DRAFTED])
         return drafter.offer(weights.draft, plan.pace.growth, lead, turn, memory, going)
 
     with jax.named_scope("draft"):

@@ -45,6 +45,7 @@ class Pace:
     sizes: tuple[int, ...]  # nodes that a round may verify, the root among them: 1 first, ascending
     growth: TreeConfig  # the drafter's levels, and its beams; of a tree that is its own, the nodes too
     lookup: bool = True  # whether tokens are looked up in the text too
+    ends: bool = True  # whether growing may end at any level: a GPU's host would wait for each answer
 
     def with_beams(self, top_k: int) -> Pace:
         """The same with so many beams a level."""
@@ -136,6 +137,7 @@ def when(pays: Array, run: Callable[[C], C], carry: C) -> C:
 class Growing:
     """How far a drafter goes on in a round (`tree.Going`)."""
 
+    pace: Pace
     tables: PaceTables
     price: Array
     trust: Array  # float32, of drafted nodes
@@ -145,6 +147,8 @@ class Growing:
         return jnp.log(jnp.clip(chance * (self.trust if level == 0 else 1.0), 1e-9, 1.0))
 
     def on(self, level: int, scores: Array, deeper: Callable[[C], C], ended: C) -> C:
+        if not self.pace.ends:
+            return deeper(ended)
         draft = self.tables.costs.draft
         pays = jnp.exp(scores[0]) * LIKELY_CHILD > self.price * (draft[level + 1] - draft[level])
         return when(pays, deeper, ended)

@@ -20,6 +20,7 @@ from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import Vanilla
 from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.engine import Chunk, Plan
+from frspec_jax.pace_tables import DEFAULT, tables_of
 from frspec_jax.presets import config_of, eagle_of, random_weights, state_at
 from frspec_jax.sampling import Rule
 from pallas_kernels.device import H100, compiling_for
@@ -45,7 +46,7 @@ KERNELS = {
 class Case:
     """A program by what a reader would ask for."""
 
-    what: str = "round"  # of `TRACED`
+    what: str = "round"  # of `TRACED`; "paced" is a round that chooses what it drafts and verifies
     model: str = "llama3-8b"  # of `SHAPES`
     layers: int = 0  # 0: all of the model's
     draft_vocab: int = 32_768  # 0: the model's own
@@ -59,7 +60,7 @@ class Case:
     def name(self) -> str:
         """What tells it from the other cases."""
         said = [self.model] + ([f"{self.layers} layers"] if self.layers else [])
-        if self.what == "round":
+        if self.what in ("round", "paced"):
             said.append(f"V' {self.draft_vocab:,}" if self.draft_vocab else "full vocabulary")
         if self.what != "train":
             said.append(f"kernels {self.kernels}")
@@ -127,6 +128,11 @@ def _plan(case: Case) -> tuple[Plan, Any, Any]:
     if case.what == "vanilla":
         plan, vocabulary = dataclasses.replace(plan, drafter=Vanilla(), tree=VANILLA), None
     weights = jax.eval_shape(functools.partial(random_weights, config, vocabulary, DTYPE), jax.random.key(0))
+    if case.what == "paced":
+        plan = dataclasses.replace(plan, pace=defaults.GPU_PACE, tree=defaults.DEFAULTS["gpu"].paced)
+        tables = tables_of(defaults.GPU_PACE, plan.tree, DEFAULT)
+        shaped = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tables)
+        weights = dataclasses.replace(weights, pace=shaped)
     capacity = kv_cache.rounded_capacity(case.context + ANSWER + plan.margin)
     state = jax.eval_shape(functools.partial(state_at, plan, capacity=capacity, dtype=DTYPE), jnp.int32(case.context))
     return plan, weights, state
@@ -163,7 +169,7 @@ def _training(case: Case) -> Traced:
     return Traced(function, (state, head, ranked, seed_words(0), batch), 0)
 
 
-TRACED = {"round": _rounds, "vanilla": _rounds, "prefill": _prefill, "train": _training}
+TRACED = {"round": _rounds, "paced": _rounds, "vanilla": _rounds, "prefill": _prefill, "train": _training}
 
 OURS = ("rotary_append", "tree_attention", "best_children", "subvocab_head", "fused_linear", "compact")
 

@@ -4,7 +4,7 @@ A setting is as good as its tokens a round (which the draft's quality decides) o
 round (which the device decides). Both are measured on sample prompts, one figure of the setting being
 varied at a time, best first kept, until a whole pass changes nothing. The winner is then held against
 vanilla decoding and the old default, side by side, and written to DRAFT/tuned.json, which
-`frspec_jax.load` and `generate` read; flags still win.
+`frspec_jax.load` and `generate` read; flags still win. What rounds with a pace cost here is measured anew too.
 """
 
 from __future__ import annotations
@@ -111,12 +111,17 @@ def run(args: argparse.Namespace) -> None:
     file = tuned.write(folder, dtype, setting, {**facts, "versions": provenance.versions()})
     show(best, rivals)
     if pays:
-        print(f"{file} has it: load and generate use it on this device from now on; plots are in {out}")
+        print(f"{file} has it: load and generate use its V' on this device, with --pace fixed its tree too")
     else:
+        print(f"No setting beats vanilla decoding with a fixed tree on this device, as {file} says: with --pace fixed")
         print(
-            f"No setting beats vanilla decoding on this device with this draft, and {file} says so: load and generate"
+            "load and generate decode without a draft, unless a flag asks for some of it (--draft-vocab, --tree-size)."
         )
-        print("decode without it from now on, unless a flag asks for a part of it (--draft-vocab, --tree-size).")
+    print(f"Plots are in {out}.")
+    with Console(stderr=True).status("measuring what rounds cost"):
+        paced = api.load(checkpoint, Draft(args.draft), dtype=dtype, target=bench.vanilla.weights.target)
+        paced.measure_costs()
+    print("With --pace auto, the default, rounds go by what they were measured to cost just now.")
 
 
 def figures_of(bench: Bench, draft: str, points: list[Point], rivals: dict[str, dict[str, Any]]) -> dict[str, Any]:

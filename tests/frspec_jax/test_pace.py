@@ -21,6 +21,7 @@ from frspec_jax.tree import Candidates, best_first, rerank
 K, LEVELS, T = 3, 3, 5
 BY_LEVEL = (K, K * K, K * K)
 TREE = TreeConfig(8, 5, K)
+SIZES = Pace((1, 2, 4, 8), TreeConfig(8, 3, 4))
 
 
 @st.composite
@@ -101,7 +102,7 @@ def test_best_first_holds_the_same_nodes_and_every_beginning_of_it_is_a_tree(can
 
 def test_the_size_that_pays_is_chosen():
     """By hand: 1, 1.9, 2.6 and 2.8 tokens expected; a millisecond is worth a twentieth of a token."""
-    sizes, costs = Pace((1, 2, 4, 8), TreeConfig(8, 3, 4)), Costs.of([20, 25, 30, 36], [0, 2, 3, 4])
+    sizes, costs = SIZES, Costs.of([20, 25, 30, 36], [0, 2, 3, 4])
     likely = jnp.log(jnp.array([0.9, 0.4, 0.3, 0.1, 0.05, 0.03, 0.02]))
     choice = pace.best_size(sizes, costs, jnp.float32(0.05), likely)
     assert int(choice.index) == 2 and float(choice.tokens) == pytest.approx(2.6)
@@ -158,7 +159,7 @@ def test_promises_that_are_not_kept_are_believed_less():
 def test_calibrated_chances_keep_their_order(chances, level):
     rng = np.random.default_rng(level)
     odds = Odds.of([np.sort(rng.uniform(0, 1, len(pace.GRID))).tolist() for _ in range(3)], [[0.0]])
-    growing = Growing(PaceTables(Costs.of([1.0], [0, 1, 2, 3]), odds), jnp.float32(1), jnp.float32(0.7))
+    growing = Growing(SIZES, PaceTables(Costs.of([1.0], [0, 1, 2, 3]), odds), jnp.float32(1), jnp.float32(0.7))
     likely = np.asarray(growing.likely(jnp.log(jnp.array(sorted(chances))), level))
     assert (np.diff(likely) >= 0).all() and (likely <= 0).all() and np.isfinite(likely).all()
 
@@ -167,13 +168,13 @@ def test_calibrated_chances_keep_their_order(chances, level):
 @pytest.mark.parametrize("levels", [0, 1, 3])
 def test_forced_costs_leave_one_choice(size, levels):
     """What measuring rests on: whatever the odds say, these rounds verify and draft as much as is asked."""
-    sizes = Pace((1, 2, 4, 8), TreeConfig(8, 3, 4))
+    sizes = SIZES
     costs, pulse = forced(sizes, size, levels), dataclasses.replace(Pulse.still(), gain=jnp.float32(1))
     price = pulse.price(costs)
     for likely in (jnp.zeros(7), jnp.full(7, -20.0)):
         assert int(pace.best_size(sizes, costs, price, likely).index) == size
     assert bool(pace.drafting_pays(costs, price, pulse, jnp.float32(0.05))) == (levels > 0)
-    growing = Growing(PaceTables(costs, DEFAULT.odds(3, 5)), price, jnp.float32(1))
+    growing = Growing(sizes, PaceTables(costs, DEFAULT.odds(3, 5)), price, jnp.float32(1))
     for level in (1, 2):
         went = growing.on(level, jnp.log(jnp.array([0.01, 0.005])), lambda c: c + 1, jnp.int32(0))
         assert int(went) == (level < levels)

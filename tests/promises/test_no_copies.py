@@ -18,12 +18,14 @@ pytestmark = pytest.mark.as_shipped
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
 
 
-@pytest.mark.parametrize("capacity", [512, 1024])
-def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity):
-    """Promise 5, read off the optimised HLO: caches are donated and updated in place."""
+@pytest.mark.parametrize(("capacity", "pace"), [(512, "fixed"), (1024, "fixed"), (512, "auto")])
+def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity, pace):
+    """Promise 5, read off the optimised HLO: caches are donated and updated in place, whatever a round chooses."""
     cfg = toy.config()
     w, drafter = toy.weights(cfg, kind=kind)
     plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling())
+    if pace == "auto":
+        plan, w = toy.paced(cfg, kind)
     caches = engine.new_caches(plan, capacity, jnp.float32)
     asked = engine.Asked.of(Sampling(), seed=0, limit=8)
     chunk = engine.Chunk(np.zeros(33, np.int32), np.int32(0), np.int32(1), np.bool_(True))
