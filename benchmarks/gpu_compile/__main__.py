@@ -149,7 +149,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--what", choices=("round", "paced", "vanilla", "prefill", "train"), help="one program of this kind")
+    parser.add_argument(
+        "--what", choices=("round", "paced", "vanilla", "prefill", "train"), help="one program of this kind"
+    )
     parser.add_argument(
         "--model", metavar="NAME", choices=SHAPES, help="its sizes, of pallas_kernels/models.py (default: llama3-8b)"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 from rich.text import Text as Coloured
@@ -29,7 +30,7 @@ from frspec_jax.flags import add_dtype_flag
 ORIGINS = ("the target's own", "drafted", "copied")
 STYLES = ("default", "bold green", "bold magenta")  # in the terminal
 COLOURS = ("#000000", plots.COLOURS[2], plots.COLOURS[3])  # in the picture
-LINE = 96  # characters of the picture's lines
+LINE = 124  # characters of the picture's lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,8 @@ def drawn(first: str, rounds: list[Round]) -> Figure:
         (first, 0),
         *((p, o) for one in rounds for p, o in zip(one.pieces, one.origins, strict=True)),
     ]:
-        for number, part in enumerate(piece.split("\n")):
+        shown = "".join(c if c.isprintable() or c == "\n" else "·" for c in piece)
+        for number, part in enumerate(shown.split("\n")):
             if number or sum(len(text) for text, _ in lines[-1]) + len(part) > LINE:
                 lines.append([])
             lines[-1].append((part, origin))
@@ -158,6 +160,8 @@ def drawn(first: str, rounds: list[Round]) -> Figure:
     below.bar(0, 0, color="#dddddd", label="verified")
     below.legend(ncols=4, fontsize="small", frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     below.spines[["top", "right"]].set_visible(False)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     below.set_xlabel("round")
     below.set_ylabel("tokens, nodes")
     return figure

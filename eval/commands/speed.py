@@ -83,12 +83,9 @@ def compare(
     rows = [
         _row(name, methods[name], results)
         | {"by_task": by_task(results[name], results["vanilla"], tasks)}
-        | _stages(methods[name], prompts, request, speed, context)
+        | _stages(methods[name], results[name], prompts, request, round_bytes(methods[name], context) / speed)
         for name in methods
     ]
-    for row in rows:
-        if "floor_ms" in row:
-            row["times_floor"] = round(row["round_ms"] / row["floor_ms"], 2)
     if peer_rates:
         rows.insert(0, {"name": "transformers", "tokens_per_second": round(statistics.median(peer_rates), 2)})
     trees = [m.tree for m in sorted(methods.values(), key=lambda m: m.drafting.pace is not None) if m.tree.size > 1]
@@ -112,23 +109,27 @@ def by_task(mine: list[Result], base: list[Result], tasks: list[str]) -> dict[st
 
 
 def _stages(
-    model: Generator, prompts: list[np.ndarray], request: Request, speed: float, context: int
+    model: Generator, mine: list[Result], prompts: list[np.ndarray], request: Request, floor: float
 ) -> dict[str, float]:
-    """A round's stages and its floor, where every round is the same."""
+    """A round's stages, and its `floor` in seconds, where every round is the same."""
     if model.drafting.pace is not None:
         return {}
     times = [stages.stage_times(model, prompt, request) for prompt in prompts[:3]]
     return {
         "draft_ms": round(statistics.median(s.draft for s in times), 2),
         "verify_ms": round(statistics.median(s.verify for s in times), 2),
-        "floor_ms": round(1e3 * round_bytes(model, context) / speed, 2),
+        "floor_ms": round(1e3 * floor, 2),
+        "times_floor": round(_round_ms(mine) / (1e3 * floor), 2),
     }
+
+
+def _round_ms(results: list[Result]) -> float:
+    return statistics.median(1e3 * result.decode_seconds / max(1, result.rounds) for result in results)
 
 
 def _row(name: str, model: Generator, results: dict[str, list[Result]]) -> dict[str, Any]:
     mine, base = results[name], results["vanilla"]
     tokens, rounds = sum(len(r.tokens) - 1 for r in mine), sum(r.rounds for r in mine)
-    round_ms = statistics.median(1e3 * r.decode_seconds / max(1, r.rounds) for r in mine)
     ratios = [r.decode_rate / b.decode_rate for r, b in zip(mine, base, strict=True) if b.decode_rate]
     return {
         "name": name,
@@ -136,7 +137,7 @@ def _row(name: str, model: Generator, results: dict[str, list[Result]]) -> dict[
         "tokens_per_second": round(statistics.median(r.decode_rate for r in mine), 2),
         "speed_up": round(statistics.median(ratios), 3),
         "accepted_length": round(tokens / max(1, rounds), 3),
-        "round_ms": round(round_ms, 2),
+        "round_ms": round(_round_ms(mine), 2),
         "identical_to_vanilla": all(r.tokens == b.tokens for r, b in zip(mine, base, strict=True)),
     }
 

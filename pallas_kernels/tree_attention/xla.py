@@ -16,6 +16,7 @@ from pallas_kernels.visibility import Sees
 
 BLOCK = 256  # cache rows a step; capacities are multiples of it
 UNIT = 2.0**22  # of the integers that weights in [0, 1] are added up as: 512 of them fit 32 bits
+MANY = 64  # tokens from which on the queries, and no longer the keys, are most of what there is to move
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
 
 
@@ -24,6 +25,8 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: boo
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = keys.shape
     group = heads // kv_heads
+    if tokens >= MANY and capacity > DENSE_LIMIT and not (steady and keys.dtype == jnp.uint16):
+        return _of_many(q, keys, values, sees)
     # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
     # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
     columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
@@ -48,10 +51,39 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: boo
         total, out = mix(jnp.exp(s - s.max(-1, keepdims=True)), values)
         out /= total[..., None]
     else:
-        live = sees.committed + 32 * sees.ancestors.shape[1]
-        out = _over_live_blocks(scores, mix, columns.shape[2], keys, values, live)
+        step = functools.partial(_block, scores, mix, keys, values)
+        _, total, out = lax.fori_loop(0, _live_blocks(keys, sees), step, _nothing(values, columns.shape[2]))
+        out /= total[..., None]
     out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
+
+
+def _of_many(q: Array, keys: Array, values: Array, sees: Sees) -> Array:
+    """The same for a chunk of a prompt: 0.7 of the time, for 256 tokens of SmolLM2-135M on two cores.
+
+    Only the last blocks have rows that some token does not see; before them nothing is masked. And the queries of a
+    KV head stand group by group, so that one mask serves all groups.
+    """
+    (tokens, heads, head_dim), kv_heads = q.shape, keys.shape[0]
+    group = heads // kv_heads
+    rows = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+
+    def scores(first: Array, k: Array) -> Array:
+        return einsum_f32("hqd,hkd->hqk", rows, floats_of(k).astype(q.dtype)) * head_dim**-0.5
+
+    def masked(first: Array, k: Array) -> Array:
+        visible = sees.rows(first + jnp.arange(k.shape[1], dtype=jnp.int32))  # [T, k]
+        # Behind a barrier, or XLA would work out every bit once for each head.
+        visible = lax.optimization_barrier(visible)
+        by_group = scores(first, k).reshape(kv_heads, group, *visible.shape)
+        return jnp.where(visible, by_group, MASKED).reshape(kv_heads, -1, k.shape[1])
+
+    mix, count = functools.partial(_mix, q.dtype), rows.shape[1]
+    whole, live = sees.committed // BLOCK, _live_blocks(keys, sees)
+    carry = lax.fori_loop(0, whole, functools.partial(_block, scores, mix, keys, values), _nothing(values, count))
+    carry = lax.fori_loop(whole, live, functools.partial(_block, masked, mix, keys, values), carry)
+    out = (carry[2] / carry[1][..., None]).reshape(kv_heads, group, tokens, head_dim)
+    return out.transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
 
 
 def straight(q: Array, keys: Array, values: Array, sees: Sees) -> Array:
@@ -94,32 +126,37 @@ def _least_columns(kv_heads: int) -> int:
     return max(4, -(-16 // kv_heads))
 
 
-def _over_live_blocks(
+# Online softmax over the blocks that hold live rows, so that free capacity costs nothing: of each query the largest
+# score so far, the sum of its weights, and the sum of values by them.
+Softmax = tuple[Array, Array, Array]
+
+
+def _nothing(values: Array, queries: int) -> Softmax:
+    """Before the first block."""
+    kv_heads, _, head_dim = values.shape
+    zeros = jnp.zeros((kv_heads, queries), jnp.float32)
+    return zeros + MASKED, zeros, jnp.zeros((kv_heads, queries, head_dim), jnp.float32)
+
+
+def _live_blocks(keys: Array, sees: Sees) -> Array:
+    live = sees.committed + 32 * sees.ancestors.shape[1]
+    return jnp.minimum(-(-live // BLOCK), keys.shape[1] // BLOCK)
+
+
+def _block(
     scores: Callable[[Array, Array], Array],
     mix: Callable[[Array, Array], tuple[Array, Array]],
-    rows: int,
     keys: Array,
     values: Array,
-    live: Array,
-) -> Array:
-    """Online softmax over the blocks that hold live rows, so that free capacity costs nothing."""
-    kv_heads, capacity, head_dim = keys.shape
-
-    def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        peak, total, out = carry
-        k, v = (lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=1) for rows in (keys, values))
-        s = scores(block * BLOCK, k)
-        new_peak = jnp.maximum(peak, s.max(-1))
-        weights = jnp.exp(s - new_peak[..., None])
-        old = jnp.exp(peak - new_peak)
-        sums, mixed = mix(weights, v)
-        return new_peak, total * old + sums, out * old[..., None] + mixed
-
-    start = (
-        jnp.full((kv_heads, rows), MASKED, jnp.float32),
-        jnp.zeros((kv_heads, rows), jnp.float32),
-        jnp.zeros((kv_heads, rows, head_dim), jnp.float32),
-    )
-    blocks = jnp.minimum(-(-live // BLOCK), capacity // BLOCK)
-    _, total, out = lax.fori_loop(0, blocks, step, start)
-    return out / total[..., None]
+    block: Array,
+    carry: Softmax,
+) -> Softmax:
+    """One block more."""
+    peak, total, out = carry
+    k, v = (lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=1) for rows in (keys, values))
+    s = scores(block * BLOCK, k)
+    new_peak = jnp.maximum(peak, s.max(-1))
+    weights = jnp.exp(s - new_peak[..., None])
+    old = jnp.exp(peak - new_peak)
+    sums, mixed = mix(weights, v)
+    return new_peak, total * old + sums, out * old[..., None] + mixed

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.commands import frequency, loops
+from eval.commands import demo, frequency, loops
 from eval.commands.draft_tree import PLAIN, grown, heights
 from frspec_jax import Request, TreeConfig, api
 from frspec_jax.errors import UserError
@@ -134,3 +134,47 @@ def test_the_loops_command(ckpt, tmp_path, capsys):
     assert [row["name"] for row in rows] == ["vanilla", "FR-Spec 68"]
     assert all(set(row["round_ms"]) == set(loops.DRIVES) and min(row["round_ms"].values()) > 0 for row in rows)
     assert (tmp_path / "loops.png").is_file() and "compiled loop" in capsys.readouterr().out
+
+
+# Paces --------------------------------------------------------------------------------------------
+
+
+def test_pace_shows_what_each_round_did(ckpt, tmp_path, capsys):
+    """Every token of the answer once, whatever it came from, and no more of them drafted or copied than verified."""
+    prompt = "what is what is what is it"
+    evaluate(
+        "pace",
+        "--ckpt",
+        ckpt,
+        "--prompt",
+        prompt,
+        "--max-new-tokens",
+        24,
+        "--out",
+        tmp_path,
+        "--json",
+        tmp_path / "p.json",
+    )
+    found = json.loads((tmp_path / "p.json").read_text())
+    model = api.load(ckpt, "none")
+    answer = model.generate(prompt, Request(24))
+    assert found["tokens"] == len(answer.tokens) - 1 == sum(found["tokens_by_origin"].values())
+    assert sum(one["tokens"] for one in found["by_round"]) == found["tokens"]
+    assert all(1 <= one["tokens"] <= one["nodes"] for one in found["by_round"])
+    assert (tmp_path / "pace.png").is_file() and (tmp_path / "pace.svg").is_file()
+    assert f"{found['rounds']} rounds" in capsys.readouterr().out
+    said = refused(capsys, "pace", "--ckpt", ckpt, "--prompt", prompt, "--max-new-tokens", 1)
+    assert "give at least 2" in said
+    said = refused(capsys, "pace", "--ckpt", ckpt, "--prompt", prompt, "--draft", "none")
+    assert "holds no draft to watch" in said
+
+
+def test_the_demo_compares_four_ways(ckpt, tmp_path, capsys):
+    evaluate("demo", "--ckpt", ckpt, "--max-new-tokens", 8, "--json", tmp_path / "demo.json")
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "demo.json").read_text())["methods"]
+    assert [row["name"] for row in rows] == ["vanilla", "EAGLE-2", "FR-Spec 68", "FR-Spec 68, auto"]
+    assert all(row["identical_to_vanilla"] for row in rows)
+    assert "FR-Spec as it comes is" in out and "with the same text" in out and "█" in out
+    assert all(prompt in out for prompt in demo.PROMPTS.values())
+    assert (tmp_path / "demo.png").is_file()
