@@ -30,9 +30,9 @@ class Defaults:
 
 # What a round with a pace may choose from. As deep as a chain of copied tokens that still pays; the draft's own beams
 # seldom do beyond the third level on a CPU. A GPU verifies 60 nodes in about the time of one.
-CPU_PACE = Pace((1, 2, 4, 8), TreeConfig(size=8, depth=4, top_k=4))
-AMX_PACE = Pace((1, 2, 4, 8, 16), TreeConfig(size=16, depth=4, top_k=4))
-GPU_PACE = Pace((1, 60), TreeConfig(size=60, depth=6, top_k=10), ends=False)
+CPU_PACE = Pace((1, 2, 4, 8), TreeConfig(size=2, depth=4, top_k=4))
+AMX_PACE = Pace((1, 2, 4, 8, 16), TreeConfig(size=2, depth=4, top_k=4))
+GPU_PACE = Pace((1, 60), TreeConfig(size=2, depth=6, top_k=10), ends=False)
 
 DEFAULTS = {
     # A pass over 4, 8 and 60 tokens costs a CPU about 1.5, 1.8 and 5 passes over one in float32; one with units for

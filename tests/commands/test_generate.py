@@ -34,16 +34,20 @@ def answers(capsys, checkpoint, *flags) -> list[dict]:
 @pytest.mark.parametrize("sampled", [(), ("--temperature", "1", "--seed", "4", "--top-k", "40", "--top-p", "0.9")])
 def test_the_draft_changes_nothing(checkpoint, capsys, sampled):
     found = {}
-    drafts = (("--draft", "none"), ("--draft-vocab", "full"), ("--draft-vocab", "32"), (), ("--copying", "on"),
-              ("--tree-size", "1"))  # fmt: skip
+    fixed = ("--pace", "fixed")
+    drafts = (("--draft", "none"), ("--draft-vocab", "full", *fixed), ("--draft-vocab", "32", *fixed), fixed,
+              ("--copying", "on", *fixed), ("--tree-size", "1"), (), ("--copying", "off"),
+              ("--draft", "none", "--copying", "on"))  # fmt: skip
     for flags in drafts:
         (found[flags],) = answers(capsys, checkpoint, "--prompt", "the end", *flags, *sampled)
     assert all(set(answer) == KEYS for answer in found.values())
     assert len({tuple(answer["tokens"]) for answer in found.values()}) == 1
-    methods = ["vanilla", "eagle", "eagle+fr", "eagle+fr", "eagle+fr+copying", "vanilla"]
+    methods = ["vanilla", "eagle", "eagle+fr", "eagle+fr", "eagle+fr+copying", "vanilla", "eagle+fr+copying+auto",
+               "eagle+fr+auto", "vanilla+copying+auto"]  # fmt: skip
     quarter = VOCAB_SIZE // 4
+    sizes = [None, VOCAB_SIZE, 32, quarter, quarter, None, quarter, quarter, None]
     assert [answer["method"] for answer in found.values()] == methods
-    assert [answer["draft_vocab"] for answer in found.values()] == [None, VOCAB_SIZE, 32, quarter, quarter, None]
+    assert [answer["draft_vocab"] for answer in found.values()] == sizes
     for answer in found.values():
         assert answer["rounds"] == sum(answer["accepted_histogram"])
         lengths = sum(n * (i + 1) for i, n in enumerate(answer["accepted_histogram"]))
@@ -142,5 +146,8 @@ def test_the_dtype_suits_the_cpu(checkpoint, monkeypatch, tmp_path):
     for amx, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(defaults, "has_amx", lambda amx=amx: amx)
         model = api.load(checkpoint)
-        assert model.dtype_name == dtype and model.tree == defaults.defaults(dtype).tree
-        assert api.load(checkpoint, dtype=jnp.float32).tree == defaults.DEFAULTS["cpu"].tree
+        best = defaults.defaults(dtype)
+        assert model.dtype_name == dtype and (model.tree, model.drafting.pace) == (best.paced, best.pace)
+        fixed = api.Draft(pace="fixed")
+        assert api.load(checkpoint, fixed).tree == best.tree
+        assert api.load(checkpoint, fixed, dtype=jnp.float32).tree == defaults.DEFAULTS["cpu"].tree

@@ -57,7 +57,7 @@ def test_an_imported_draft_is_loaded_by_its_kind_and_changes_nothing(tiny_ckpt, 
     prompt = np.array([5, 80, 33, 9], np.int32)
     result = model.generate_ids(prompt, Request(24))
     assert result.tokens == vanilla.generate_ids(prompt, Request(24)).tokens
-    assert result.method == "medusa" and result.draft_vocab == tiny_ckpt.config.vocab_size
+    assert result.method == "medusa+copying+auto" and result.draft_vocab == tiny_ckpt.config.vocab_size
     data = json.loads((tiny_ckpt.path / "drafts" / "medusa" / "config.json").read_text())
     assert data["kind"] == "medusa" and data["about"]["source"] == "medusa"
 

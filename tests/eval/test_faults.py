@@ -196,14 +196,17 @@ def test_where_no_setting_pays_vanilla_is_what_users_get(copy, monkeypatch, caps
     said = capsys.readouterr().out
     assert "No setting beats vanilla decoding" in said and "has it: load" not in said
     assert tuned.read(copy / "drafts" / "eagle", jnp.float32) == tuned.NO_TREE
-    model = api.load(copy)
+    model = api.load(copy, api.Draft(pace="fixed"))
     assert model.tree.size == 1 and model.draft_vocab is None
-    assert api.load(copy, api.Draft(vocab="full")).tree.size > 1  # who asks for a part of a draft gets one
+    assert api.load(copy).drafting.pace is not None  # whose rounds rest by themselves where drafting does not pay
+    assert (
+        api.load(copy, api.Draft(vocab="full", pace="fixed")).tree.size > 1
+    )  # who asks for a part of a draft gets one
     assert api.load(copy, api.Draft(tree=TreeConfig(4, 2, 2))).tree == TreeConfig(4, 2, 2)
     paced(monkeypatch, 1.5)  # and tuned again, on a better day
     main(["tune", "--ckpt", str(copy), *SMALL])
     assert "has it: load" in capsys.readouterr().out
-    assert api.load(copy).tree.size > 1
+    assert api.load(copy, api.Draft(pace="fixed")).tree.size > 1
 
 
 OTHER = {"draft_vocab": 8, "tree": {"size": 4, "depth": 2, "top_k": 2}}

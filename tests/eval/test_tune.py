@@ -21,6 +21,8 @@ from train.__main__ import main as train
 
 SPACE = {"draft_vocab": [64, 32, 16, 8], "size": [4, 8, 16], "depth": [2, 3, 4], "top_k": [2, 4]}
 
+FIXED = api.Draft(pace="fixed")
+
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
@@ -122,8 +124,9 @@ def test_a_damaged_entry(copy):
 
 def test_load_and_generate_take_it_and_flags_win(copy, capsys):
     tuned.write(copy / "drafts" / "eagle", jnp.float32, tuned.Setting(32, TreeConfig(6, 2, 3)), {})
-    model = api.load(copy)
+    model = api.load(copy, FIXED)
     assert (model.draft_vocab, model.tree) == (32, TreeConfig(6, 2, 3))
+    assert api.load(copy).draft_vocab == 32  # with a pace too, whose rounds choose by themselves
     assert api.load(copy, api.Draft(vocab=64)).draft_vocab == 64
     assert api.load(copy, api.Draft(tree=TreeConfig(4, 3, 2))).tree == TreeConfig(4, 3, 2)
     assert api.load(copy, "none").draft_vocab is None
@@ -132,7 +135,7 @@ def test_load_and_generate_take_it_and_flags_win(copy, capsys):
         generate.main(["--ckpt", str(copy), "--json", "--max-new-tokens", "8", "--prompt", "hi", *flags])
         return json.loads(capsys.readouterr().out)
 
-    usual = answered()
+    usual = answered("--pace", "fixed")
     assert usual["draft_vocab"] == 32 and len(usual["accepted_histogram"]) == 3  # depth 2
     assert len(answered("--depth", "4")["accepted_histogram"]) == 5
     assert answered("--draft-vocab", "full")["draft_vocab"] == VOCAB_SIZE
@@ -142,7 +145,7 @@ def test_load_and_generate_take_it_and_flags_win(copy, capsys):
 def test_without_a_ranking_the_vocabulary_stays_full(copy):
     tuned.write(copy / "drafts" / "eagle", jnp.float32, tuned.Setting(32, TreeConfig(6, 2, 3)), {})
     (copy / "ranking.npz").unlink()
-    model = api.load(copy)
+    model = api.load(copy, FIXED)
     assert (model.draft_vocab, model.tree.size) == (VOCAB_SIZE, 6)
 
 
@@ -215,7 +218,7 @@ def test_the_command_writes_setting_plots_and_figures(copy, tmp_path, capsys, as
     for name in ("tuned-sweeps", "tuned-trade-off"):
         assert (folder / f"{name}.png").stat().st_size > 5000
     assert "tuned.json has it" in capsys.readouterr().out
-    assert api.load(copy).tree == setting.tree
+    assert api.load(copy, FIXED).tree == setting.tree
 
 
 def test_where_no_tree_pays_vanilla_is_what_users_get(copy, capsys, as_if):
@@ -225,15 +228,18 @@ def test_where_no_tree_pays_vanilla_is_what_users_get(copy, capsys, as_if):
     out = capsys.readouterr().out
     assert "No setting beats vanilla decoding" in out and "has it: load and generate use it" not in out
     assert tuned.read(copy / "drafts" / "eagle", jnp.float32) == tuned.NO_TREE
-    model = api.load(copy)
+    model = api.load(copy, FIXED)
     assert model.draft_vocab is None and model.drafting.method.name == "vanilla"
-    assert api.load(copy, api.Draft(vocab=64)).tree == defaults.defaults().tree
+    assert api.load(copy, api.Draft(vocab=64, pace="fixed")).tree == defaults.defaults().tree
     assert api.load(copy, api.Draft(tree=TreeConfig(6, 2, 3))).draft_vocab == VOCAB_SIZE // 4
-    generate.main(["--ckpt", str(copy), "--json", "--max-new-tokens", "4", "--prompt", "hi"])
+    asked = ["--ckpt", str(copy), "--json", "--max-new-tokens", "4", "--prompt", "hi", "--pace"]
+    generate.main([*asked, "fixed"])
     assert json.loads(capsys.readouterr().out)["method"] == "vanilla"
+    generate.main([*asked, "auto"])
+    assert json.loads(capsys.readouterr().out)["method"].endswith("+auto")
     as_if(1.5)
     tune("--ckpt", copy, *SMALL)  # another measurement starts from the device's default tree
-    assert api.load(copy).draft_vocab is not None
+    assert api.load(copy, FIXED).draft_vocab is not None
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": "other"}', '{"format": "frspec-jax tuned 1", "devices": 3}'])

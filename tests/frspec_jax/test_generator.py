@@ -180,7 +180,7 @@ def test_the_context_is_prompt_and_answer_whatever_drafts(checkpoint):
         ("none", {"dtype": "int8"}, "dtype int8 must be one of float32, bfloat16"),
         (Draft(vocab="a third"), {}, r"Draft\.vocab 'a third' must be a number of tokens, full, or a share"),
         (Draft("none", vocab=100), {}, r'Draft\.vocab 100 needs a draft, and draft "none" asks for none'),
-        (Draft("none", copying=True), {}, r"Draft\.copying on needs a draft"),
+        (Draft("none", copying=True, pace="fixed"), {}, r"Draft\.copying on with a fixed pace needs a draft"),
         (Draft(ranking="/nope.npz", vocab="full"), {}, r"/nope\.npz"),
         ("none", {"context": 0}, "context 0 is out of range"),
     ],

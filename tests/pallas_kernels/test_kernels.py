@@ -195,7 +195,8 @@ def test_kernels_on_the_real_model(real_checkpoint):
     target = whole.replace(layers=whole.layers[:6])
 
     def decoded(kernels):
-        model = api.load(short, "eagle", context=256, kernels=kernels, target=target)
+        draft = api.Draft("eagle", pace="fixed")
+        model = api.load(short, draft, context=256, kernels=kernels, target=target)
         result = model.generate("Name three colours.", api.Request(max_new_tokens=16))
         return result.tokens, result.accepted_histogram
 

@@ -58,7 +58,7 @@ HI = ("--prompt", "hi")
         (("--context", "5000"), "--context 5000"),
         (("--draft", "absent"), "--draft absent"),
         (("--draft", "none", "--draft-vocab", "32"), "--draft-vocab 32 needs a draft"),
-        (("--draft", "none", "--copying", "on"), "--copying on needs a draft"),
+        (("--draft", "none", "--copying", "on", "--pace", "fixed"), "--copying on with a fixed pace needs a draft"),
         (("--raw", "--system", "be kind"), "--system"),
     ],
 )

@@ -118,7 +118,8 @@ def test_the_command_writes_what_drafting_then_uses(ckpt, tmp_path, capsys):
     assert after["about"]["copying"]["steps"] > 100
     spec = Checkpoint.open(own.path).draft_spec(own.path / "drafts" / "eagle")
     assert spec.copies(True) == spec != spec.copies(False)
-    generate.main(["--ckpt", str(own.path), "--prompt", "hi", "--copying", "on", "--max-new-tokens", "4", "--json"])
+    asked = ["--ckpt", str(own.path), "--prompt", "hi", "--max-new-tokens", "4", "--json"]
+    generate.main([*asked, "--copying", "on", "--pace", "fixed"])
     assert json.loads(capsys.readouterr().out)["method"] == "eagle+fr+copying"
 
 
