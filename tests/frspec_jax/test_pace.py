@@ -178,3 +178,11 @@ def test_forced_costs_leave_one_choice(size, levels):
     for level in (1, 2):
         went = growing.on(level, jnp.log(jnp.array([0.01, 0.005])), lambda c: c + 1, jnp.int32(0))
         assert int(went) == (level < levels)
+
+
+def test_odds_are_read_as_interpolation_does():
+    rng = np.random.default_rng(5)
+    said, table = rng.uniform(0, 1, (4, 7)).astype(np.float32), rng.uniform(0, 1, len(pace.GRID)).astype(np.float32)
+    expected = np.interp(said, pace.GRID, table)
+    np.testing.assert_allclose(pace.interpolated(jnp.asarray(said), jnp.asarray(table)), expected, atol=1e-6)
+    np.testing.assert_allclose(pace.interpolated(jnp.asarray(pace.GRID), jnp.asarray(table)), table, atol=1e-6)
