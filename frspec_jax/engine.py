@@ -331,9 +331,12 @@ def emit(plan: Plan, state: DecodeState, tree: DraftTree, taken: Taken, caches: 
     stopped &= count <= room
     count = jnp.minimum(count, room).astype(jnp.int32)
     emitted = state.emitted + count
-    came = jnp.where(index < drafts, DRAFTED, OWN)
-    if tree.copied is not None:
-        came = jnp.where((index < drafts) & jnp.roll(tree.copied[taken.path], -1), COPIED, came)
+    origins = state.origins
+    if depth:  # else all are the target's own
+        came = jnp.where(index < drafts, DRAFTED, OWN)
+        if tree.copied is not None:
+            came = jnp.where((index < drafts) & jnp.roll(tree.copied[taken.path], -1), COPIED, came)
+        origins = lax.dynamic_update_slice(origins, came.astype(jnp.int8), (state.emitted,))
     return dataclasses.replace(
         state,
         caches=dataclasses.replace(caches, text=_noted(caches.text, block, state.length + 1)),
@@ -341,7 +344,7 @@ def emit(plan: Plan, state: DecodeState, tree: DraftTree, taken: Taken, caches: 
         root=block[count - 1],
         accepted=Accepted(taken.features, block, count),
         output=lax.dynamic_update_slice(state.output, block, (state.emitted,)),
-        origins=lax.dynamic_update_slice(state.origins, came.astype(jnp.int8), (state.emitted,)),
+        origins=origins,
         emitted=emitted,
         finished=jnp.where(stopped, STOPPED, jnp.where(emitted >= state.asked.limit, FULL, RUNNING)).astype(jnp.int32),
         rounds=state.rounds + 1,

@@ -62,7 +62,8 @@ def over_budget(entry: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     points = (
         ("launches", entry["launches"], budget["launches"]),
         ("waits of the host inside a round", entry["waits"], budget["waits"]),
-        ("loops inside a round", len(entry["loops"]), 0),
+        ("loops inside a round", len(entry["loops"]), budget.get("loops", 0)),
+        ("launches in all of these loops", sum(loop["launches"] for loop in entry["loops"]), budget.get("in_loops", 0)),
         ("launches of a draft level", max(levels, default=0), budget.get("level", 99)),
         ("launches of compaction", stages.get("compaction", 0), budget.get("compaction", 4)),
         ("copies of a cache", entry["cache_copies"], 0),
