@@ -125,11 +125,13 @@ def test_the_ledger_counts_by_stage():
     assert (found["launches"], found["waits"], found["cache_copies"]) == (7, 2, 1)
     assert [loop["stage"] for loop in found["loops"]] == ["the rest", "draft level 2", "head and choice"]
     kernels = [{"kernel": "rotary_append", "spilled": 8}]
+    in_loops = sum(loop["launches"] for loop in found["loops"])
     entry = {"name": "this", "kernels": kernels, **found}
     assert ledger.over_budget(entry, {"launches": 6, "waits": 1, "compaction": 0}) == [
         "this: 7 launches, 6 allowed",
         "this: 2 waits of the host inside a round, 1 allowed",
         "this: 3 loops inside a round, 0 allowed",
+        f"this: {in_loops} launches in all of these loops, 0 allowed",
         "this: 1 launches of compaction, 0 allowed",
         "this: 1 copies of a cache, 0 allowed",
         "this: 100 MiB of temporaries, 64 allowed",
