@@ -404,7 +404,10 @@ def paced_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState
         copied = jnp.concatenate([jnp.zeros(1, bool), kept >= drafted.count])
         tree = dataclasses.replace(tree, copied=copied)
         likely = candidates.scores[kept]
-        choice = pace.best_size(plan.pace, costs, price, likely)
+        # Where nothing was drafted the choice stands, whatever another order of sums would round it to: what waits for
+        # the drafter was given room by it.
+        drafted_too = pace.best_size(plan.pace, costs, price, likely)
+        choice = jax.tree.map(functools.partial(jnp.where, drafts), drafted_too, undrafted)
 
     def passed(size: int, carry: tuple[Taken, KVCache]) -> tuple[Taken, KVCache]:
         part = tree.first(size)

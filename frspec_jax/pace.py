@@ -56,8 +56,8 @@ class Pace:
 class Costs:
     """Milliseconds; only their ratios matter."""
 
-    verify: Array  # [sizes] float32, of a round that verifies so many nodes, but for its drafting
-    draft: Array  # [levels + 1] float32, of drafting so many levels, taking in what was accepted included; 0 for none
+    verify: Array  # [sizes] float32, of a round that verifies so many nodes and takes in what was accepted before
+    draft: Array  # [levels + 1] float32, of drafting so many levels besides; 0 for none
 
     @classmethod
     def of(cls, verify: list[float], draft: list[float]) -> Costs:

@@ -1,7 +1,7 @@
 """Where a pace's tables come from: odds from the draft's folder, costs from a measurement on this device.
 
 DRAFT/pace.json holds the odds (`python -m train pace` writes it). What a round costs is measured when a model is warmed
-up where nobody has yet, in two to three seconds, and kept in the cache folder: CACHE/pace/NAME.json.
+up where nobody has yet, in some seconds, and kept in the cache folder: CACHE/pace/NAME.json.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from frspec_jax import engine, files, tuned
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError, quoted
 from frspec_jax.kv_cache import rounded_capacity
 from frspec_jax.lookup import LONGEST
-from frspec_jax.pace import BELIEVED, GRID, Costs, Odds, Pace, PaceTables
+from frspec_jax.pace import BELIEVED, GRID, Costs, Odds, Pace, PaceTables, Pulse
 from pallas_kernels import device
 from pallas_kernels.measured import cache_folder
 
@@ -150,7 +151,7 @@ def measured(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeSta
 
 
 @jax.jit
-def _restarted(length: jax.Array, pulse: Any) -> Any:
+def _restarted(length: Array, pulse: Pulse) -> tuple[Array, Pulse]:
     """A length and a pulse as at the beginning: with an eager drafter, which costs alone hold back."""
     still = jax.tree.map(lambda x: x * 0, pulse)
     return length * 0 + START, dataclasses.replace(still, gain=still.gain + 1.0, believed=still.believed + BELIEVED)
@@ -169,7 +170,9 @@ def _anew(state: engine.DecodeState) -> engine.DecodeState:
     )
 
 
-def measuring_state(plan: engine.Plan, weights: engine.Weights, caches: engine.Caches, chunks: Any) -> Any:
+def measuring_state(
+    plan: engine.Plan, weights: engine.Weights, caches: engine.Caches, chunks: engine.Chunks
+) -> engine.DecodeState:
     """A text to measure costs in: caches are donated."""
     prompt = np.arange(START, dtype=np.int32) % plan.config.vocab_size
     asked = engine.Asked.of(Sampling(), seed=0, limit=caches.capacity)
@@ -217,7 +220,7 @@ def keep_costs(name: str, pace: Pace, costs: Costs) -> None:
 
 
 def guessed(pace: Pace) -> Costs:
-    """Costs by bytes, before any is measured: a pass costs the same for one token and for a few, a level a twelfth."""
+    """Costs until some are measured, for a device to which bytes are all: more nodes cost next to nothing."""
     verify = [1.0 + 0.02 * size for size in pace.sizes]
     return Costs.of(verify, [0.0, *(0.05 + 0.04 * level for level in range(pace.growth.depth))])
 

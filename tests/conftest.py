@@ -28,6 +28,7 @@ from hypothesis import settings
 
 from frspec_jax import defaults
 from frspec_jax.checkpoint import Checkpoint
+from tests.support.folders import checkpoint_folder
 from tests.support.runs import chats
 
 # A busy machine is no fault of an example.
@@ -109,6 +110,18 @@ def tiny_target(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def tiny_ckpt(tiny_target: Checkpoint, tmp_path: Path) -> Checkpoint:
     """A copy of it for drafts to be written into."""
     return Checkpoint.open(shutil.copytree(tiny_target.path, tmp_path / "ckpt"))
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A checkpoint of random weights with an EAGLE-2 draft and a ranking, for reading only."""
+    return checkpoint_folder(tmp_path_factory.mktemp("folder") / "toy")
+
+
+@pytest.fixture
+def toy_copy(toy_folder: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """A copy of it, to write to."""
+    return Checkpoint.open(shutil.copytree(toy_folder.path, tmp_path / "toy"))
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,8 @@ def of_method(model: Generator) -> dict[str, Any]:
     digest, drafter, weights = hashlib.sha256(), model.drafting.drafter, model.weights.draft
     copying = getattr(drafter, "copying", None)
     whole = getattr(weights, "whole", None)  # the target's head, of which a draft that copies knows what it keeps
-    mine = (drafter.each_pass(weights), None if whole is None else whole.kept)
+    paced = model.weights.pace  # by its odds nodes are chosen
+    mine = (drafter.each_pass(weights), None if whole is None else whole.kept, None if paced is None else paced.odds)
     for part in jax.tree.leaves(mine, is_leaf=lambda node: isinstance(node, DraftHead)):
         for array in (part.ids, part.weight[:HEAD_ROWS]) if isinstance(part, DraftHead) else (part,):
             digest.update(np.asarray(array, np.float32).tobytes())

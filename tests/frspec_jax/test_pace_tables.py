@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
 
 from frspec_jax import api, pace_tables
 from frspec_jax.api import Draft, Request
-from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.defaults import CPU_PACE, DEFAULTS
 from frspec_jax.errors import UserError
@@ -19,25 +17,13 @@ from frspec_jax.method import Method
 from frspec_jax.pace import GRID
 from frspec_jax.pace_tables import DEFAULT, FILE, Fitted
 from pallas_kernels.measured import CACHE_VARIABLE
-from tests.support.folders import checkpoint_folder
 
 PROMPT = np.arange(3, 40)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Checkpoint:
-    return checkpoint_folder(tmp_path_factory.mktemp("pace") / "toy")
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path) -> Checkpoint:
-    shutil.copytree(checkpoint.path, tmp_path / "toy")
-    return Checkpoint.open(tmp_path / "toy")
-
-
-@pytest.fixture(scope="module")
-def vanilla(checkpoint):
-    model = api.load(checkpoint, "none", dtype="float32")
+def vanilla(toy_folder):
+    model = api.load(toy_folder, "none", dtype="float32")
     return {
         drawn: model.generate_ids(PROMPT, Request(40, drawn, seed=3)).tokens for drawn in (Sampling(), Sampling(1.0))
     }
@@ -53,18 +39,18 @@ def vanilla(checkpoint):
         Draft(vocab=64, pace="auto", tree=TreeConfig(6, 3, 2)),
     ],
 )
-def test_as_users_get_it_the_text_is_vanillas(checkpoint, vanilla, draft, drawn):
-    model = api.load(checkpoint, draft, dtype="float32")
+def test_as_users_get_it_the_text_is_vanillas(toy_folder, vanilla, draft, drawn):
+    model = api.load(toy_folder, draft, dtype="float32")
     result = model.generate_ids(PROMPT, Request(40, drawn, seed=3))
     assert result.tokens == vanilla[drawn]
     assert result.method.endswith("+auto") and ("copying" in result.method) == draft.copies
 
 
-def test_costs_are_measured_once_and_kept(checkpoint, tmp_path, monkeypatch):
+def test_costs_are_measured_once_and_kept(toy_folder, tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     measured, times = pace_tables.measured, []
     monkeypatch.setattr(pace_tables, "measured", lambda *given: times.append(1) or measured(*given))
-    model = api.load(checkpoint, dtype="float32")
+    model = api.load(toy_folder, dtype="float32")
     guessed = model.weights.pace.costs
     model.warm_up()
     (file,) = (tmp_path / "pace").iterdir()
@@ -75,32 +61,32 @@ def test_costs_are_measured_once_and_kept(checkpoint, tmp_path, monkeypatch):
     assert (np.diff(costs.verify) >= 0).all() and (np.diff(costs.draft) > 0).all() and costs.draft[0] == 0
     assert not np.allclose(costs.verify, guessed.verify)
     model.warm_up(Sampling(1.0))
-    again = api.load(checkpoint, dtype="float32")
+    again = api.load(toy_folder, dtype="float32")
     again.warm_up()
     assert len(times) == 1
     np.testing.assert_allclose(again.weights.pace.costs.verify, kept["verify_ms"], rtol=1e-6)
     again.measure_costs()
     assert len(times) == 2
-    other = api.load(checkpoint, Draft(vocab=64), dtype="float32")
+    other = api.load(toy_folder, Draft(vocab=64), dtype="float32")
     other.warm_up()
     assert len(times) == 3 and len(list((tmp_path / "pace").iterdir())) == 2
     file.write_text('{"verify_ms": [1, "two"')  # what is damaged is measured again
-    api.load(checkpoint, dtype="float32").warm_up()
+    api.load(toy_folder, dtype="float32").warm_up()
     assert len(times) == 4 and json.loads(file.read_text())["verify_ms"]
 
 
-def test_a_context_without_room_goes_by_the_guess(checkpoint):
-    model = api.load(checkpoint, dtype="float32", context=16)
+def test_a_context_without_room_goes_by_the_guess(toy_folder):
+    model = api.load(toy_folder, dtype="float32", context=16)
     assert len(model.generate_ids(PROMPT[:8], Request(4)).tokens) <= 4
 
 
-def test_odds_of_a_folder(copy):
-    folder = copy.draft_folder("eagle")
+def test_odds_of_a_folder(toy_copy):
+    folder = toy_copy.draft_folder("eagle")
     assert pace_tables.read_odds(folder) is DEFAULT and pace_tables.read_odds(None) is DEFAULT
     mine = Fitted([GRID.tolist(), [0.5] * len(GRID)], [[0.1 * n, 0.2] for n in range(7)], {"places": 3})
     pace_tables.write_odds(folder, mine)
     assert pace_tables.read_odds(folder) == mine
-    odds = api.load(copy, dtype="float32").weights.pace.odds
+    odds = api.load(toy_copy, dtype="float32").weights.pace.odds
     assert odds.beam.shape == (CPU_PACE.growth.depth, len(GRID)) and (odds.beam[1:] == 0.5).all()
     assert odds.chain.shape == (7, DEFAULTS["cpu"].paced.depth) and (odds.chain[:, 1:] == np.float32(0.2)).all()
 
@@ -117,27 +103,27 @@ def test_odds_of_a_folder(copy):
         json.dumps({"format": "frspec-jax pace 1", "beam": [["x"] * len(GRID)], "chain": [[0.5]] * 7}),
     ],
 )
-def test_damaged_odds_are_one_sentence(copy, text):
-    file = copy.draft_folder("eagle") / FILE
+def test_damaged_odds_are_one_sentence(toy_copy, text):
+    file = toy_copy.draft_folder("eagle") / FILE
     file.write_text(text)
     with pytest.raises(
         UserError, match=r"pace\.json is damaged .*; delete it, or write it anew with python -m train pace"
     ):
-        api.load(copy, dtype="float32")
-    api.load(copy, Draft(pace="fixed"), dtype="float32")  # which reads none
+        api.load(toy_copy, dtype="float32")
+    api.load(toy_copy, Draft(pace="fixed"), dtype="float32")  # which reads none
 
 
-def test_which_pace_is_asked_for(checkpoint):
+def test_which_pace_is_asked_for(toy_folder):
     tree = TreeConfig(6, 2, 3)
     assert Draft().paced and Draft().copies and not Draft(tree=tree).paced and not Draft(tree=tree).copies
     assert Draft(tree=tree, pace="auto").paced and not Draft(pace="fixed").paced
-    shaped = api.load(checkpoint, Draft(tree=tree, pace="auto"), dtype="float32").drafting
+    shaped = api.load(toy_folder, Draft(tree=tree, pace="auto"), dtype="float32").drafting
     assert shaped.pace.sizes == (1, 2, 4, 6) and (shaped.pace.growth.depth, shaped.pace.growth.top_k) == (2, 3)
-    assert api.load(checkpoint, Draft(pace="fixed"), dtype="float32").drafting.pace is None
+    assert api.load(toy_folder, Draft(pace="fixed"), dtype="float32").drafting.pace is None
     with pytest.raises(UserError, match="pace maybe must be auto or fixed"):
         Draft(pace="maybe")
     with pytest.raises(UserError, match="copying on with a fixed pace needs a draft"):
-        api.load(checkpoint, Draft("none", copying=True, pace="fixed"))
+        api.load(toy_folder, Draft("none", copying=True, pace="fixed"))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +140,8 @@ def test_names(method, name, label):
     assert method.label(1000) == label
 
 
-def test_a_lossy_request_has_a_pace_too(checkpoint):
-    model = api.load(checkpoint, dtype="float32")
+def test_a_lossy_request_has_a_pace_too(toy_folder):
+    model = api.load(toy_folder, dtype="float32")
     result = model.generate_ids(PROMPT, Request(24, Sampling(1.0, typical=0.3), seed=1))
     assert len(result.tokens) > 1 and result.method.endswith(", lossy")
     assert dataclasses.replace(Method.parse(result.method), lossy=False).paced

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 
 from frspec_jax import api, lookup
 from frspec_jax.api import Draft, Request
-from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.pace import GRID
 from frspec_jax.tree import Candidates
-from tests.support.folders import checkpoint_folder
 from tests.support.runs import chats, refusal
 from train.__main__ import main
 from train.pace import DOUBT, Seen, rising
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Checkpoint:
-    return checkpoint_folder(tmp_path_factory.mktemp("pace") / "toy")
-
-
-@pytest.fixture
-def ckpt(source, tmp_path) -> Checkpoint:
-    shutil.copytree(source.path, tmp_path / "toy")
-    return Checkpoint.open(tmp_path / "toy")
 
 
 def test_values_rise():
@@ -35,9 +21,9 @@ def test_values_rise():
     assert rising(np.array([1.0, 0.0])).tolist() == [0.5, 0.5]
 
 
-def test_what_was_right_is_counted(source):
+def test_what_was_right_is_counted(toy_folder):
     """By hand, three beams and two levels: a node counts where its parent was right, at its own probability."""
-    seen = Seen(api.load(source, Draft(vocab="full", pace="auto"), dtype="float32"))
+    seen = Seen(api.load(toy_folder, Draft(vocab="full", pace="auto"), dtype="float32"))
     seen.by_level = (2, 4)
     scores = np.log(np.array([0.5, 0.2, 0.5 * 0.9, 0.5 * 0.1, 0.2 * 0.5, 0.2 * 0.5], np.float32))
     offered = Candidates(np.array([7, 8, 1, 2, 3, 4]), scores, np.array([-1, -1, 0, 0, 1, 1]))
@@ -56,9 +42,9 @@ def test_what_was_right_is_counted(source):
 
 
 @pytest.mark.parametrize("vocab", ["full", 64])
-def test_places_of_an_answer_are_the_rounds_that_would_be(source, vocab):
+def test_places_of_an_answer_are_the_rounds_that_would_be(toy_folder, vocab):
     """Forced to draft at every token, the engine itself proposes what `look_at` counts: the same hits at the root."""
-    model = api.load(source, Draft(vocab=vocab, pace="auto", copying=False), dtype="float32")
+    model = api.load(toy_folder, Draft(vocab=vocab, pace="auto", copying=False), dtype="float32")
     seen, request, prompt = Seen(model), Request(24), np.arange(3, 40)
     seen.look_at(prompt, request)
     answer = model.generate_ids(prompt, request).tokens
@@ -68,13 +54,13 @@ def test_places_of_an_answer_are_the_rounds_that_would_be(source, vocab):
     assert (seen.beam[1] <= seen.beam[0]).all() and (seen.chain[1] <= seen.chain[0]).all()
 
 
-def test_the_command_writes_what_load_reads(ckpt, tmp_path, capsys):
+def test_the_command_writes_what_load_reads(toy_copy, tmp_path, capsys):
     main(
         [
             "pace",
             str(chats(tmp_path / "chats.jsonl")),
             "--ckpt",
-            str(ckpt.path),
+            str(toy_copy.path),
             "--answers",
             "3",
             "--max-new-tokens",
@@ -82,20 +68,20 @@ def test_the_command_writes_what_load_reads(ckpt, tmp_path, capsys):
         ]
     )
     assert "wrote" in capsys.readouterr().out
-    file = ckpt.draft_folder("eagle") / "pace.json"
+    file = toy_copy.draft_folder("eagle") / "pace.json"
     data = json.loads(file.read_text())
     assert data["about"]["answers"] == 3
-    odds = api.load(ckpt, dtype="float32").weights.pace.odds
+    odds = api.load(toy_copy, dtype="float32").weights.pace.odds
     np.testing.assert_allclose(odds.beam, data["beam"], rtol=1e-6)
     assert (np.diff(odds.beam, axis=-1) >= 0).all()
 
 
-def test_what_cannot_be_counted_is_one_sentence(ckpt, tmp_path, capsys):
+def test_what_cannot_be_counted_is_one_sentence(toy_copy, tmp_path, capsys):
     prompts = chats(tmp_path / "chats.jsonl")
     for flags, said in (
         (["--answers", "1"], "--answers 1 must be at least 2"),
         (["--draft", "nope"], "nope"),
         (["--max-new-tokens", "5000"], "hold no conversation that fits"),
     ):
-        assert said in refusal(capsys, ["pace", prompts, "--ckpt", ckpt.path, *flags])
-    assert not (ckpt.draft_folder("eagle") / "pace.json").exists()
+        assert said in refusal(capsys, ["pace", prompts, "--ckpt", toy_copy.path, *flags])
+    assert not (toy_copy.draft_folder("eagle") / "pace.json").exists()
