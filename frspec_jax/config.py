@@ -246,6 +246,12 @@ class Sampling:
     temperature 0 is greedy decoding; top_k 0, top_p 1 and min_p 0 switch their filter off. min_p keeps the tokens
     that are at least so many times as probable as the best one. typical is lossy: see `sampling.typical`; 0 keeps
     the text exactly the target's.
+
+    Before all of them stand, in this order, the penalties and the bias: repetition_penalty divides a positive logit of
+    every token that stands in the prompt or the answer so far, and multiplies a negative one (transformers' rule, 1 is
+    off); presence_penalty is taken off once for a token of the answer so far, and frequency_penalty for each time that
+    it stands there (OpenAI's, 0 is off); logit_bias is added to the logits of single ids. They change what is
+    greedy too.
     """
 
     temperature: float = 0.0
@@ -253,8 +259,20 @@ class Sampling:
     top_p: float = 1.0
     typical: float = 0.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id and what is added to its logit
 
     def __post_init__(self) -> None:
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"--repetition-penalty {self.repetition_penalty} must be a positive number; 1 is off")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be a finite number; 0 is off")
+        for token, bias in self.logit_bias:
+            if token < 0 or not math.isfinite(bias):
+                raise UserError(f"--logit-bias {token}:{bias} must be a token id and a finite number")
         if not 0 <= self.typical < 1:
             raise UserError(f"--lossy-typical {self.typical} must be 0 (off: exact) or a share below 1, such as 0.09")
         if self.typical and self.temperature == 0:
@@ -271,3 +289,9 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether a penalty or a bias changes the logits."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return any(penalties) or bool(self.logit_bias)

@@ -30,6 +30,7 @@ from pallas_kernels.dispatch import AUTO, Kernels
 
 Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
 ALL_ROUNDS = 2**30
+MOST_LOGPROBS = 20  # likeliest tokens that can be shown beside each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,15 @@ class Request:
     seed: int = 0  # of 64 bits: -2^63 to 2^63 - 1
     raw: bool = False  # no chat template
     system: str | None = None  # the system message of a chat
+    sequence: int = 0  # tells apart answers of one seed to one prompt: 0, 1, 2, ...
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these that it would hold
+    logprobs: int | None = None  # give each token's log-probability, and so many of the likeliest beside it; None: none
 
     def __post_init__(self) -> None:
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise UserError(f"--stop {self.stop!r} must be texts that are not empty")
+        if self.logprobs is not None and not (_is_int(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
+            raise UserError(f"--logprobs {self.logprobs} must be 0 to {MOST_LOGPROBS} of the likeliest tokens")
         if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {self.max_new_tokens} must be a whole number of at least 1")
         if not _is_int(self.seed) or not -(2**63) <= self.seed < 2**63:
