@@ -82,12 +82,17 @@ class Batch:
     slot, is read from there on.
     """
 
-    def __init__(self, model: Generator, slots: int = 8) -> None:
-        """slots: texts at a time. Each has a cache for the model's whole context, and there is one more to spare."""
+    def __init__(self, model: Generator, slots: int = 8, *, sizes: tuple[int, ...] | None = None) -> None:
+        """A batch with every slot free.
+
+        Args:
+          slots: texts at a time. Each has a cache for the model's whole context, and there is one more to spare.
+          sizes: how many texts rounds are compiled for, ascending, all `slots` the last; None: what suits the device.
+        """
         if slots < 1:
             raise UserError(f"--slots {slots} must be at least 1")
         self.model, self.slots = model, slots
-        self._ladder = ladder(slots)
+        self._ladder = sizes or ladder(slots)
         self._plan = dataclasses.replace(model.plan(), rule="mixed", adjusts=True, logprobs=True, keeps=False)
         self._spare = slots  # the slot of nobody, for programs of more texts than there are
         with jax.enable_x64(False):
