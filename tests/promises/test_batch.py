@@ -179,7 +179,7 @@ def test_a_prompt_that_was_read_is_not_read_again(checkpoint, alone):
     again = batch.admit(prompts[1], Request(4))
     assert chunks_of(again) == 1
     batch.cancel(again)
-    longer = np.concatenate([prompts[1], np.asarray(answers[second][:-1], np.int32), prompts[2][:40]])
+    longer = np.concatenate([prompts[1], np.asarray(answers[second][:-1], np.int32), prompts[2][:200]])
     slot = batch.admit(longer, Request(6))
     assert chunks_of(slot) < len(engine.parts_of(longer, model.runtime.chunks, model.capacity))
     assert run_to_end(batch)[slot] == alone_with(model, longer, 6)
@@ -212,12 +212,12 @@ def test_nobody_waits_for_a_long_prompt(checkpoint):
 
 def test_what_a_batch_refuses(checkpoint):
     model = api.load(checkpoint, NO_DRAFT, context=250)
-    with pytest.raises(UserError, match="--slots 0 must be at least 1"):
+    with pytest.raises(UserError, match="slots 0 must be at least 1"):
         Batch(model, slots=0)
     batch = Batch(model, slots=1)
-    with pytest.raises(UserError, match=f"--logit-bias {VOCAB_SIZE}:1: the model's token ids are 0 to"):
+    with pytest.raises(UserError, match=f"logit_bias {VOCAB_SIZE}:1: the model's token ids are 0 to"):
         batch.admit(np.arange(3), Request(4, Sampling(logit_bias=((VOCAB_SIZE, 1.0),))))
-    with pytest.raises(UserError, match="--lossy-typical is not for batches"):
+    with pytest.raises(UserError, match="typical is not for batches"):
         batch.admit(np.arange(3), Request(4, Sampling(0.5, typical=0.1)))
     with pytest.raises(UserError, match="leaves room for at most 249"):
         batch.admit(np.arange(250) % 7, Request(4))
