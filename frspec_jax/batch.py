@@ -118,6 +118,11 @@ class Batch:
         """Whether a step would do something."""
         return bool(self._texts)
 
+    @property
+    def reading(self) -> bool:
+        """Whether some prompt is not read to its end."""
+        return any(text.left for text in self._texts.values())
+
     def check(self, ids: Sequence[int] | np.ndarray, request: Request) -> int:
         """How many tokens may be emitted after a prompt of ids [T].
 
