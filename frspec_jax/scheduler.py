@@ -33,6 +33,8 @@ __all__ = ["Ended", "Engine", "Overloaded", "Piece", "Ticket", "Unready"]
 log = logging.getLogger(__name__)
 State = Literal["loading", "ready", "draining", "dead", "closed"]
 Asked = tuple[np.ndarray, "Request"]
+CLOSING = "the server is shutting down"
+DEAD = "the engine has stopped; the server must be started again"
 Say = Callable[[str], None]
 
 
@@ -193,7 +195,7 @@ class Engine:
 
     def close(self, seconds: float = 10.0) -> None:
         """End the thread, within one step; whoever still waits gets an error."""
-        self._end("closed", Unready("the server is shutting down"))
+        self._end("closed", Unready(CLOSING))
         if self._thread.is_alive():
             self._thread.join(seconds)
 
@@ -210,13 +212,9 @@ class Engine:
 
     def _takes_requests(self) -> Batch:
         if self._state != "ready" or self._batch is None:
-            raise Unready(
-                {
-                    "loading": f"the model is loading ({self.progress})",
-                    "draining": "the server is shutting down",
-                    "closed": "the server is shutting down",
-                }.get(self._state, "the engine has stopped; the server must be started again")
-            )
+            dead = self._state == "dead"
+            reasons = {"loading": f"the model is loading ({self.progress})", "dead": DEAD}
+            raise Unready(reasons.get(self._state, CLOSING), dead=dead)
         return self._batch
 
     def _say(self, progress: str) -> None:
@@ -237,7 +235,7 @@ class Engine:
             if not isinstance(error, UserError):
                 log.exception("the engine's thread has died")
             self.error = error
-            self._end("dead", Unready("the engine has stopped; the server must be started again", dead=True))
+            self._end("dead", Unready(DEAD, dead=True))
 
     def _turn(self, batch: Batch) -> bool:
         """Let go of who left, take in who waits, do one step and hand out what it brought; False: it is over."""
