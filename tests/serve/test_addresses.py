@@ -58,7 +58,7 @@ MALFORMED = {
     "a lonely byte": (CHAT, b"\xff"),
     "two objects": (CHAT, b"{}{}"),
     "nested too deep": (CHAT, b"[" * 100_000),
-    "deep objects": (TEXT, b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
+    "deep objects": (TEXT, b'{"a":' * 20_000 + b"1" + b"}" * 20_000),
     "a huge number": (TEXT, b'{"model": "toy", "prompt": "x", "seed": ' + b"9" * 5000 + b"}"),
     "no model": (CHAT, json.dumps({"messages": [USER]}).encode()),
     "model a number": chat(model=5),

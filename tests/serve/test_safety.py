@@ -24,9 +24,10 @@ def bearer(key):
 
 def test_36_keys(locked, caplog):
     with caplog.at_level(logging.INFO, "frspec_jax.serve.requests"):
-        wrong = (b"secret-on", b"secret-one2", b"", b"\xff\xfe\x80", b"schlussel")
+        wrong = (b"secret-on", b"secret-one2", b"\xff\xfe\x80", b"schlussel")
         for headers in (
             {},
+            {"Authorization": "Bearer"},
             *map(bearer, wrong),
             {"Authorization": "secret-one"},
             {"Authorization": "Basic secret-one"},
