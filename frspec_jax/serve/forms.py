@@ -111,7 +111,7 @@ class Form:
         return chunk
 
     def _origins(self, said: Sequence[Said]) -> list[list[str]]:
-        return [[one.text, ORIGINS[one.origin]] for one in said if one.text]
+        return [[one.text, ORIGINS[one.origin]] for one in said]
 
     def _extra(self, choice: Whole) -> dict[str, Any]:
         if not self.origins or choice.figures is None:

@@ -153,6 +153,10 @@ def running(served: Served) -> Iterator[Running]:
             time.sleep(0.01)
         yield Running(served, f"http://127.0.0.1:{listener.getsockname()[1]}", served.settings.names[0])
     finally:
+        # As when a process ends: whatever connection is open breaks.
+        for connection in list(server.server_state.connections):
+            with contextlib.suppress(RuntimeError, AttributeError):
+                connection.loop.call_soon_threadsafe(connection.transport.abort)
         server.should_exit = True
         thread.join(10)
 
