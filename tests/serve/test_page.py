@@ -69,7 +69,9 @@ def test_it_chats_and_streams(toy, page):
     assert re.search(
         r"\d+ tokens · [\d.]+ tokens/s · accepted length [\d.]+ · \d+ drafted", page.text_content(".figures")
     )
-    total, *kinds = re.search(r"(\d+) tokens.* (\d+) drafted, (\d+) copied, (\d+) own", page.text_content(".figures")).groups()
+    total, *kinds = re.search(
+        r"(\d+) tokens.* (\d+) drafted, (\d+) copied, (\d+) own", page.text_content(".figures")
+    ).groups()
     assert int(total) == sum(map(int, kinds))
     say(page, "and more")
     whole(page, 2)
