@@ -1,4 +1,4 @@
-"""A server for as long as 2,000 requests: clients that leave, reset and read slowly; then a kill, a restart and a drain.
+"""A server for 2,000 requests, of clients that leave, reset and read slowly; then a kill, a restart and a drain.
 
     PYTHONPATH=. python benchmarks/soak.py --ckpt checkpoints/smollm2 --json benchmarks/cpu2-soak.json
 

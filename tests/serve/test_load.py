@@ -10,9 +10,6 @@ from eval.__main__ import main
 from eval.methods import traffic
 from tests.support.server import also
 
-pytest.importorskip("starlette")
-from tests.serve.conftest import toy_server  # noqa: F401 (the session's server)
-
 
 def refusal(capsys, *args):
     with pytest.raises(SystemExit) as stopped:
