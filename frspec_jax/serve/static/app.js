@@ -131,6 +131,7 @@ async function ask(said) {
     const first = await answer(panes[0], body, running.signal);
     messages.push({ role: "assistant", content: first.text });
     if (compare) {
+      panes[1].figures.textContent = "Its first answer waits until it is compiled.";
       const second = await answer(panes[1], { ...body, speculative: false }, running.signal);
       turn.append(element("p", "verdict", verdict(first, second)));
     }
