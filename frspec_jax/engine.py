@@ -17,14 +17,17 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from frspec_jax import kv_cache, llama, lookup, pace, sampling
+from frspec_jax import kv_cache, llama, lookup, pace, penalties, sampling
 from frspec_jax.config import ModelConfig, Sampling, TreeConfig
 from frspec_jax.drafters.base import Accepted, Drafter, DraftMemory, DraftWeights, Turn
 from frspec_jax.kv_cache import KVCache
+from frspec_jax.likelihood import Likelihood
 from frspec_jax.llama import LlamaParams
-from frspec_jax.pace import Growing, Pace, PaceTables, Pulse
+from frspec_jax.pace import Growing, Pace, PaceTables, Pulse, Trust
+from frspec_jax.penalties import Penalties
 from frspec_jax.placement import Placement
 from frspec_jax.sampling import Draw, Rule, argument
+from frspec_jax.together import ALONE, Together
 from frspec_jax.tree import Candidates, DraftTree, accepted_path, best_first
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.tree_attention import attention_rows
@@ -49,6 +52,9 @@ class Plan:
     rule: Rule = "greedy"
     kernels: Kernels = AUTO  # the target's; a drafter carries its own
     pace: Pace | None = None  # how rounds may differ; None: each verifies the whole tree that the drafter proposes
+    adjusts: bool = False  # whether penalties and biases are looked at
+    logprobs: bool = False  # whether log-probabilities of what is emitted are kept
+    keeps: bool = True  # whether the state keeps the whole answer, and not only what the last round emitted
 
     @property
     def reads_text(self) -> bool:
@@ -96,10 +102,12 @@ class Asked:
 
     draw: Draw  # temperature and filters, seed and sequence number
     limit: Array  # int32, emit no more than this
+    likelihood: Array  # bool, whether log-probabilities are wanted; read where the plan has them
 
     @classmethod
-    def of(cls, sampling: Sampling, *, seed: int, limit: int, sequence: int = 0) -> Asked:
-        return cls(Draw.of(sampling, seed, sequence), argument(limit, np.int32))
+    def of(cls, sampling: Sampling, *, seed: int, limit: int, sequence: int = 0, likelihood: bool = False) -> Asked:
+        draw = Draw.of(sampling, seed, sequence)
+        return cls(draw, argument(limit, np.int32), argument(likelihood, np.bool_))
 
 
 @struct.dataclass
@@ -110,14 +118,19 @@ class DecodeState:
     length: Array  # int32, n: tokens in the target's cache
     root: Array  # int32, the last emitted token; it stands at position n and is not in the cache yet
     accepted: Accepted  # what the drafter has not taken in yet
-    output: Array  # [S + D + 1] int32, the emitted tokens; `emitted` of them are real
+    # [S + D + 1] int32, the emitted tokens, of which `emitted` are real; or where the plan does not keep them [D + 1],
+    # those of the last round.
+    output: Array
     emitted: Array  # int32
     finished: Array  # int32: RUNNING, STOPPED by a stop id, or FULL (the limit is reached)
     rounds: Array  # int32
     histogram: Array  # [D+1] int32, rounds by the number of drafts that they emitted (0 to D)
-    origins: Array  # [S + D + 1] int8, how each emitted token came: OWN, DRAFTED or COPIED
+    origins: Array  # as `output`, int8: how each token came, OWN, DRAFTED or COPIED
     pulse: Pulse  # what the next round's pace goes by
+    trust: Trust  # and how far it believes this text's drafts
     asked: Asked
+    penalties: Penalties | None = None  # where the plan adjusts
+    likelihood: Likelihood | None = None  # of the emitted tokens, as `output`; where the plan has log-probabilities
 
 
 def new_caches(plan: Plan, capacity: int, dtype: jnp.dtype) -> Caches:
@@ -162,8 +175,9 @@ class Chunk:
     last: Array  # bool, whether the prompt ends here
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
-def prefill(plan: Plan, weights: Weights, caches: Caches, chunk: Chunk, asked: Asked) -> DecodeState:
+def prefill_chunk(
+    plan: Plan, weights: Weights, caches: Caches, chunk: Chunk, asked: Asked, penalties: Penalties | None = None
+) -> DecodeState:
     """Run a chunk through target and drafter. The state after the last one has the first token; others have no root."""
     size = chunk.tokens.shape[0] - 1
     with jax.named_scope("prefill"):
@@ -179,16 +193,43 @@ def prefill(plan: Plan, weights: Weights, caches: Caches, chunk: Chunk, asked: A
         draft = plan.drafter.prefill(weights.draft, features, chunk.tokens[1:], chunk.start, caches.draft)
     feature, length = features[chunk.count - 1], chunk.start + chunk.count
 
-    def first_token(feature: Array) -> Array:
-        scores = llama.logits(weights.target, feature[None])
-        return sampling.choose(scores, plan.rule, asked.draw, length[None], jnp.zeros(1, jnp.int32))[0]
+    def first_token(feature: Array) -> tuple[Array, Likelihood | None]:
+        logits = llama.logits(weights.target, feature[None])
+        scores = logits
+        if penalties is not None:
+            scores = adjusted_if(penalties.active, logits, penalties, DraftTree.of_root(jnp.int32(0)))
+        token = sampling.choose(scores, plan.rule, asked.draw, length[None], jnp.zeros(1, jnp.int32))
+        return token[0], likelihood_if(asked.likelihood, logits, token) if plan.logprobs else None
+
+    def none_yet(_: Array) -> tuple[Array, Likelihood | None]:
+        return jnp.int32(0), Likelihood.unknown(1) if plan.logprobs else None
 
     # A branch, so that the head is read once a prompt and not once a chunk.
-    root = lax.cond(chunk.last, first_token, lambda _: jnp.int32(0), feature)
+    root, likelihood = lax.cond(chunk.last, first_token, none_yet, feature)
     text = _noted(caches.text, chunk.tokens[1:], chunk.start + 1)
     if text is not None:  # what follows the last token of all was not known
         text = text.at[length].set(jnp.where(chunk.last, root, text[length]))
-    return state_after(plan, Caches(target, draft, text), feature, root, length, asked)
+    state = state_after(plan, Caches(target, draft, text), feature, root, length, asked)
+    if penalties is not None:
+        state = dataclasses.replace(state, penalties=penalties.after(root[None], chunk.last.astype(jnp.int32)))
+    if likelihood is not None:
+        every = Likelihood.unknown(state.output.shape[0]).written(likelihood, jnp.int32(0))
+        state = dataclasses.replace(state, likelihood=every)
+    return state
+
+
+prefill = jax.jit(prefill_chunk, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
+
+
+def adjusted_if(active: Array, logits: Array, by: Penalties, tree: DraftTree) -> Array:
+    """Penalised logits [N, V] if `active` [] bool, else as they are."""
+    return lax.cond(active, lambda logits: penalties.adjusted(logits, by, tree), lambda logits: logits, logits)
+
+
+def likelihood_if(wanted: Array, logits: Array, tokens: Array) -> Likelihood:
+    """Of tokens [T] chosen from logits [T, V], if `wanted` [] bool."""
+    unknown = Likelihood.unknown(tokens.shape[0])
+    return lax.cond(wanted, Likelihood.of, lambda *_: unknown, logits, tokens)
 
 
 def _noted(text: Array | None, tokens: Array, position: Array) -> Array | None:
@@ -199,6 +240,7 @@ def _noted(text: Array | None, tokens: Array, position: Array) -> Array | None:
 def state_after(plan: Plan, caches: Caches, feature: Array, root: Array, length: Array, asked: Asked) -> DecodeState:
     """The state after `length` tokens: `feature` [H] is the last one's, and `root` the token chosen from it."""
     depth = plan.tree.depth
+    room = depth + 1 + (caches.capacity if plan.keeps else 0)
     stopped = jnp.isin(root, jnp.array(plan.stop_ids, jnp.int32))
     return DecodeState(
         caches=caches,
@@ -209,29 +251,46 @@ def state_after(plan: Plan, caches: Caches, feature: Array, root: Array, length:
             next_tokens=jnp.zeros(depth + 1, jnp.int32).at[0].set(root),
             count=jnp.int32(1),
         ),
-        output=jnp.zeros(caches.capacity + depth + 1, jnp.int32).at[0].set(root),
+        output=jnp.zeros(room, jnp.int32).at[0].set(root),
         emitted=jnp.int32(1),
         finished=jnp.where(stopped, STOPPED, jnp.where(asked.limit <= 1, FULL, RUNNING)).astype(jnp.int32),
         rounds=jnp.int32(0),
         histogram=jnp.zeros(depth + 1, jnp.int32),
-        origins=jnp.zeros(caches.capacity + depth + 1, jnp.int8),
+        origins=jnp.zeros(room, jnp.int8),
         pulse=Pulse.still(),
+        trust=Trust.unproven(),
         asked=asked,
     )
 
 
 def start(
-    plan: Plan, weights: Weights, caches: Caches, prompt: np.ndarray, asked: Asked, *, chunks: Chunks
+    plan: Plan,
+    weights: Weights,
+    caches: Caches,
+    prompt: np.ndarray,
+    asked: Asked,
+    *,
+    chunks: Chunks,
+    penalties: Penalties | None = None,
 ) -> DecodeState:
     """Run a prompt, a chunk a pass, and choose the first token.
 
     Args:
       caches: donated. prompt: [T] int32, at least one token.
       asked: the caller sees to it that T + limit + plan.margin fit the capacity.
+      penalties: where the plan adjusts.
     """
-    length, first = len(prompt), 0
-    sizes = chunks.sizes(length, caches.capacity)
-    padded = np.zeros(sum(sizes) + 1, np.int32)
+    for part in parts_of(prompt, chunks, caches.capacity):
+        state = prefill(plan, weights, caches, part, asked, penalties)
+        caches = state.caches
+    return state
+
+
+def parts_of(prompt: np.ndarray, chunks: Chunks, capacity: int, first: int = 0) -> list[Chunk]:
+    """A prompt [T] in chunks, of which the tokens before `first`, a multiple of the short chunk, are read already."""
+    length, parts = len(prompt), []
+    sizes = chunks.sizes(length - first, capacity - first)
+    padded = np.zeros(first + sum(sizes) + 1, np.int32)
     padded[:length] = prompt
     for size in sizes:
         part = Chunk(
@@ -240,9 +299,9 @@ def start(
             count=argument(min(size, length - first), np.int32),
             last=argument(first + size >= length, np.bool_),
         )
-        state = prefill(plan, weights, caches, part, asked)
-        caches, first = state.caches, first + size
-    return state
+        parts.append(part)
+        first += size
+    return parts
 
 
 # The round ---------------------------------------------------------------------------------------
@@ -268,12 +327,17 @@ class Verdict:
     features: Array  # [N, (1 + taps) H], of each node
     chosen: Array  # [N] int32, its own next token after each node
     typical: Array | None  # [N] bool, nodes that it would also bear, where acceptance is lossy
+    logits: Array | None  # [N, V] float32, its own; None where nobody asks for log-probabilities
 
 
 def verify(
-    plan: Plan, weights: Weights, cache: KVCache, tree: DraftTree, length: Array, draw: Draw
+    plan: Plan, weights: Weights, cache: KVCache, tree: DraftTree, state: DecodeState, together: Together = ALONE
 ) -> tuple[Verdict, KVCache]:
-    """Steps 3 and 4: what the target says of each node of a tree after `length` tokens, and its cache."""
+    """Steps 3 and 4: what the target says of each node of a tree below the state's root, and its cache.
+
+    cache: the state's target cache, or what has become of it since.
+    """
+    length, draw = state.length, state.asked.draw
     with jax.named_scope("verify"):
         features, cache = llama.forward(
             weights.target,
@@ -284,12 +348,14 @@ def verify(
             kernels=plan.kernels,
             taps=plan.drafter.taps,
         )
-        scores = llama.logits(weights.target, features)
+        logits = scores = llama.logits(weights.target, features)
+    if state.penalties is not None:
+        scores = adjusted_if(together.any(state.penalties.active), logits, state.penalties, tree)
     following = length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)
-    chosen = sampling.choose(scores, plan.rule, draw, following, tree.depth)
+    chosen = sampling.choose(scores, plan.rule, draw, following, tree.depth, together)
     lossy = plan.rule == "typical"
     typical = sampling.typical(scores, draw.by, tree.tokens, tree.parent) if lossy else None
-    return Verdict(features, chosen, typical), cache
+    return Verdict(features, chosen, typical, logits if plan.logprobs else None), cache
 
 
 @struct.dataclass
@@ -300,15 +366,19 @@ class Taken:
     block: Array  # [D+1] int32, tokens: the accepted drafts, then the target's own; padding after that
     drafts: Array  # int32, how many were accepted
     features: Array  # [D+1, (1 + taps) H], of the nodes
+    likelihood: Likelihood | None  # of the block's tokens, where the plan has log-probabilities
 
     @classmethod
-    def nothing(cls, like: Accepted) -> Taken:
+    def nothing(cls, plan: Plan, like: Accepted) -> Taken:
         """Before a tree is verified."""
         zeros = jnp.zeros_like(like.next_tokens)
-        return cls(zeros, zeros, jnp.int32(0), jnp.zeros_like(like.features))
+        likelihood = Likelihood.unknown(zeros.shape[0]) if plan.logprobs else None
+        return cls(zeros, zeros, jnp.int32(0), jnp.zeros_like(like.features), likelihood)
 
 
-def take(plan: Plan, tree: DraftTree, verdict: Verdict, cache: KVCache, length: Array) -> tuple[Taken, KVCache]:
+def take(
+    plan: Plan, tree: DraftTree, verdict: Verdict, cache: KVCache, state: DecodeState, together: Together = ALONE
+) -> tuple[Taken, KVCache]:
     """Step 5: the right path, and a cache in which its K/V rows stand one after the other."""
     depth = plan.tree.depth
     path, drafts = accepted_path(tree, verdict.chosen, depth, verdict.typical)
@@ -316,8 +386,11 @@ def take(plan: Plan, tree: DraftTree, verdict: Verdict, cache: KVCache, length: 
     if verdict.typical is not None:  # then the drafts need not be what the target chose
         block = jnp.where(jnp.arange(depth + 1) < drafts, jnp.roll(tree.tokens[path], -1), block)
     if tree.tokens.shape[0] > 1:
-        cache = kv_cache.compact(cache, length, path, plan.kernels.attention)
-    return Taken(path, block, drafts, verdict.features[path]), cache
+        cache = kv_cache.compact(cache, state.length, path, plan.kernels.attention)
+    likelihood = None
+    if verdict.logits is not None:
+        likelihood = likelihood_if(together.any(state.asked.likelihood), verdict.logits[path], block)
+    return Taken(path, block, drafts, verdict.features[path], likelihood), cache
 
 
 def emit(plan: Plan, state: DecodeState, tree: DraftTree, taken: Taken, caches: Caches) -> DecodeState:
@@ -337,6 +410,11 @@ def emit(plan: Plan, state: DecodeState, tree: DraftTree, taken: Taken, caches: 
         if tree.copied is not None:
             came = jnp.where((index < drafts) & jnp.roll(tree.copied[taken.path], -1), COPIED, came)
         origins = lax.dynamic_update_slice(origins, came.astype(jnp.int8), (state.emitted,))
+    if state.penalties is not None:
+        state = dataclasses.replace(state, penalties=state.penalties.after(block, count))
+    if state.likelihood is not None and taken.likelihood is not None:
+        every = state.likelihood.written(taken.likelihood, state.emitted)
+        state = dataclasses.replace(state, likelihood=every)
     return dataclasses.replace(
         state,
         caches=dataclasses.replace(caches, text=_noted(caches.text, block, state.length + 1)),
@@ -352,22 +430,27 @@ def emit(plan: Plan, state: DecodeState, tree: DraftTree, taken: Taken, caches: 
     )
 
 
-def decode_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
-    """One round: draft, verify, accept."""
+def decode_round(plan: Plan, weights: Weights, state: DecodeState, together: Together = ALONE) -> DecodeState:
+    """One round: draft, verify, accept.
+
+    together: where the text is one of several under `vmap`, what they decide together.
+    """
     if plan.pace is not None:
-        return paced_round(plan, weights, state)
+        return paced_round(plan, weights, state, together)
     tree, memory = draft(plan, weights, state)
-    verdict, cache = verify(plan, weights, state.caches.target, tree, state.length, state.asked.draw)
-    taken, cache = take(plan, tree, verdict, cache, state.length)
+    verdict, cache = verify(plan, weights, state.caches.target, tree, state, together)
+    taken, cache = take(plan, tree, verdict, cache, state, together)
     return emit(plan, state, tree, taken, dataclasses.replace(state.caches, target=cache, draft=memory))
 
 
-def paced_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
+def paced_round(plan: Plan, weights: Weights, state: DecodeState, together: Together = ALONE) -> DecodeState:
     """One round that drafts and verifies as much as pays (`frspec_jax.pace`)."""
     assert plan.pace is not None and weights.pace is not None
     costs, drafter, turn, pulse = weights.pace.costs, plan.drafter, turn_of(state), state.pulse
-    price, trust = pulse.price(costs), pulse.trust
+    price, trust = pulse.price(costs, together.count), state.trust.scale
     depth, by_level = plan.tree.depth, drafter.by_level(plan.pace.growth)
+    if len(plan.pace.sizes) == 1:  # nothing that is drafted would be verified
+        by_level = ()
 
     with jax.named_scope("lookup"):  # what stands in the text costs no drafting
         found, likely = jnp.zeros(0, jnp.int32), jnp.zeros(0)
@@ -375,12 +458,12 @@ def paced_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState
             assert state.caches.text is not None
             chain = lookup.chain(state.caches.text, state.length, depth)
             found, likely = chain.tokens, pace.copied(weights.pace.odds, chain, trust[pace.COPIED])
-        unknown = 1 - jnp.exp(likely[0]) if plan.pace.lookup else jnp.float32(1)
-        undrafted = pace.best_size(plan.pace, costs, price, likely)
+        unknown = together.total(1 - jnp.exp(likely[0])) if plan.pace.lookup else together.count
+        undrafted = pace.best_size(plan.pace, costs, price, likely, together)
         drafts = pace.drafting_pays(costs, price, pulse, unknown) if by_level else jnp.bool_(False)
         # What was accepted waits until something is drafted, or there is no room for what this round may bring.
         room = jnp.where(undrafted.index == 0, 1, depth + 1)
-        takes_in = drafts | (turn.accepted.count + room > depth + 1)
+        takes_in = drafts | together.any(turn.accepted.count + room > depth + 1)
 
     Drafted = tuple[Candidates, Array, DraftMemory]
 
@@ -390,13 +473,14 @@ def paced_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState
     def offer(nothing: Drafted) -> Drafted:
         assert plan.pace is not None and weights.pace is not None
         lead, memory = drafter.take_in(weights.draft, turn, nothing[2])
-        going = Growing(plan.pace, weights.pace, price, trust[pace.DRAFTED])
+        going = Growing(plan.pace, weights.pace, price, trust[pace.DRAFTED], together)
         return drafter.offer(weights.draft, plan.pace.growth, lead, turn, memory, going)
 
     with jax.named_scope("draft"):
         memory = pace.when(takes_in & ~drafts, take_in, state.caches.draft)
-        nothing = Candidates.none(sum(by_level)), jnp.int32(0), memory
-        drafted, levels, memory = pace.when(drafts, offer, nothing)
+        drafted, levels, memory = nothing = Candidates.none(sum(by_level)), jnp.int32(0), memory
+        if by_level:
+            drafted, levels, memory = pace.when(drafts, offer, nothing)
 
     with jax.named_scope("rerank"):
         candidates = pace.joined(drafted, by_level, found, likely)
@@ -406,15 +490,15 @@ def paced_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState
         likely = candidates.scores[kept]
         # Where nothing was drafted the choice stands, whatever another order of sums would round it to: what waits for
         # the drafter was given room by it.
-        drafted_too = pace.best_size(plan.pace, costs, price, likely)
+        drafted_too = pace.best_size(plan.pace, costs, price, likely, together)
         choice = jax.tree.map(functools.partial(jnp.where, drafts), drafted_too, undrafted)
 
     def passed(size: int, carry: tuple[Taken, KVCache]) -> tuple[Taken, KVCache]:
         part = tree.first(size)
-        verdict, cache = verify(plan, weights, carry[1], part, state.length, state.asked.draw)
-        return take(plan, part, verdict, cache, state.length)
+        verdict, cache = verify(plan, weights, carry[1], part, state, together)
+        return take(plan, part, verdict, cache, state, together)
 
-    at = Taken.nothing(turn.accepted), state.caches.target
+    at = Taken.nothing(plan, turn.accepted), state.caches.target
     for index, size in enumerate(plan.pace.sizes):
         at = pace.when(choice.index == index, functools.partial(passed, size), at)
     taken, cache = at
@@ -425,12 +509,12 @@ def paced_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState
             levels=levels,
             size=choice.index,
             gain=pace.gained(costs, price, levels, undrafted, choice, unknown),
-            emitted=after.length - state.length,
-            promised=pace.promised(plan.pace, choice, likely, copied),
-            came=pace.came(copied, taken.path, taken.drafts),
+            emitted=together.total(after.length - state.length),
         )
-        pulse = pace.after(pulse, costs, facts)
-    return dataclasses.replace(after, accepted=_waiting(turn.accepted, takes_in, after.accepted), pulse=pulse)
+        promised = pace.promised(plan.pace, choice, likely, copied)
+        proven = state.trust.after(promised, pace.came(copied, taken.path, taken.drafts))
+    waiting = _waiting(turn.accepted, takes_in, after.accepted)
+    return dataclasses.replace(after, accepted=waiting, pulse=pace.after(pulse, costs, facts), trust=proven)
 
 
 def _waiting(before: Accepted, taken_in: Array, new: Accepted) -> Accepted:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,14 @@ from frspec_jax.detokenizer import Detokenizer, text_of
 from frspec_jax.drafting import Drafting
 from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import BLOCK, rounded_capacity
+from frspec_jax.likelihood import MOST as MOST_LOGPROBS
+from frspec_jax.likelihood import Likelihood, Likely
+from frspec_jax.penalties import Bearing, Penalties
 from frspec_jax.sampling import rule_of
 from pallas_kernels.dispatch import AUTO, Kernels
 
 Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
 ALL_ROUNDS = 2**30
-MOST_LOGPROBS = 20  # likeliest tokens that can be shown beside each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Result:
     accepted_histogram: list[int]  # rounds that emitted 1, 2, ... D+1 tokens
     prefill_seconds: float
     decode_seconds: float
+    logprobs: tuple[Likely, ...] | None = None  # of each token, where the request wants them
 
     @property
     def decode_rate(self) -> float:
@@ -103,7 +106,10 @@ class Result:
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        if self.logprobs is None:
+            del data["logprobs"]
+        return data
 
     def summary(self) -> str:
         """One line for people."""
@@ -161,8 +167,8 @@ class Generator:
         """Rows of a cache: the context, and what a round writes beyond it."""
         return rounded_capacity(self.runtime.context + self.plan().margin)
 
-    def plan(self, sampling: Sampling = Sampling()) -> engine.Plan:
-        """What is compiled for these sampling settings: their figures do not matter, but whether anything samples."""
+    def plan(self, sampling: Sampling = Sampling(), *, logprobs: bool = False) -> engine.Plan:
+        """What is compiled for these sampling settings: no figure matters, but whether anything samples or adjusts."""
         drafting, stop_ids = self.drafting, self.checkpoint.stop_ids
         return engine.Plan(
             self.checkpoint.config,
@@ -172,7 +178,13 @@ class Generator:
             rule_of(sampling),
             self.runtime.kernels,
             drafting.pace,
+            adjusts=sampling.adjusts,
+            logprobs=logprobs,
         )
+
+    def plan_for(self, request: Request) -> engine.Plan:
+        """What is compiled for a request."""
+        return self.plan(request.sampling, logprobs=request.logprobs is not None)
 
     def encode(self, prompt: Prompt, request: Request = Request()) -> np.ndarray:
         """A prompt as token ids [T] int32: through the chat template, unless the request or the model is raw."""
@@ -227,12 +239,14 @@ class Generator:
             )
         return min(request.max_new_tokens, context - len(given))
 
-    def warm_up(self, sampling: Sampling = Sampling(), *, prompt_tokens: int | None = None) -> None:
+    def warm_up(
+        self, sampling: Sampling = Sampling(), *, prompt_tokens: int | None = None, logprobs: bool = False
+    ) -> None:
         """Compile what requests with such sampling settings need, so that no request's time holds it.
 
         prompt_tokens: of the prompt to come, which may need no long chunks; None: of any length.
         """
-        plan = self.plan(sampling)
+        plan = self.plan(sampling, logprobs=logprobs)
         for size in self._chunk_sizes(prompt_tokens):
             self._compile(plan, size, sampling)
         if plan.pace is not None and not self._paced:
@@ -277,8 +291,9 @@ class Generator:
                 return
             caches, asked = self._take_caches() or self._new_caches(plan), engine.Asked.of(sampling, seed=0, limit=2)
             prompt, chunks = np.zeros(chunk, np.int32), engine.Chunks(chunk)
+            penalties = self.penalties_of(Request(sampling=sampling), prompt)
             with jax.enable_x64(False):
-                state = engine.start(plan, self.weights, caches, prompt, asked, chunks=chunks)
+                state = engine.start(plan, self.weights, caches, prompt, asked, chunks=chunks, penalties=penalties)
                 state = jax.block_until_ready(engine.run(plan, self.weights, state, np.int32(0)))
             self.give_back(state.caches)
             self._warm.add((plan, chunk))
@@ -289,20 +304,39 @@ class Generator:
         prompt: or what this model, or one with the same `reads_as`, has read of it; its own request then holds.
         """
         if isinstance(prompt, Reading):
-            self.warm_up(prompt.request.sampling, prompt_tokens=prompt.prompt_tokens)
+            self._warm_up_for(prompt.request, prompt.prompt_tokens)
             return Text(self, prompt.request, prompt)
-        limit = self.check(prompt, request)
-        self.warm_up(request.sampling, prompt_tokens=len(prompt))
-        plan, asked = self.plan(request.sampling), engine.Asked.of(request.sampling, seed=request.seed, limit=limit)
-        ids, caches = np.asarray(prompt, np.int32), self._take_caches()
+        limit, ids = self.check(prompt, request), np.asarray(prompt, np.int32)
+        plan, asked, penalties = self.plan_for(request), asked_of(request, limit), self.penalties_of(request, ids)
+        self._warm_up_for(request, len(ids))
+        caches = self._take_caches()
         begun = time.perf_counter()
         with jax.enable_x64(False):
             state = jax.block_until_ready(
                 engine.start(
-                    plan, self.weights, caches or self._new_caches(plan), ids, asked, chunks=self.runtime.chunks
+                    plan,
+                    self.weights,
+                    caches or self._new_caches(plan),
+                    ids,
+                    asked,
+                    chunks=self.runtime.chunks,
+                    penalties=penalties,
                 )
             )
         return Text(self, request, Reading(state, len(ids), time.perf_counter() - begun, request), own=True)
+
+    def _warm_up_for(self, request: Request, prompt_tokens: int) -> None:
+        self.warm_up(request.sampling, prompt_tokens=prompt_tokens, logprobs=request.logprobs is not None)
+
+    def penalties_of(self, request: Request, ids: np.ndarray) -> Penalties | None:
+        """What a request changes in the logits after a prompt of ids [T]; None: nothing.
+
+        Raises:
+          UserError: it names an id that the vocabulary does not have.
+        """
+        if not request.sampling.adjusts:
+            return None
+        return Penalties.of(request.sampling, Bearing.of(request.sampling, ids, self.checkpoint.config.vocab_size))
 
     def generate(self, prompt: Prompt, request: Request = Request()) -> Result:
         """Answer one prompt."""
@@ -320,7 +354,36 @@ class Generator:
 
     def reads_as(self, request: Request = Request()) -> Hashable:
         """Models that agree in this read a prompt alike: what V' keeps matters only once a draft proposes."""
-        return id(self.weights.target), self.drafting.folder, self.plan(request.sampling), self.runtime
+        return id(self.weights.target), self.drafting.folder, self.plan_for(request), self.runtime
+
+    def result_of(
+        self,
+        tokens: list[int],
+        *,
+        prompt_tokens: int,
+        finish_reason: str | None,
+        rounds: int,
+        histogram: list[int],
+        prefill_seconds: float,
+        decode_seconds: float,
+        lossy: bool = False,
+        logprobs: tuple[Likely, ...] | None = None,
+    ) -> Result:
+        """An answer of this model, and how it came about."""
+        return Result(
+            text=text_of(self.checkpoint.tokenizer, tokens),
+            tokens=tokens,
+            prompt_tokens=prompt_tokens,
+            finish_reason=finish_reason,
+            method=dataclasses.replace(self.drafting.method, lossy=lossy).name,
+            draft_vocab=self.draft_vocab,
+            rounds=rounds,
+            accepted_length=(len(tokens) - 1) / rounds if rounds else None,
+            accepted_histogram=histogram,
+            prefill_seconds=prefill_seconds,
+            decode_seconds=decode_seconds,
+            logprobs=logprobs,
+        )
 
     def _new_caches(self, plan: engine.Plan) -> engine.Caches:
         # Bound to the device, as the caches that a program returns are: for others it would be compiled once more.
@@ -348,7 +411,7 @@ class Text:
     def __init__(self, model: Generator, request: Request, reading: Reading, *, own: bool = False) -> None:
         self._model, self._request = model, request
         self._prompt_tokens, self._prefill_seconds, self._decode_seconds = reading.prompt_tokens, reading.seconds, 0.0
-        self.plan = model.plan(request.sampling)
+        self.plan = model.plan_for(request)
         self.state = reading.state if own else _copied(reading.state)
 
     def __enter__(self) -> Self:
@@ -394,22 +457,29 @@ class Text:
 
     def result(self) -> Result:
         """The answer so far, and how it came about."""
-        state, tokens, model = self.state, self.tokens, self._model
-        rounds, finished = int(state.rounds), int(state.finished)
-        method = dataclasses.replace(model.drafting.method, lossy=self.plan.rule == "typical")
-        return Result(
-            text=text_of(model.checkpoint.tokenizer, tokens),
-            tokens=tokens,
+        state, wanted = self.state, self._request.logprobs
+        return self._model.result_of(
+            self.tokens,
             prompt_tokens=self._prompt_tokens,
-            finish_reason={engine.STOPPED: "stop", engine.FULL: "length"}.get(finished),
-            method=method.name,
-            draft_vocab=model.draft_vocab,
-            rounds=rounds,
-            accepted_length=(len(tokens) - 1) / rounds if rounds else None,
-            accepted_histogram=np.asarray(state.histogram).tolist(),
+            finish_reason={engine.STOPPED: "stop", engine.FULL: "length"}.get(int(state.finished)),
+            rounds=int(state.rounds),
+            histogram=np.asarray(state.histogram).tolist(),
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._decode_seconds,
+            lossy=self.plan.rule == "typical",
+            logprobs=None if wanted is None else cast(Likelihood, state.likelihood).shown(self.emitted, wanted),
         )
+
+
+def asked_of(request: Request, limit: int) -> engine.Asked:
+    """What a request asks of the rounds, which may emit no more than `limit` tokens."""
+    return engine.Asked.of(
+        request.sampling,
+        seed=request.seed,
+        limit=limit,
+        sequence=request.sequence,
+        likelihood=request.logprobs is not None,
+    )
 
 
 def _copied(state: engine.DecodeState) -> engine.DecodeState:

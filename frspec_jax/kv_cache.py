@@ -23,10 +23,14 @@ BLOCK = 256  # capacities are multiples of it, so that attention may walk the ca
 
 @struct.dataclass
 class LayerKV:
-    """One layer's cache. Row s holds the token at position s (or, past the committed rows, a tree node)."""
+    """One layer's cache. Row s holds the token at position s (or, past the committed rows, a tree node).
+
+    Several sequences may share a pool, of which each owns a slot: then the arrays are [slots, kv_heads, S, head_dim].
+    """
 
     keys: Array  # [kv_heads, S, head_dim], rotated; floats, or the bits of bfloat16 as uint16
     values: Array  # [kv_heads, S, head_dim]
+    slot: Array | None = None  # int32, the part of a pool that is meant; None: there is but one sequence
 
     @property
     def capacity(self) -> int:
@@ -63,9 +67,16 @@ def rotary_append(
 ) -> tuple[Array, LayerKV]:
     """Rotated queries [T, heads, head_dim], and the cache with what T tokens bring (`pallas_kernels.rotary_append`)."""
     q, keys, values = rotate_and_append(
-        qkv, by, cache.keys, cache.values, where.write_at, skip=where.skip, implementation=implementation
+        qkv,
+        by,
+        cache.keys,
+        cache.values,
+        where.write_at,
+        slot=cache.slot,
+        skip=where.skip,
+        implementation=implementation,
     )
-    return q, LayerKV(keys, values)
+    return q, LayerKV(keys, values, cache.slot)
 
 
 def compact(cache: KVCache, start: Array, path: Array, implementation: Implementation = "auto") -> KVCache:
@@ -75,4 +86,8 @@ def compact(cache: KVCache, start: Array, path: Array, implementation: Implement
     Entries past the accepted length may be anything: the rows that they fill are written again by
     the next round.
     """
-    return compacted(cache, start, path, implementation=implementation)
+    if path.shape[0] == 1:
+        return cache
+    arrays = [(layer.keys, layer.values) for layer in cache]
+    moved = compacted(arrays, start, path, slot=cache[0].slot, implementation=implementation)
+    return tuple(LayerKV(*pair, layer.slot) for pair, layer in zip(moved, cache, strict=True))

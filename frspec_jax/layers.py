@@ -134,6 +134,7 @@ def decoder_layer(
             cache.keys,
             cache.values,
             here.where.sees,
+            slot=cache.slot,
             implementation=kernels.attention,
             rows=kernels.rows,
             steady=kernels.steady,

@@ -12,6 +12,9 @@ found in the text (`lookup.chain`) are nodes like any other, and cost no draftin
 
 P is calibrated (`Odds`), and times are measured (`Costs`). Both are arrays, so that another table is no other program.
 Neither ever decides what is emitted: the target alone does, and a wrong table only costs time.
+
+Texts of a batch share their rounds, so the sums run over all of them (`together.Together`), and a round of theirs
+verifies N nodes of each.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from jax import Array, lax
 from frspec_jax.config import TreeConfig
 from frspec_jax.lookup import Chain
 from frspec_jax.sampling import argument
+from frspec_jax.together import ALONE, Together
 from frspec_jax.tree import Candidates
 
 GRID = np.array([0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0], np.float32)  # a draft's own probabilities
@@ -88,16 +92,36 @@ DRAFTED, COPIED = 0, 1  # in the arrays of `Pulse`
 
 
 @struct.dataclass
+class Trust:
+    """What became of the drafts in a text: running sums, in which each further round counts `KEPT` times less."""
+
+    promised: Array  # [2] float32, nodes that should have been accepted: drafted, and copied ones
+    came: Array  # [2] float32, that were
+
+    @classmethod
+    def unproven(cls) -> Trust:
+        """Before the first round."""
+        return cls(jnp.zeros(2), jnp.zeros(2))
+
+    @property
+    def scale(self) -> Array:
+        """[2]: what calibrated chances are scaled by, in this text."""
+        return jnp.clip((self.came + 4.0) / (self.promised + 4.0), *TRUST)
+
+    def after(self, promised: Array, came: Array) -> Trust:
+        """With one round more; both [2], drafted and copied: drafts that should have been accepted, and that were."""
+        return Trust(KEPT * self.promised + promised, KEPT * self.came + came)
+
+
+@struct.dataclass
 class Pulse:
-    """How the last rounds of a text went: running sums, in which each further round counts `KEPT` times less."""
+    """How the last rounds went, of a text or of several together: running sums and means as those of `Trust`."""
 
     tokens: Array  # float32, emitted
     milliseconds: Array  # float32, that they should have cost
     believed: Array  # float32, what is left of the rounds that are taken to have been before
     gain: Array  # float32, running mean: tokens that drafting was worth, for each not looked up already
     idle: Array  # int32, rounds since something was drafted
-    promised: Array  # [2] float32, nodes that should have been accepted: drafted, and copied ones
-    came: Array  # [2] float32, that were
     levels: Array  # int32, that the last round drafted
     size: Array  # int32, index of the size that it verified
 
@@ -105,20 +129,13 @@ class Pulse:
     def still(cls) -> Pulse:
         """Before the first round."""
         zero = jnp.zeros((), jnp.float32)
-        return cls(
-            zero, zero, zero + BELIEVED, zero + 0.3, jnp.int32(0), jnp.zeros(2), jnp.zeros(2), *[jnp.int32(0)] * 2
-        )
+        return cls(zero, zero, zero + BELIEVED, zero + 0.3, *[jnp.int32(0)] * 3)
 
-    def price(self, costs: Costs) -> Array:
-        """Tokens that a millisecond is worth: at least what vanilla decoding makes of it."""
-        vanilla = 1 / costs.verify[0]
-        lately = (self.tokens + self.believed) / (self.milliseconds + self.believed * costs.verify[0])
+    def price(self, costs: Costs, texts: Array | float = 1.0) -> Array:
+        """Tokens that a millisecond is worth: at least what vanilla decoding of so many texts makes of it."""
+        vanilla = texts / costs.verify[0]
+        lately = (self.tokens + self.believed * texts) / (self.milliseconds + self.believed * costs.verify[0])
         return jnp.maximum(vanilla, lately)
-
-    @property
-    def trust(self) -> Array:
-        """[2]: what calibrated chances are scaled by, in this text."""
-        return jnp.clip((self.came + 4.0) / (self.promised + 4.0), *TRUST)
 
 
 C = TypeVar("C")
@@ -141,6 +158,7 @@ class Growing:
     tables: PaceTables
     price: Array
     trust: Array  # float32, of drafted nodes
+    together: Together = ALONE
 
     def likely(self, scores: Array, level: int) -> Array:
         chance = interpolated(jnp.exp(scores), self.tables.odds.beam[level])
@@ -150,7 +168,7 @@ class Growing:
         if not self.pace.ends:
             return deeper(ended)
         draft = self.tables.costs.draft
-        pays = jnp.exp(scores[0]) * LIKELY_CHILD > self.price * (draft[level + 1] - draft[level])
+        pays = self.together.total(jnp.exp(scores[0])) * LIKELY_CHILD > self.price * (draft[level + 1] - draft[level])
         return when(pays, deeper, ended)
 
 
@@ -201,21 +219,24 @@ class Choice:
     """How many nodes a round verifies."""
 
     index: Array  # int32, of `Pace.sizes`
-    tokens: Array  # float32, expected to be emitted
+    tokens: Array  # float32, expected to be emitted, by all texts
     worth: Array  # float32, the tokens less what their verification costs
 
 
-def best_size(pace: Pace, costs: Costs, price: Array, scores: Array) -> Choice:
+def best_size(pace: Pace, costs: Costs, price: Array, scores: Array, together: Together = ALONE) -> Choice:
     """The size that pays most; scores: [M], log-probabilities of paths, the best first."""
     expected = jnp.concatenate([jnp.ones(1), 1 + jnp.cumsum(jnp.exp(scores))])
-    expected = expected[jnp.minimum(np.array(pace.sizes) - 1, scores.shape[0])]  # [sizes]
+    expected = together.total(expected[jnp.minimum(np.array(pace.sizes) - 1, scores.shape[0])])  # [sizes]
     worth = expected - price * costs.verify
     index = jnp.argmax(worth).astype(jnp.int32)
     return Choice(index, expected[index], worth[index])
 
 
 def drafting_pays(costs: Costs, price: Array, pulse: Pulse, unknown: Array) -> Array:
-    """Whether to draft at all; unknown: the chance that the next token is not the one that was found in the text."""
+    """Whether to draft at all; unknown: the chance that the next token is not the one that was found in the text.
+
+    In a batch, the sum of these chances.
+    """
     return (pulse.gain * unknown > price * costs.draft[1]) | (pulse.idle >= PROBE)
 
 
@@ -251,8 +272,6 @@ class Facts:
     size: Array  # int32, index of `Pace.sizes`
     gain: Array  # float32, tokens that drafting was worth, for each not looked up; read where something was drafted
     emitted: Array  # int32
-    promised: Array  # [2] float32, drafts that should have been accepted, drafted and copied
-    came: Array  # [2] int32, that were
 
 
 def after(pulse: Pulse, costs: Costs, facts: Facts) -> Pulse:
@@ -264,8 +283,6 @@ def after(pulse: Pulse, costs: Costs, facts: Facts) -> Pulse:
         believed=KEPT * pulse.believed,
         gain=jnp.where(drafted, KEPT * pulse.gain + (1 - KEPT) * facts.gain, pulse.gain),
         idle=jnp.where(drafted, 0, pulse.idle + 1),
-        promised=KEPT * pulse.promised + facts.promised,
-        came=KEPT * pulse.came + facts.came,
         levels=facts.levels,
         size=facts.size,
     )

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,26 +129,43 @@ def measured(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeSta
 
     state: donated, of a text with room for every round. Returns the costs, and its caches.
     """
-    assert plan.pace is not None and weights.pace is not None
-    pace, top = plan.pace, len(plan.pace.sizes) - 1
+
+    def timed(costs: Costs) -> float:
+        nonlocal state
+        mine = with_costs(weights, costs)
+        state = jax.block_until_ready(begun_anew(state))
+        before, begun = int(state.rounds), time.perf_counter()
+        state = jax.block_until_ready(engine.run(plan, mine, state, np.int32(ROUNDS)))
+        return 1e3 * (time.perf_counter() - begun) / max(1, int(state.rounds) - before)
+
+    assert plan.pace is not None
+    costs = costs_by(timed, plan.pace, drafts=bool(plan.drafter.by_level(plan.pace.growth)))
+    return costs, state.caches
+
+
+def with_costs(weights: engine.Weights, costs: Costs) -> engine.Weights:
+    """The same weights, and decisions by other costs."""
+    assert weights.pace is not None
+    return dataclasses.replace(weights, pace=dataclasses.replace(weights.pace, costs=costs))
+
+
+def costs_by(timed: Callable[[Costs], float], pace: Pace, *, drafts: bool, repeats: int = REPEATS) -> Costs:
+    """Costs as `timed` finds them: the milliseconds of a round under costs that force it to do one thing.
+
+    drafts: whether something can be drafted at all.
+    """
+    top, deepest = len(pace.sizes) - 1, pace.growth.depth
     kinds = [(size, 0) for size in range(top + 1)]
-    drafts, deepest = bool(plan.drafter.by_level(pace.growth)), pace.growth.depth
     kinds += [(top, level) for level in {1, deepest}] if drafts else []
     best = dict.fromkeys(kinds, np.inf)
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for kind in kinds:
-            tables = dataclasses.replace(weights.pace, costs=forced(pace, *kind))
-            mine = dataclasses.replace(weights, pace=tables)
-            state = jax.block_until_ready(_anew(state))
-            before, begun = int(state.rounds), time.perf_counter()
-            state = jax.block_until_ready(engine.run(plan, mine, state, np.int32(ROUNDS)))
-            taken = 1e3 * (time.perf_counter() - begun) / max(1, int(state.rounds) - before)
-            best[kind] = min(best[kind], taken)
+            best[kind] = min(best[kind], timed(forced(pace, *kind)))
     # A pass over more nodes takes no less time, and a level takes some, whatever noise says; all further ones as much.
     verify = np.maximum.accumulate([best[size, 0] for size in range(top + 1)])
     first, last = (max(FREE, best.get((top, level), 0.0) - verify[top]) for level in (1, deepest))
     each = max(FREE, (last - first) / max(1, deepest - 1))
-    return Costs.of(verify.tolist(), [0.0, *(first + level * each for level in range(deepest))]), state.caches
+    return Costs.of(verify.tolist(), [0.0, *(first + level * each for level in range(deepest))])
 
 
 @jax.jit
@@ -160,13 +178,19 @@ def _restarted(length: Array, pulse: Pulse) -> tuple[Array, Pulse]:
 START = 64  # tokens of the text that costs are measured in
 
 
-def _anew(state: engine.DecodeState) -> engine.DecodeState:
-    """The state with all of its room before it again, whether a text had ended or not."""
+def begun_anew(state: engine.DecodeState) -> engine.DecodeState:
+    """The state with all of its room before it again, whether a text, or those of a batch, had ended or not."""
     length, pulse = _restarted(state.length, state.pulse)
     zero = state.emitted * 0
     accepted = dataclasses.replace(state.accepted, count=zero + 1)
     return dataclasses.replace(
-        state, length=length, pulse=pulse, emitted=zero + 1, finished=zero + engine.RUNNING, accepted=accepted
+        state,
+        length=length,
+        pulse=pulse,
+        trust=jax.tree.map(lambda x: x * 0, state.trust),
+        emitted=zero + 1,
+        finished=zero + engine.RUNNING,
+        accepted=accepted,
     )
 
 
@@ -184,9 +208,14 @@ def room_to_measure(pace: Pace, tree: TreeConfig) -> int:
     return rounded_capacity(START + (ROUNDS + 1) * (tree.depth + 1) + max(pace.growth.draft_rows, tree.size))
 
 
-def name_of(plan: engine.Plan, dtype: Any, vocab: int | None) -> str:
-    """What measured costs are kept under: everything that they depend on, the device first."""
+def name_of(plan: engine.Plan, dtype: Any, vocab: int | None, texts: int | None = None) -> str:
+    """What measured costs are kept under: everything that they depend on, the device first.
+
+    texts: in a batch; None: for a text by itself.
+    """
+    facts: tuple[Any, ...]
     facts = (tuned.key(dtype), device.current(), plan.config, plan.drafter, plan.tree, plan.pace, plan.kernels, vocab)
+    facts = facts if texts is None else (*facts, texts)
     return hashlib.sha256(repr((*facts, jax.__version__)).encode()).hexdigest()[:20]
 
 

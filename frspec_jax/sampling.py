@@ -18,13 +18,15 @@ from flax import struct
 from jax import Array, lax
 
 from frspec_jax.config import Sampling
+from frspec_jax.together import ALONE, Together
 
 MASKED = -jnp.inf
 FEW = 256  # best logits that filters look at before they sort all: 1.4 ms instead of 250 on a CPU, for 8 rows of 49k
 
 # How a pass's tokens are chosen. "greedy" draws no noise. "sampled" draws it, and takes the best token for a request
-# whose temperature is 0. "typical" samples too, and accepts by Medusa's rule, which is lossy.
-Rule = Literal["greedy", "sampled", "typical"]
+# whose temperature is 0. "typical" samples too, and accepts by Medusa's rule, which is lossy. "mixed" is for texts
+# of which each goes its own way: "sampled", but where all are greedy no noise is drawn.
+Rule = Literal["greedy", "sampled", "typical", "mixed"]
 
 
 def argument(value: Any, dtype: Any) -> Any:
@@ -77,18 +79,25 @@ def gumbel_rows(seed: Array, sequence: Array, positions: Array, vocab_size: int)
     return jax.vmap(lambda k: jax.random.gumbel(k, (vocab_size,), jnp.float32))(keys)
 
 
-def warp(logits: Array, by: SamplingArrays) -> Array:
+def warp(logits: Array, by: SamplingArrays, together: Together = ALONE) -> Array:
     """Temperature, then top-k, then top-p, then min-p, as transformers' warpers: removed tokens become -inf.
 
     logits: [N, V] float32. Tokens that tie with the last kept one are kept too.
     """
-    logits = logits / by.temperature
+    logits = logits / jnp.where(by.temperature > 0, by.temperature, 1.0)
     filters = (by.top_p < 1) | ((by.top_k > 0) & (by.top_k < logits.shape[-1])) | (by.min_p > 0)
-    least = lax.cond(filters, least_kept, lambda logits, by: jnp.full((logits.shape[0], 1), MASKED), logits, by)
+    filters &= by.temperature > 0
+    least = lax.cond(
+        together.any(filters),
+        lambda logits, by: jnp.where(filters, least_kept(logits, by, together), MASKED),
+        lambda logits, by: jnp.full((logits.shape[0], 1), MASKED),
+        logits,
+        by,
+    )
     return jnp.where(logits < least, MASKED, logits)
 
 
-def least_kept(logits: Array, by: SamplingArrays) -> Array:
+def least_kept(logits: Array, by: SamplingArrays, together: Together = ALONE) -> Array:
     """The least logit of each row that the filters keep, [N, 1]; logits: [N, V].
 
     The `FEW` best logits tell, unless top-k asks for more, or a row is so flat that they do not add up to top-p. Then
@@ -115,7 +124,7 @@ def least_kept(logits: Array, by: SamplingArrays) -> Array:
         ranked = jnp.where(kept, ranked, MASKED)
         return least_of_nucleus(ranked, jax.nn.logsumexp(ranked, axis=-1, keepdims=True), by)[0]
 
-    least = jnp.where(enough, least, lax.cond(enough.all(), lambda _: least, of_all, logits))
+    least = jnp.where(enough, least, lax.cond(together.all(enough.all()), lambda _: least, of_all, logits))
     # min-p asks after the best token alone, which no filter removes: log P below the best logit.
     return jnp.maximum(least, best[:, :1] + jnp.log(by.min_p))
 
@@ -160,16 +169,16 @@ class Draw:
         return cls(SamplingArrays.of(sampling), seed_words(seed), argument(sequence, np.int32))
 
 
-def scored(logits: Array, draw: Draw, positions: Array, row: Array) -> Array:
+def scored(logits: Array, draw: Draw, positions: Array, row: Array, together: Together = ALONE) -> Array:
     """What a sampled choice is the argmax of: [N, V] float32, filtered logits with their noise.
 
     Args: as those of `choose`.
     """
     noise = gumbel_rows(draw.seed, draw.sequence, positions, logits.shape[-1])
-    return jnp.where(draw.by.temperature > 0, warp(logits, draw.by) + noise[row], logits)
+    return jnp.where(draw.by.temperature > 0, warp(logits, draw.by, together) + noise[row], logits)
 
 
-def choose(logits: Array, rule: Rule, draw: Draw, positions: Array, row: Array) -> Array:
+def choose(logits: Array, rule: Rule, draw: Draw, positions: Array, row: Array, together: Together = ALONE) -> Array:
     """The token that the target says after each of N nodes: int32 [N].
 
     Args:
@@ -179,6 +188,13 @@ def choose(logits: Array, rule: Rule, draw: Draw, positions: Array, row: Array) 
         their noise: only one of them can be on the emitted path, and drafting never sees it.
     """
     with jax.named_scope("choose"):
-        if rule != "greedy":
-            logits = scored(logits, draw, positions, row)
+        if rule == "mixed":
+            logits = lax.cond(
+                together.any(draw.by.temperature > 0),
+                lambda logits: scored(logits, draw, positions, row, together),
+                lambda logits: logits,
+                logits,
+            )
+        elif rule != "greedy":
+            logits = scored(logits, draw, positions, row, together)
         return lax.argmax(logits, logits.ndim - 1, jnp.int32)

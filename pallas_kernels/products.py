@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike
+
+from pallas_kernels.batching import by_rows
 
 
 def precision_of(x: Array) -> lax.Precision | None:
@@ -39,6 +40,10 @@ FEW_ROWS = 16  # up to so many rows a CPU multiplies sooner with the weight on t
 @jax.custom_vjp
 def rows_f32(x: Array, weight: Array) -> Array:
     """x [T, in] times the rows of weight [out, in]: float32 [T, out]. Its gradients are products in x's dtype too."""
+    return by_rows(_rows_f32, x, weight)
+
+
+def _rows_f32(x: Array, weight: Array) -> Array:
     rows, narrow = x.shape[0], x.dtype == jnp.bfloat16
     if rows > FEW_ROWS or (rows == 1 and not narrow):
         return _plain(x, weight)
@@ -78,7 +83,6 @@ def _weight_on_the_left(x: Array, weight: Array) -> Array:
     return lax.optimization_barrier(einsum_f32("oi,ti->ot", weight, x)).T
 
 
-@custom_vmap
 def _one_row(x: Array, weight: Array) -> Array:
     """One bfloat16 row as two: the product of a matrix and a vector takes XLA's CPU backend 14 times as long.
 
@@ -86,15 +90,6 @@ def _one_row(x: Array, weight: Array) -> Array:
     """
     x = lax.optimization_barrier(x)  # or XLA computes each of the two anew, number by number
     return _weight_on_the_left(jnp.concatenate([x, x]), weight)[:1]
-
-
-@_one_row.def_vmap
-def _one_row_each(size: int, batched: list[bool], x: Array, weight: Array) -> tuple[Array, bool]:
-    """Under vmap there are rows enough, where they share their weight."""
-    if batched == [True, False]:
-        return _plain(x[:, 0], weight)[:, None], True
-    axes = tuple(0 if many else None for many in batched)
-    return jax.vmap(_plain, in_axes=axes)(x, weight), True
 
 
 def take_rows(table: Array, ids: ArrayLike) -> Array:

@@ -54,6 +54,10 @@ class Sees:
     committed: Array  # int32 scalar, rows that every token sees
     ancestors: Array  # [T, W] int32 bit words over the rows from `committed` on, each token's own included
 
+    def each(self) -> Sees:
+        """The same as that of a batch of one."""
+        return Sees(self.committed[None], self.ancestors[None])
+
     @property
     def end(self) -> Array:
         """The first cache row that no token sees, rounded up to a whole word: int32."""

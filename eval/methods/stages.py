@@ -28,14 +28,14 @@ def draft_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeS
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
 def verify_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
     """The target's pass over a tree: the `engine.Verdict`, and the state."""
-    verdict, cache = engine.verify(plan, weights, state.caches.target, tree, state.length, state.asked.draw)
+    verdict, cache = engine.verify(plan, weights, state.caches.target, tree, state)
     return verdict, replace(state, caches=replace(state.caches, target=cache))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
 def accept_step(plan: engine.Plan, state: engine.DecodeState, tree: Any, verdict: engine.Verdict) -> Any:
     """The end of a round: the state with the accepted path emitted and committed."""
-    taken, cache = engine.take(plan, tree, verdict, state.caches.target, state.length)
+    taken, cache = engine.take(plan, tree, verdict, state.caches.target, state)
     return engine.emit(plan, state, tree, taken, replace(state.caches, target=cache))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TypeVar
 
 import jax
 from jax import Array
 
+from pallas_kernels.batching import in_pool
 from pallas_kernels.compaction import triton, xla
 from pallas_kernels.dispatch import Implementation, resolve
 
@@ -15,23 +17,34 @@ __all__ = ["compact"]
 Caches = TypeVar("Caches")
 
 
-def compact(caches: Caches, start: Array, path: Array, *, implementation: Implementation = "auto") -> Caches:
+def compact(
+    caches: Caches, start: Array, path: Array, *, slot: Array | None = None, implementation: Implementation = "auto"
+) -> Caches:
     """Move tree rows `start + path[k]` to `start + k`.
 
     Args:
-      caches: a pytree of arrays [kv_heads, S, head_dim], of one shape.
+      caches: a pytree of arrays [kv_heads, S, head_dim], or with a slot [slots, kv_heads, S, head_dim], of one shape.
       start: int32, the root's row. path: [D+1] int32, node indices in the order of depth; path[0] is the root, which
         is in place already. They ascend as far as the path goes; past its end they may be anything, and so may be the
         rows that they fill.
+      slot: int32, which part of a pool is this sequence's.
       implementation: see `dispatch`.
     """
     if path.shape[0] == 1:
         return caches
     implementation = resolve(implementation)
+    moved = (
+        xla.moved
+        if implementation == "xla"
+        else functools.partial(triton.moved, interpret=implementation == "interpret")
+    )
     with jax.named_scope("compact"):
         arrays, tree = jax.tree.flatten(caches)
-        if implementation == "xla":
-            moved = [xla.moved(rows, start, path) for rows in arrays]
-        else:
-            moved = triton.moved(arrays, start, path, interpret=implementation == "interpret")
-        return jax.tree.unflatten(tree, moved)
+        if slot is None:
+            after = moved([rows[None] for rows in arrays], start[None], path[None], None)
+            return jax.tree.unflatten(tree, [rows[0] for rows in after])
+
+        def each(pool: list[Array], own: tuple[Array, Array, Array]) -> tuple[tuple[()], list[Array]]:
+            return (), moved(pool, *own)
+
+        return jax.tree.unflatten(tree, in_pool(each, arrays, (start, path, slot))[1])

@@ -5,8 +5,11 @@ For a few rows the weight is nearly all that is read, and what counts is how few
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax import Array
 
+from pallas_kernels.batching import by_rows
 from pallas_kernels.dispatch import Implementation, choose, power_of_two
 from pallas_kernels.fused_linear import triton, xla
 from pallas_kernels.fused_linear.triton import MOST_ROWS, Config
@@ -38,6 +41,25 @@ def fused_linear(
     Returns:
       [T, out] in x's dtype.
     """
+
+    def together(rows: Any, shared: Any) -> Array:
+        (x, residual), (weight, bias, norm) = rows, shared
+        return _of_rows(x, weight, bias, norm, gated, residual, implementation, config)
+
+    return by_rows(together, (x, residual), (weight, bias, norm))
+
+
+def _of_rows(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    norm: Norm | None,
+    gated: bool,
+    residual: Array | None,
+    implementation: Implementation,
+    config: Config | None,
+) -> Array:
+    """`fused_linear` of rows that are all there are."""
     out = weight.shape[0] // (2 if gated else 1)
     shape = {"rows": power_of_two(x.shape[0]), "inputs": x.shape[1], "outputs": out, "halves": 1 + gated}
     default = config or Config.suited_to(out, x.shape[1])

@@ -5,8 +5,11 @@ The caches are updated in place: to XLA they are arguments that a launch may ove
 
 from __future__ import annotations
 
+import functools
+
 from jax import Array
 
+from pallas_kernels.batching import in_pool
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.rotary_append import triton, xla
 from pallas_kernels.rotary_append.xla import Rotation, rotate, written
@@ -21,6 +24,7 @@ def rotary_append(
     values: Array,
     start: Array,
     *,
+    slot: Array | None = None,
     skip: int = 0,
     implementation: Implementation = "auto",
 ) -> tuple[Array, Array, Array]:
@@ -29,9 +33,12 @@ def rotary_append(
     Args:
       qkv: [T, (heads + 2 kv_heads) head_dim], the three side by side.
       by: how each token's queries and keys are rotated.
-      keys, values: [kv_heads, S, head_dim]. Floats, or the bits of bfloat16 as uint16.
+      keys, values: [kv_heads, S, head_dim], or with a slot [slots, kv_heads, S, head_dim]. Floats, or the bits of
+        bfloat16 as uint16.
       start: int32. skip: known beforehand. The caller sees to it that the rows fit: XLA would otherwise shift the
         window back and overwrite rows before it.
+      slot: int32, which part of a pool is this sequence's. Under vmap no two sequences may have the same one, unless
+        nobody reads it.
       implementation: see `dispatch`.
 
     Returns:
@@ -39,5 +46,17 @@ def rotary_append(
     """
     implementation = resolve(implementation)
     if implementation == "xla":
-        return xla.rotary_append(qkv, by, keys, values, start + skip)
-    return triton.rotary_append(qkv, by, keys, values, start, skip, interpret=implementation == "interpret")
+        run = functools.partial(xla.rotary_append, skip=skip)
+    else:
+        run = functools.partial(triton.rotary_append, skip=skip, interpret=implementation == "interpret")
+    if slot is None:
+        q, keys, values = (x[0] for x in run(qkv[None], by.each(), keys[None], values[None], start[None], None))
+        return q, keys, values
+
+    def each(pool: tuple[Array, Array], own: tuple[Array, Rotation, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        qkv, by, start, slot = own
+        q, keys, values = run(qkv, by, *pool, start, slot)
+        return q, (keys, values)
+
+    q, (keys, values) = in_pool(each, (keys, values), (qkv, by, start, slot))
+    return q, keys, values

@@ -20,10 +20,19 @@ MOST_TOKENS = 32  # a program
 
 @functools.partial(jax.jit, static_argnames=("skip", "interpret"))  # equal layers are lowered once
 def rotary_append(
-    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, skip: int, *, interpret: bool
+    qkv: Array,
+    by: Rotation,
+    keys: Array,
+    values: Array,
+    start: Array,
+    slot: Array | None,
+    *,
+    skip: int,
+    interpret: bool,
 ) -> tuple[Array, Array, Array]:
-    """`pallas_kernels.rotary_append.rotary_append`, by the kernel; arguments and result as there."""
-    (tokens, width), (kv_heads, _, head_dim) = qkv.shape, keys.shape
+    """`xla.rotary_append`, by the kernel; arguments and result as there."""
+    (batch, tokens, width), (_, kv_heads, _, head_dim) = qkv.shape, keys.shape
+    slot = jnp.zeros(batch, jnp.int32) if slot is None else slot
     heads = width // head_dim - 2 * kv_heads
     block = min(MOST_TOKENS, power_of_two(tokens, least=1))
     kernel = functools.partial(_kernel, heads=heads, block=block, skip=skip)
@@ -31,47 +40,50 @@ def rotary_append(
     k, v = floats_of(keys), floats_of(values)
     q, k, v = pl.pallas_call(
         kernel,
-        grid=(heads + 2 * kv_heads, -(-tokens // block)),
-        in_specs=[whole] * 5,
+        grid=(heads + 2 * kv_heads, -(-tokens // block), batch),
+        in_specs=[whole] * 6,
         out_specs=[whole] * 3,
         out_shape=[
-            jax.ShapeDtypeStruct((tokens, heads, head_dim), qkv.dtype),
+            jax.ShapeDtypeStruct((batch, tokens, heads, head_dim), qkv.dtype),
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
         ],
-        input_output_aliases={3: 1, 4: 2},
+        input_output_aliases={4: 1, 5: 2},
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="rotary_append",
-    )(qkv, by.cos_sin[:, 0], start[None], k, v)
+    )(qkv, by.cos_sin[:, :, 0], start, slot, k, v)
     return q, bits_of(k, keys.dtype), bits_of(v, values.dtype)
 
 
 def _kernel(*refs: Any, heads: int, block: int, skip: int) -> None:
     """One head of `block` tokens. The caches come twice, as what is read and as what is written: they are the same."""
-    qkv_ref, cos_sin_ref, start_ref, _keys, _values, q_ref, keys_ref, values_ref = refs
-    tokens, half, kv_heads = cos_sin_ref.shape[0], cos_sin_ref.shape[1] // 2, keys_ref.shape[0]
+    qkv_ref, cos_sin_ref, start_ref, slot_ref, _keys, _values, q_ref, keys_ref, values_ref = refs
+    tokens, half, kv_heads = cos_sin_ref.shape[1], cos_sin_ref.shape[2] // 2, keys_ref.shape[1]
+    sequence = pl.program_id(2)
     head, token = pl.program_id(0), pl.program_id(1) * block + lax.iota(jnp.int32, block)
     pair = lax.iota(jnp.int32, power_of_two(half, least=1))
     real = (token < tokens)[:, None] & (pair < half)[None]
     row, low = jnp.broadcast_to(token[:, None], real.shape), jnp.broadcast_to(pair[None], real.shape)
+    text = jnp.broadcast_to(sequence, real.shape)
     first = head * 2 * half + low
-    a = plt.load(qkv_ref.at[row, first], mask=real, other=0)
-    b = plt.load(qkv_ref.at[row, first + half], mask=real, other=0)
-    cos = plt.load(cos_sin_ref.at[row, low], mask=real, other=0.0)
-    sin = plt.load(cos_sin_ref.at[row, low + half], mask=real, other=0.0)
+    a = plt.load(qkv_ref.at[text, row, first], mask=real, other=0)
+    b = plt.load(qkv_ref.at[text, row, first + half], mask=real, other=0)
+    cos = plt.load(cos_sin_ref.at[text, row, low], mask=real, other=0.0)
+    sin = plt.load(cos_sin_ref.at[text, row, low + half], mask=real, other=0.0)
     a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
     turned = (a32 * cos - b32 * sin).astype(a.dtype), (b32 * cos + a32 * sin).astype(b.dtype)
 
-    at = start_ref[0] + skip + row
+    at = start_ref[sequence] + skip + row
+    slot = jnp.broadcast_to(slot_ref[sequence], real.shape)
     key, value = head - heads, head - heads - kv_heads
     for number, (plain, rotated) in enumerate(zip((a, b), turned, strict=True)):
         column = low + number * half
         is_query, is_value = head < heads, value >= 0
         query = jnp.broadcast_to(jnp.minimum(head, heads - 1), real.shape)
-        plt.store(q_ref.at[row, query, column], rotated.astype(q_ref.dtype), mask=real & is_query)
+        plt.store(q_ref.at[text, row, query, column], rotated.astype(q_ref.dtype), mask=real & is_query)
         mine = jnp.broadcast_to(jnp.clip(key, 0, kv_heads - 1), real.shape)
         is_key = (key >= 0) & (value < 0)
-        plt.store(keys_ref.at[mine, at, column], rotated.astype(keys_ref.dtype), mask=real & is_key)
+        plt.store(keys_ref.at[slot, mine, at, column], rotated.astype(keys_ref.dtype), mask=real & is_key)
         mine = jnp.broadcast_to(jnp.clip(value, 0, kv_heads - 1), real.shape)
-        plt.store(values_ref.at[mine, at, column], plain.astype(values_ref.dtype), mask=real & is_value)
+        plt.store(values_ref.at[slot, mine, at, column], plain.astype(values_ref.dtype), mask=real & is_value)

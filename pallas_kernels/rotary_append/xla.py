@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
@@ -13,7 +14,7 @@ from pallas_kernels.bits import bits_of
 class Rotation:
     """Cosine and sine of every rotated pair's angle, for the T tokens of a pass: one of it serves all layers."""
 
-    cos_sin: Array  # [T, 1, head_dim] float32, all cosines and then all sines: one array is one launch
+    cos_sin: Array  # [..., T, 1, head_dim] float32, all cosines and then all sines: one array is one launch
 
     @property
     def cos(self) -> Array:
@@ -23,24 +24,43 @@ class Rotation:
     def sin(self) -> Array:
         return self.cos_sin[..., self.cos_sin.shape[-1] // 2 :]
 
+    def each(self) -> Rotation:
+        """The same as that of a batch of one."""
+        return Rotation(self.cos_sin[None])
+
 
 def rotate(x: Array, by: Rotation) -> Array:
-    """Rotary position embedding of x [T, heads, head_dim]: halves of head_dim form the pairs, as in Hugging Face."""
+    """Rotary position embedding of x [..., T, heads, head_dim]: halves of head_dim form pairs, as in Hugging Face."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1).astype(x.dtype)
 
 
-def rotary_append(qkv: Array, by: Rotation, keys: Array, values: Array, start: Array) -> tuple[Array, Array, Array]:
-    """`pallas_kernels.rotary_append.rotary_append`; arguments and result as there."""
-    kv_heads, head_dim = keys.shape[0], keys.shape[2]
-    split = qkv.reshape(qkv.shape[0], -1, head_dim)
-    heads = split.shape[1] - 2 * kv_heads
-    rotated = rotate(split[:, : heads + kv_heads], by)
-    keys = written(keys, rotated[:, heads:], start)
-    return rotated[:, :heads], keys, written(values, split[:, heads + kv_heads :], start)
+def rotary_append(
+    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, slot: Array | None, skip: int
+) -> tuple[Array, Array, Array]:
+    """`pallas_kernels.rotary_append.rotary_append` of B sequences: each argument but `skip` with an axis for them.
+
+    keys, values: [slots, kv_heads, S, head_dim]. start, slot: [B] int32; no slot: B is 1, and so are the slots.
+    """
+    kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    split = qkv.reshape(*qkv.shape[:2], -1, head_dim)
+    heads = split.shape[2] - 2 * kv_heads
+    rotated = rotate(split[:, :, : heads + kv_heads], by)
+    keys = written(keys, rotated[:, :, heads:], start + skip, slot)
+    return rotated[:, :, :heads], keys, written(values, split[:, :, heads + kv_heads :], start + skip, slot)
 
 
-def written(cache: Array, rows: Array, start: Array) -> Array:
-    """A cache [kv_heads, S, head_dim] with rows [T, kv_heads, head_dim] at `start`."""
-    first = jnp.int32(0)
-    return lax.dynamic_update_slice(cache, bits_of(rows.swapaxes(0, 1), cache.dtype), (first, start, first))
+def written(cache: Array, rows: Array, start: Array, slot: Array | None) -> Array:
+    """A pool [slots, kv_heads, S, head_dim] with rows [B, T, kv_heads, head_dim] of B sequences, from `start` [B]."""
+    zero = jnp.int32(0)
+    rows = bits_of(rows.swapaxes(1, 2), cache.dtype)
+    if slot is None or rows.shape[0] == 1:
+        at = zero if slot is None else slot[0]
+        return lax.dynamic_update_slice(cache, rows, (at, zero, start[0], zero))
+
+    def one(number: Array, cache: Array) -> Array:
+        # A loop, since XLA makes of many writes at once one that it cannot do in place.
+        row = lax.dynamic_slice_in_dim(rows, number, 1)
+        return lax.dynamic_update_slice(cache, row, (slot[number], zero, start[number], zero))
+
+    return jax.lax.fori_loop(0, rows.shape[0], one, cache)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.batching import by_rows
 from pallas_kernels.dispatch import Implementation, choose, power_of_two
 from pallas_kernels.subvocab_head import triton, xla
 from pallas_kernels.subvocab_head.triton import Config
@@ -34,6 +37,24 @@ def subvocab_top_k(
       Log-probabilities [M, k], float32, descending, and the rows' ids [M, k], int32; of equal logits the lower row
       comes first.
     """
+
+    def together(x: Array, shared: Any) -> tuple[Array, Array]:
+        head, scale, ids = shared
+        return _of_rows(x, head, scale, ids, k, implementation, config)
+
+    return by_rows(together, x, (head, scale, ids))
+
+
+def _of_rows(
+    x: Array,
+    head: Array,
+    scale: Array | None,
+    ids: Array | None,
+    k: int,
+    implementation: Implementation,
+    config: Config | None,
+) -> tuple[Array, Array]:
+    """`subvocab_top_k` of rows that are all there are."""
     # Rows are padded to a power of two, so one row costs what ten do.
     shape = {"rows": power_of_two(x.shape[0]), "hidden": x.shape[1], "vocabulary": head.shape[0]}
     default = config or Config.suited_to(x.shape[1])

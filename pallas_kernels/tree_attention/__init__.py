@@ -6,8 +6,12 @@ ancestors gives ordinary causal attention, so prefill, one token and a tree are 
 
 from __future__ import annotations
 
+import functools
+
+import jax
 from jax import Array
 
+from pallas_kernels.batching import from_pool
 from pallas_kernels.bits import floats_of
 from pallas_kernels.device import current
 from pallas_kernels.dispatch import Implementation, choose, resolve
@@ -25,6 +29,7 @@ def tree_attention(
     values: Array,
     sees: Sees,
     *,
+    slot: Array | None = None,
     implementation: Implementation = "auto",
     config: Config | None = None,
     rows: int | None = None,
@@ -34,9 +39,10 @@ def tree_attention(
 
     Args:
       q: [T, heads, head_dim], rotated.
-      keys, values: [kv_heads, S, head_dim], the tree's own rows included; S a multiple of BLOCK. Floats, or the bits of
-        bfloat16 as uint16.
+      keys, values: [kv_heads, S, head_dim], or with a slot [slots, kv_heads, S, head_dim], the tree's own rows
+        included; S a multiple of BLOCK. Floats, or the bits of bfloat16 as uint16.
       sees: which of the S rows each query attends to, at least one each.
+      slot: int32, which part of a pool is this sequence's.
       implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
       rows: none beyond these is seen; None: all of S may be. XLA on a GPU then reads no others.
       steady: see `xla.steady_mix`; matters for bfloat16 on a CPU alone.
@@ -44,17 +50,44 @@ def tree_attention(
     Returns:
       [T, heads, head_dim] in q's dtype.
     """
-    (tokens, heads, head_dim), kv_heads = q.shape, keys.shape[0]
+    run = functools.partial(_of_each, implementation=implementation, config=config, rows=rows, steady=steady)
+    if slot is None:
+        return run(q[None], keys[None], values[None], sees.each(), None)[0]
+
+    def each(pool: tuple[Array, Array], own: tuple[Array, Sees, Array]) -> Array:
+        return run(own[0], *pool, *own[1:])
+
+    return from_pool(each, (keys, values), (q, sees, slot))
+
+
+def _of_each(
+    q: Array,
+    keys: Array,
+    values: Array,
+    sees: Sees,
+    slot: Array | None,
+    *,
+    implementation: Implementation,
+    config: Config | None,
+    rows: int | None,
+    steady: bool,
+) -> Array:
+    """`tree_attention` of B sequences: q, sees and slot with an axis for them, keys and values with one for slots.
+
+    No slot: B is 1, and so are the slots.
+    """
+    (batch, tokens, heads, head_dim), kv_heads = q.shape, keys.shape[1]
     folded = tokens * heads // kv_heads
     shape = {"rows": folded, "kv_heads": kv_heads, "head_dim": head_dim}
-    default = config or Config.suited_to(folded, kv_heads)
+    default = config or Config.suited_to(folded, kv_heads * batch)
     implementation, chosen = choose(implementation, "tree_attention", keys.dtype, shape, default, unmeasured="pallas")
     if implementation == "xla":
         if current().platform == "gpu":
-            return xla.straight(q, keys[:, :rows], values[:, :rows], sees)
-        return xla.tree_attention(q, keys, values, sees, steady)
+            at = slice(None) if slot is None else slot
+            return jax.vmap(xla.straight)(q, keys[at, :, :rows], values[at, :, :rows], sees)
+        return xla.tree_attention(q, keys, values, sees, slot, steady)
     return triton.tree_attention(
-        q, floats_of(keys), floats_of(values), sees, chosen, interpret=implementation == "interpret"
+        q, floats_of(keys), floats_of(values), sees, slot, chosen, interpret=implementation == "interpret"
     )
 
 

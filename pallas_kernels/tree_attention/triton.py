@@ -54,33 +54,36 @@ class Config:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))  # equal layers are lowered once
-def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Config, interpret: bool) -> Array:
-    """`pallas_kernels.tree_attention.tree_attention`, by the kernels; arguments and result as there."""
-    tokens, heads, head_dim = q.shape
-    kv_heads = keys.shape[0]
+def tree_attention(
+    q: Array, keys: Array, values: Array, sees: Sees, slot: Array | None, config: Config, interpret: bool
+) -> Array:
+    """`pallas_kernels.tree_attention._of_each`, by the kernels; arguments and result as there."""
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    slot = jnp.zeros(batch, jnp.int32) if slot is None else slot
     group = heads // kv_heads
     blocks = -(-tokens * group // config.block_q)
     padded = blocks * config.block_q
     whole = pl.BlockSpec(memory_space=pl.ANY)
     mixed, weight = pl.pallas_call(
         functools.partial(_attend, config=config, group=group),
-        grid=(kv_heads, blocks, config.splits),
-        in_specs=[whole] * 5,
+        grid=(batch * kv_heads, blocks, config.splits),
+        in_specs=[whole] * 6,
         out_specs=[
             pl.BlockSpec((None, None, config.block_q, head_dim), lambda head, row, split: (split, head, row, 0)),
             pl.BlockSpec((None, None, config.block_q), lambda head, row, split: (split, head, row)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((config.splits, kv_heads, padded, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((config.splits, kv_heads, padded), jnp.float32),
+            jax.ShapeDtypeStruct((config.splits, batch * kv_heads, padded, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((config.splits, batch * kv_heads, padded), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="tree_attention",
-    )(q, keys, values, sees.ancestors, sees.committed[None])
+    )(q, keys, values, sees.ancestors, sees.committed, slot)
     return pl.pallas_call(
         functools.partial(_combine, splits=config.splits, group=group),
-        grid=(kv_heads, padded // COMBINED),
+        grid=(batch * kv_heads, padded // COMBINED),
         in_specs=[whole] * 2,
         out_specs=whole,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -93,13 +96,14 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Con
 def _attend(*refs: Any, config: Config, group: int) -> None:
     """One block of rows against one share of the cache.
 
-    Refs: q [T, heads, head_dim]; keys and values [kv_heads, S, head_dim]; ancestors [T, W]; committed [1];
-    out [block_q, head_dim] and weight [block_q], the log-sum-exp of the share's scores.
+    Refs: q [B, T, heads, head_dim]; keys and values [slots, kv_heads, S, head_dim]; ancestors [B, T, W]; committed and
+    slot [B]; out [block_q, head_dim] and weight [block_q], the log-sum-exp of the share's scores.
     """
-    q_ref, keys_ref, values_ref, ancestors_ref, committed_ref, out_ref, weight_ref = refs
-    head, split, step = pl.program_id(0), pl.program_id(2), config.block_k
-    tokens, head_dim = q_ref.shape[0], q_ref.shape[2]
-    committed = committed_ref[0]
+    q_ref, keys_ref, values_ref, ancestors_ref, committed_ref, slot_ref, out_ref, weight_ref = refs
+    text, head = divided(pl.program_id(0), keys_ref.shape[1])
+    split, step = pl.program_id(2), config.block_k
+    tokens, head_dim = q_ref.shape[1], q_ref.shape[3]
+    committed, slot = committed_ref[text], slot_ref[text]
     row = pl.program_id(1) * config.block_q + _count(config.block_q)
     # Rows past the end do the last token's work again.
     token, query = divided(row, group)
@@ -108,20 +112,25 @@ def _attend(*refs: Any, config: Config, group: int) -> None:
     real = column < head_dim
     here = (config.block_q, column.shape[0])
     q = plt.load(
-        q_ref.at[*(jnp.broadcast_to(a, here) for a in (token[:, None], (head * group + query)[:, None], column[None]))],
+        q_ref.at[
+            *(jnp.broadcast_to(a, here) for a in (text, token[:, None], (head * group + query)[:, None], column[None]))
+        ],
         mask=jnp.broadcast_to(real[None], here),
         other=0.0,
     )
-    words = [plt.load(ancestors_ref.at[token, jnp.full_like(token, word)]) for word in range(ancestors_ref.shape[1])]
+    mine = jnp.broadcast_to(text, token.shape)
+    words = [
+        plt.load(ancestors_ref.at[mine, token, jnp.full_like(token, word)]) for word in range(ancestors_ref.shape[2])
+    ]
     precision = precision_of(q)
 
     def rows_of(ref: Any, block: Array) -> Array:
         if column.shape[0] == head_dim:
-            return plt.load(ref.at[head, pl.ds(block * step, step)])
+            return plt.load(ref.at[slot, head, pl.ds(block * step, step)])
         # Row by row and column by column, since a slice may not be wider than the array: JAX 0.12 refuses one.
         row = block * step + _count(step)
         inside = jnp.broadcast_to(real[None], (step, column.shape[0]))
-        return plt.load(ref.at[head, row[:, None], column[None]], mask=inside, other=0.0)
+        return plt.load(ref.at[slot, head, row[:, None], column[None]], mask=inside, other=0.0)
 
     def visible(block: Array) -> Array:
         row = block * step + _count(step) - committed  # counted from the first row of the tree
@@ -177,25 +186,26 @@ def _attend(*refs: Any, config: Config, group: int) -> None:
 def _combine(mixed_ref: Any, weight_ref: Any, out_ref: Any, *, splits: int, group: int) -> None:
     """The shares of `COMBINED` rows, weighed together.
 
-    Refs: mixed [splits, kv_heads, rows, head_dim] and weight [splits, kv_heads, rows]; out [T, heads, head_dim].
+    Refs: mixed [splits, B kv_heads, rows, head_dim] and weight [splits, B kv_heads, rows]; out [B, T, heads, head_dim].
     """
-    head, block = pl.program_id(0), pl.program_id(1)
-    tokens, _, head_dim = out_ref.shape
+    program, block = pl.program_id(0), pl.program_id(1)
+    _, tokens, heads, head_dim = out_ref.shape
+    text, head = divided(program, heads // group)
     column = _count(power_of_two(head_dim))
     here = (COMBINED, column.shape[0])
     row = block * COMBINED + _count(COMBINED)
     wide, across = jnp.broadcast_to(row[:, None], here), jnp.broadcast_to(column[None], here)
     real = across < head_dim
     shares = [np.int32(split) for split in range(splits)]  # of 32 bits under any setting of JAX
-    weights = [plt.load(weight_ref.at[split, head, row]) for split in shares]
+    weights = [plt.load(weight_ref.at[split, program, row]) for split in shares]
     peak = functools.reduce(jnp.maximum, weights)
     mixed, total = jnp.zeros(here, jnp.float32), jnp.zeros((COMBINED,), jnp.float32)
     for split, weight in zip(shares, weights, strict=True):
         share = jnp.exp(weight - peak)
-        rows = plt.load(mixed_ref.at[split, head, wide, across], mask=real, other=0.0)
+        rows = plt.load(mixed_ref.at[split, program, wide, across], mask=real, other=0.0)
         mixed, total = mixed + share[:, None] * rows, total + share
     token, query = divided(wide, group)
-    at = (token, head * group + query, across)
+    at = (jnp.broadcast_to(text, here), token, head * group + query, across)
     mine = real & (wide < tokens * group)
     plt.store(out_ref.at[*at], (mixed / total[:, None]).astype(out_ref.dtype), mask=mine)
 

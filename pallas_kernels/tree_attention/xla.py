@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,17 +21,55 @@ MANY = 64  # tokens from which on the queries, and no longer the keys, are most 
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
 
 
-def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: bool) -> Array:
-    """`pallas_kernels.tree_attention.tree_attention` as a CPU is quick at it; arguments and result as there."""
+def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, slot: Array | None, steady: bool) -> Array:
+    """`pallas_kernels.tree_attention._of_each` as a CPU is quick at it; arguments and result as there.
+
+    One sequence after the other: a batched product is no quicker on a CPU, and no sequence waits for longer ones.
+    """
+    if slot is None or q.shape[0] == 1:
+        only = Rows(keys, values, None if slot is None else slot[0])
+        return _of_one(q[0], only, Sees(sees.committed[0], sees.ancestors[0]), steady)[None]
+    return lax.map(lambda own: _of_one(own[0], Rows(keys, values, own[2]), own[1], steady), (q, sees, slot))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A sequence's keys and values, in a pool."""
+
+    keys: Array  # [slots, kv_heads, S, head_dim]
+    values: Array
+    slot: Array | None  # int32; None: the pool's only one
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """kv_heads, S, head_dim."""
+        return self.keys.shape[1], self.keys.shape[2], self.keys.shape[3]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.keys.dtype
+
+    def some(self, first: Array | int, count: int) -> tuple[Array, Array]:
+        """`count` rows from `first` on: [kv_heads, count, head_dim] each."""
+        kv_heads, _, head_dim = self.shape
+        at = (0 if self.slot is None else self.slot, 0, first, 0)
+        keys, values = (
+            lax.dynamic_slice(rows, at, (1, kv_heads, count, head_dim)) for rows in (self.keys, self.values)
+        )
+        return keys[0], values[0]
+
+
+def _of_one(q: Array, rows: Rows, sees: Sees, steady: bool) -> Array:
+    """The same of one sequence: [T, heads, head_dim]."""
     tokens, heads, head_dim = q.shape
-    kv_heads, capacity, _ = keys.shape
+    kv_heads, capacity, _ = rows.shape
     group = heads // kv_heads
-    if tokens >= MANY and capacity > DENSE_LIMIT and not (steady and keys.dtype == jnp.uint16):
-        return _of_many(q, keys, values, sees)
+    if tokens >= MANY and capacity > DENSE_LIMIT and not (steady and rows.dtype == jnp.uint16):
+        return _of_many(q, rows, sees)
     # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
     # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
     columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
-    steady = steady and keys.dtype == jnp.uint16  # bfloat16 on a CPU
+    steady = steady and rows.dtype == jnp.uint16  # bfloat16 on a CPU
     spare = max(0, _least_columns(kv_heads) - tokens * group) if steady else 0
     columns = jnp.pad(columns, ((0, 0), (0, 0), (0, spare)))
 
@@ -47,29 +86,30 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: boo
 
     mix = steady_mix if steady else functools.partial(_mix, q.dtype)
     if capacity <= DENSE_LIMIT:
+        keys, values = rows.some(0, capacity)
         s = scores(0, keys)
         total, out = mix(jnp.exp(s - s.max(-1, keepdims=True)), values)
         out /= total[..., None]
     else:
-        step = functools.partial(_block, scores, mix, keys, values)
-        _, total, out = lax.fori_loop(0, _live_blocks(keys, sees), step, _nothing(values, columns.shape[2]))
+        step = functools.partial(_block, scores, mix, rows)
+        _, total, out = lax.fori_loop(0, _live_blocks(capacity, sees), step, _nothing(rows, columns.shape[2]))
         out /= total[..., None]
     out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
-def _of_many(q: Array, keys: Array, values: Array, sees: Sees) -> Array:
+def _of_many(q: Array, rows: Rows, sees: Sees) -> Array:
     """The same for a chunk of a prompt: 0.7 of the time, for 256 tokens of SmolLM2-135M on two cores.
 
     Only the last blocks have rows that some token does not see; before them nothing is masked. And the queries of a
     KV head stand group by group, so that one mask serves all groups.
     """
-    (tokens, heads, head_dim), kv_heads = q.shape, keys.shape[0]
+    (tokens, heads, head_dim), kv_heads = q.shape, rows.shape[0]
     group = heads // kv_heads
-    rows = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+    queries = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
 
     def scores(first: Array, k: Array) -> Array:
-        return einsum_f32("hqd,hkd->hqk", rows, floats_of(k).astype(q.dtype)) * head_dim**-0.5
+        return einsum_f32("hqd,hkd->hqk", queries, floats_of(k).astype(q.dtype)) * head_dim**-0.5
 
     def masked(first: Array, k: Array) -> Array:
         visible = sees.rows(first + jnp.arange(k.shape[1], dtype=jnp.int32))  # [T, k]
@@ -78,10 +118,10 @@ def _of_many(q: Array, keys: Array, values: Array, sees: Sees) -> Array:
         by_group = scores(first, k).reshape(kv_heads, group, *visible.shape)
         return jnp.where(visible, by_group, MASKED).reshape(kv_heads, -1, k.shape[1])
 
-    mix, count = functools.partial(_mix, q.dtype), rows.shape[1]
-    whole, live = sees.committed // BLOCK, _live_blocks(keys, sees)
-    carry = lax.fori_loop(0, whole, functools.partial(_block, scores, mix, keys, values), _nothing(values, count))
-    carry = lax.fori_loop(whole, live, functools.partial(_block, masked, mix, keys, values), carry)
+    mix, count = functools.partial(_mix, q.dtype), queries.shape[1]
+    whole, live = sees.committed // BLOCK, _live_blocks(rows.shape[1], sees)
+    carry = lax.fori_loop(0, whole, functools.partial(_block, scores, mix, rows), _nothing(rows, count))
+    carry = lax.fori_loop(whole, live, functools.partial(_block, masked, mix, rows), carry)
     out = (carry[2] / carry[1][..., None]).reshape(kv_heads, group, tokens, head_dim)
     return out.transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
 
@@ -131,29 +171,27 @@ def _least_columns(kv_heads: int) -> int:
 Softmax = tuple[Array, Array, Array]
 
 
-def _nothing(values: Array, queries: int) -> Softmax:
+def _nothing(rows: Rows, queries: int) -> Softmax:
     """Before the first block."""
-    kv_heads, _, head_dim = values.shape
+    kv_heads, _, head_dim = rows.shape
     zeros = jnp.zeros((kv_heads, queries), jnp.float32)
     return zeros + MASKED, zeros, jnp.zeros((kv_heads, queries, head_dim), jnp.float32)
 
 
-def _live_blocks(keys: Array, sees: Sees) -> Array:
-    live = sees.committed + 32 * sees.ancestors.shape[1]
-    return jnp.minimum(-(-live // BLOCK), keys.shape[1] // BLOCK)
+def _live_blocks(capacity: int, sees: Sees) -> Array:
+    return jnp.minimum(-(-sees.end // BLOCK), capacity // BLOCK)
 
 
 def _block(
     scores: Callable[[Array, Array], Array],
     mix: Callable[[Array, Array], tuple[Array, Array]],
-    keys: Array,
-    values: Array,
+    rows: Rows,
     block: Array,
     carry: Softmax,
 ) -> Softmax:
     """One block more."""
     peak, total, out = carry
-    k, v = (lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=1) for rows in (keys, values))
+    k, v = rows.some(block * BLOCK, BLOCK)
     s = scores(block * BLOCK, k)
     new_peak = jnp.maximum(peak, s.max(-1))
     weights = jnp.exp(s - new_peak[..., None])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from frspec_jax import pace
 from frspec_jax.config import TreeConfig
 from frspec_jax.lookup import Chain
-from frspec_jax.pace import Costs, Facts, Growing, Odds, Pace, PaceTables, Pulse
+from frspec_jax.pace import Costs, Facts, Growing, Odds, Pace, PaceTables, Pulse, Trust
 from frspec_jax.pace_tables import DEFAULT, forced
 from frspec_jax.tree import Candidates, best_first, rerank
 
@@ -118,7 +118,7 @@ def test_drafting_rests_where_it_does_not_pay_and_is_tried_again():
     price = pulse.price(costs)
     assert float(price) == pytest.approx(1 / 20)
     assert not pace.drafting_pays(costs, price, pulse, jnp.float32(1))
-    idle = Facts(jnp.int32(0), jnp.int32(0), jnp.float32(9), jnp.int32(1), jnp.zeros(2), jnp.zeros(2, jnp.int32))
+    idle = Facts(jnp.int32(0), jnp.int32(0), jnp.float32(9), jnp.int32(1))
     for _ in range(pace.PROBE):
         pulse = pace.after(pulse, costs, idle)
     assert float(pulse.gain) == pytest.approx(0.01)  # of rounds in which nothing was drafted nothing is learnt
@@ -130,7 +130,7 @@ def test_drafting_rests_where_it_does_not_pay_and_is_tried_again():
 
 def test_what_a_millisecond_is_worth_follows_the_text():
     costs, pulse = Costs.of([20, 25], [0, 2, 3]), Pulse.still()
-    brought = Facts(jnp.int32(1), jnp.int32(1), jnp.float32(1), jnp.int32(3), jnp.zeros(2), jnp.zeros(2, jnp.int32))
+    brought = Facts(jnp.int32(1), jnp.int32(1), jnp.float32(1), jnp.int32(3))
     for _ in range(60):
         pulse = pace.after(pulse, costs, brought)
     assert float(pulse.price(costs)) == pytest.approx(3 / 27, rel=0.15)
@@ -140,13 +140,10 @@ def test_what_a_millisecond_is_worth_follows_the_text():
 
 
 def test_promises_that_are_not_kept_are_believed_less():
-    costs, pulse = Costs.of([20, 25], [0, 2, 3]), Pulse.still()
-    promised, came = jnp.array([1.0, 0.5]), jnp.array([0, 1], jnp.int32)
+    promised, came, trust = jnp.array([1.0, 0.5]), jnp.array([0, 1], jnp.int32), Trust.unproven()
     for _ in range(80):
-        pulse = pace.after(
-            pulse, costs, Facts(jnp.int32(1), jnp.int32(1), jnp.float32(1), jnp.int32(1), promised, came)
-        )
-    drafted, copied = np.asarray(pulse.trust)
+        trust = trust.after(promised, came)
+    drafted, copied = np.asarray(trust.scale)
     assert drafted == pytest.approx(4 / 14, abs=0.03) and copied == pytest.approx(1.5, abs=0.1)
     odds = DEFAULT.odds(2, 3)
     chain = Chain(jnp.zeros(3, jnp.int32), jnp.int32(4))

@@ -1,0 +1,357 @@
+"""Many texts at once on one device: slots in which texts come and go, and the rounds that they share.
+
+batch = Batch(model, slots=8)
+slot = batch.admit(ids, request)
+while batch.busy:
+    for fresh in batch.step():
+        ...                       # fresh.slot, fresh.tokens; with the last piece fresh.result
+
+What a text says is what it would say alone, seed for seed, whoever sits beside it (docs/batch.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from frspec_jax import engine, pace_tables, slots
+from frspec_jax.config import Sampling
+from frspec_jax.defaults import has_amx
+from frspec_jax.engine import RUNNING, Chunk
+from frspec_jax.errors import UserError
+from frspec_jax.generator import Generator, Request, Result, asked_of
+from frspec_jax.likelihood import Likely
+from frspec_jax.pace import Costs, Pace
+from frspec_jax.penalties import Bearing, Penalties
+from frspec_jax.sampling import argument
+from frspec_jax.slots import Reading, Report
+from pallas_kernels import device
+
+# Nodes that texts of a batch have together where it may still pay to verify several of each: beyond so many rows a CPU
+# takes as long for every further one. And of one text at most: each size that may be verified is compiled.
+CPU_ROWS, AMX_ROWS, MOST_NODES = 16, 64, 4
+MEASURED = 2  # repeats of each measurement, for several texts together
+
+
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """What a step brought one request."""
+
+    slot: int
+    tokens: tuple[int, ...]  # the stop id included, where one ended it
+    origins: tuple[int, ...]  # of each: `engine.OWN`, `DRAFTED` or `COPIED`
+    logprobs: tuple[Likely, ...] | None  # of each; None where the request wants none
+    finish_reason: str | None  # "stop", "length", or None while it goes on; the slot is free after that
+    result: Result | None  # of the whole answer, with its last piece
+
+
+@dataclasses.dataclass
+class _Text:
+    """A request in a slot."""
+
+    slot: int
+    request: Request
+    prompt: np.ndarray
+    limit: int
+    left: list[Chunk]  # of the prompt, not read yet
+    reused: int  # tokens of the prompt that were read before, for another text
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[Likely] = dataclasses.field(default_factory=list)
+    prefill_seconds: float = 0.0
+    began: float = 0.0  # when the first token came
+
+
+@dataclasses.dataclass
+class _Slot:
+    """A place in the pools, and the text that its caches hold, whoever left it there."""
+
+    history: list[int] = dataclasses.field(default_factory=list)  # tokens whose rows are sound in every cache
+    used: int = 0  # the step at which it was left
+
+
+class Batch:
+    """Texts that are decoded together. Not thread-safe: one thread drives it.
+
+    A step reads a chunk of one prompt, or runs a round of all texts that decode; between two chunks there is always a
+    round, so that a long prompt holds nobody up. A prompt that begins as an earlier one did, which still lies in some
+    slot, is read from there on.
+    """
+
+    def __init__(self, model: Generator, slots: int = 8) -> None:
+        """slots: texts at a time. Each has a cache for the model's whole context, and there is one more to spare."""
+        if slots < 1:
+            raise UserError(f"--slots {slots} must be at least 1")
+        self.model, self.slots = model, slots
+        self._ladder = ladder(slots)
+        self._plan = dataclasses.replace(model.plan(), rule="mixed", adjusts=True, logprobs=True, keeps=False)
+        self._spare = slots  # the slot of nobody, for programs of more texts than there are
+        with jax.enable_x64(False):
+            self._state = slots_of(self)
+        self._weights = {size: self._guessed(size) for size in self._ladder}
+        self._texts: dict[int, _Text] = {}
+        self._places = [_Slot() for _ in range(slots)]
+        self._steps = 0
+        self._read_last = False  # whether the last step read a chunk
+
+    # What goes on ---------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        """Slots that a request may begin in now."""
+        return self.slots - len(self._texts)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._texts)
+
+    def check(self, ids: Sequence[int] | np.ndarray, request: Request) -> int:
+        """How many tokens may be emitted after a prompt of ids [T].
+
+        Raises:
+          UserError: the request is none that this model can answer.
+        """
+        if request.sampling.typical:
+            raise UserError("--lossy-typical is not for batches, whose texts are exactly the target's; drop it")
+        for token, value in request.sampling.logit_bias:
+            if token >= self.model.checkpoint.config.vocab_size:
+                raise UserError(
+                    f"--logit-bias {token}:{value:g}: the model's token ids are 0 to "
+                    f"{self.model.checkpoint.config.vocab_size - 1}"
+                )
+        return self.model.check(ids, request)
+
+    # Requests ---------------------------------------------------------------------------------------
+
+    def admit(self, ids: Sequence[int] | np.ndarray, request: Request) -> int:
+        """Give a request a slot; its prompt of ids [T] is read in the next steps.
+
+        Raises:
+          UserError: as `check`. ValueError: no slot is free.
+        """
+        limit, prompt = self.check(ids, request), np.asarray(ids, np.int32)
+        if not self.free:
+            raise ValueError("no slot is free")
+        slot, first = self._place_for(prompt)
+        capacity, config = self.model.capacity, self.model.checkpoint.config
+        left = engine.parts_of(prompt, self.model.runtime.chunks, capacity, first)
+        self._texts[slot] = _Text(slot, request, prompt, limit, left, first)
+        self._places[slot].history = prompt[:first].tolist()
+        if request.sampling.adjusts:
+            with jax.enable_x64(False):
+                bearing = Bearing.of(request.sampling, prompt, config.vocab_size)
+                self._state = slots.bear_on(self._state, argument(slot, np.int32), bearing)
+        return slot
+
+    def cancel(self, slot: int) -> None:
+        """Give a request up: its slot is free at once."""
+        self._leave(self._texts[slot])
+
+    def step(self) -> list[Fresh]:
+        """One piece of work, and what it brought."""
+        self._steps += 1
+        reading = next((text for text in self._texts.values() if text.left), None)
+        decoding = [text for text in self._texts.values() if not text.left]
+        with jax.enable_x64(False):
+            if reading is not None and not (decoding and self._read_last):
+                self._read_last = True
+                return self._read(reading)
+            self._read_last = False
+            return self._round(decoding) if decoding else []
+
+    def _read(self, text: _Text) -> list[Fresh]:
+        begun, request = time.perf_counter(), text.request
+        chunk = text.left.pop(0)
+        asked = asked_of(request, text.limit)
+        whole: Any = None
+        if self._plan.reads_text:
+            whole = np.full(self.model.capacity + 1, -1, np.int32)
+            whole[1 : len(text.prompt)] = text.prompt[1:]
+        reading = Reading(
+            argument(text.slot, np.int32), chunk, asked, whole, Penalties.of(request.sampling, bearing=None)
+        )
+        self._state, report = slots.read(self._plan, self.model.weights, self._state, reading)
+        if text.left:
+            jax.block_until_ready(report)
+            text.prefill_seconds += time.perf_counter() - begun
+            return []
+        report = jax.device_get(report)
+        self._places[text.slot].history = text.prompt.tolist()
+        text.began = time.perf_counter()
+        text.prefill_seconds += text.began - begun
+        return [self._fresh(text, report, 0)]
+
+    def _round(self, texts: list[_Text]) -> list[Fresh]:
+        size = next(size for size in self._ladder if size >= len(texts))
+        places = [text.slot for text in texts] + [self._spare] * (size - len(texts))
+        plan, weights = self._plan_of(size), self._weights[size]
+        self._state, report = slots.decode(plan, weights, self._state, argument(places, np.int32))
+        report = jax.device_get(report)
+        return [self._fresh(text, report, row) for row, text in enumerate(texts)]
+
+    def _fresh(self, text: _Text, report: Report, row: int) -> Fresh:
+        """What a report's row brought a text, which leaves where that ends it."""
+        count = int(report.count[row])
+        tokens = tuple(report.tokens[row, :count].tolist())
+        text.tokens += tokens
+        wanted, logprobs = text.request.logprobs, None
+        if wanted is not None and report.likelihood is not None:
+            mine = jax.tree.map(lambda x: x[row], report.likelihood)
+            logprobs = mine.shown(count, wanted)
+            text.logprobs += logprobs
+        reason, result = None, None
+        if report.finished[row] != RUNNING:
+            reason = "stop" if report.finished[row] == engine.STOPPED else "length"
+            result = self._result(text, report, row, reason)
+            self._leave(text)
+        return Fresh(text.slot, tokens, tuple(report.origins[row, :count].tolist()), logprobs, reason, result)
+
+    def _result(self, text: _Text, report: Report, row: int, reason: str) -> Result:
+        rounds = int(report.rounds[row])
+        return self.model.result_of(
+            text.tokens,
+            prompt_tokens=len(text.prompt),
+            finish_reason=reason,
+            rounds=rounds,
+            histogram=report.histogram[row].tolist(),
+            prefill_seconds=text.prefill_seconds,
+            decode_seconds=time.perf_counter() - text.began,
+            logprobs=None if text.request.logprobs is None else tuple(text.logprobs),
+        )
+
+    # Slots -------------------------------------------------------------------------------------------
+
+    def _place_for(self, prompt: np.ndarray) -> tuple[int, int]:
+        """A free slot, and how many tokens of the prompt its caches hold already.
+
+        A slot that holds the beginning is gone on with, if it is free; else what it holds is copied, if that saves at
+        least a chunk. A beginning is whole short chunks, and never all of the prompt: its last token has to be run.
+        """
+        short = self.model.runtime.chunks.short
+        free = [slot for slot in range(self.slots) if slot not in self._texts]
+
+        def held(slot: int) -> int:
+            return min(_common(self._places[slot].history, prompt), len(prompt) - 1) // short * short
+
+        best = max(free, key=lambda slot: (held(slot), -self._places[slot].used))
+        source = max(range(self.slots), key=held)
+        if held(source) > held(best):
+            target = min(free, key=lambda slot: self._places[slot].used)
+            with jax.enable_x64(False):
+                self._state = slots.copy_slot(self._state, argument(source, np.int32), argument(target, np.int32))
+            return target, held(source)
+        if not held(best):
+            best = min(free, key=lambda slot: self._places[slot].used)
+        return best, held(best)
+
+    def _leave(self, text: _Text) -> None:
+        """A text's slot is free; what its caches hold may serve the next one that begins alike."""
+        place = self._places[text.slot]
+        del self._texts[text.slot]
+        place.used = self._steps
+        if text.tokens:
+            # What was accepted last, the drafter may not have taken in yet.
+            sound = len(text.prompt) + len(text.tokens) - 2 * (self._plan.tree.depth + 1)
+            place.history = [*text.prompt.tolist(), *text.tokens][: max(sound, len(text.prompt) - 1)]
+
+    # Programs -----------------------------------------------------------------------------------------
+
+    def _plan_of(self, size: int) -> engine.Plan:
+        """The rounds of so many texts."""
+        pace = self._plan.pace
+        return self._plan if pace is None else dataclasses.replace(self._plan, pace=pace_of_batch(pace, size))
+
+    def _guessed(self, size: int) -> engine.Weights:
+        """What rounds of so many texts read, before anything is measured."""
+        pace, weights = self._plan_of(size).pace, self.model.weights
+        return weights if pace is None else pace_tables.with_costs(weights, pace_tables.guessed(pace))
+
+    def warm_up(self) -> None:
+        """Compile all that requests may need, and measure what rounds of several texts cost where nobody has yet."""
+        if self._texts:
+            raise ValueError("a batch is warmed up before requests come")
+        chunks = self.model.runtime.chunks
+        longest = min(self.model.runtime.context - 2, max(chunks.long, 2 * chunks.short))
+        for tokens in dict.fromkeys((1, longest)):
+            self._run_through(
+                np.arange(tokens) % 7, Request(max_new_tokens=2, sampling=Sampling(logit_bias=((0, 0.5),)))
+            )
+        with jax.enable_x64(False):
+            zero = argument(0, np.int32)
+            self._state = slots.copy_slot(self._state, zero, zero)
+            for size in self._ladder:
+                self._warm_up_rounds(size)
+        self._places = [_Slot() for _ in range(self.slots)]
+
+    def _run_through(self, ids: np.ndarray, request: Request) -> None:
+        self.admit(ids, request)
+        while self.busy:
+            self.step()
+
+    def _warm_up_rounds(self, size: int) -> None:
+        plan, places = self._plan_of(size), argument([self._spare] * size, np.int32)
+        self._state, _ = slots.decode(plan, self._weights[size], self._state, places)
+        if plan.pace is None:
+            return
+        name = pace_tables.name_of(plan, self.model.runtime.dtype, self.model.draft_vocab, size)
+        costs = pace_tables.kept_costs(name, plan.pace)
+        if costs is None and self.model.capacity >= pace_tables.room_to_measure(plan.pace, plan.tree):
+            costs = self._measured(plan, size)
+            pace_tables.keep_costs(name, plan.pace, costs)
+        if costs is not None:
+            self._weights[size] = pace_tables.with_costs(self.model.weights, costs)
+
+    def _measured(self, plan: engine.Plan, size: int) -> Costs:
+        """What rounds of so many texts cost, whatever the texts."""
+        assert plan.pace is not None
+        places = argument(list(range(size)), np.int32)
+
+        def timed(costs: Costs) -> float:
+            weights = pace_tables.with_costs(self.model.weights, costs)
+            self._state = jax.block_until_ready(pace_tables.begun_anew(self._state))
+            begun = time.perf_counter()
+            for _ in range(pace_tables.ROUNDS):
+                self._state, report = slots.decode(plan, weights, self._state, places)
+            jax.block_until_ready(report)
+            return 1e3 * (time.perf_counter() - begun) / pace_tables.ROUNDS
+
+        drafts = len(plan.pace.sizes) > 1 and bool(plan.drafter.by_level(plan.pace.growth))
+        self._state = dataclasses.replace(
+            self._state, asked=dataclasses.replace(self._state.asked, limit=self._state.asked.limit * 0 + 2**30)
+        )
+        costs = pace_tables.costs_by(timed, plan.pace, drafts=drafts, repeats=MEASURED)
+        self._state = dataclasses.replace(self._state, finished=self._state.finished * 0 + engine.STOPPED)
+        return costs
+
+
+def slots_of(batch: Batch) -> engine.DecodeState:
+    """A state for a batch's texts, and one more."""
+    model = batch.model
+    return slots.new_state(batch._plan, model.weights, model.capacity, batch.slots + 1, model.runtime.dtype)
+
+
+def ladder(slots: int) -> tuple[int, ...]:
+    """How many texts a program is compiled for: fewer texts than slots do not wait for rows of nobody."""
+    if device.current().platform == "gpu":  # where a few rows more cost nothing
+        return (1, slots) if slots > 1 else (1,)
+    return (*(2**power for power in range(slots.bit_length()) if 2**power < slots), slots)
+
+
+def pace_of_batch(pace: Pace, texts: int) -> Pace:
+    """What the rounds of so many texts choose from: on a CPU, no more nodes than it has rows to spare."""
+    if device.current().platform == "gpu" or texts == 1:
+        return pace
+    room = min(MOST_NODES, (AMX_ROWS if has_amx() else CPU_ROWS) // texts)
+    return dataclasses.replace(pace, sizes=(1, *[size for size in pace.sizes if 1 < size <= room][-1:]))
+
+
+def _common(history: list[int], prompt: np.ndarray) -> int:
+    """How many tokens both begin with alike."""
+    count = min(len(history), len(prompt))
+    differs = np.nonzero(np.asarray(history[:count]) != prompt[:count])[0]
+    return int(differs[0]) if differs.size else count
