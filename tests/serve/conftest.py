@@ -23,10 +23,9 @@ def toy_server(toy_folder):
 
 @pytest.fixture(scope="session")
 def smol_server(real_checkpoint):
-    """The real model that `make demo` brings."""
-    with serving(
-        real_checkpoint, Settings(names=("smollm2",), slots=4, queue=16), draft=TREE, context=512, dtype="float32"
-    ) as server:
+    """The real model that `make demo` brings, in one slot: of each further one more would be compiled."""
+    settings = Settings(names=("smollm2",), slots=1, queue=16, compare=False)
+    with serving(real_checkpoint, settings, draft=TREE, context=512, chunk=64, dtype="float32") as server:
         yield server
 
 

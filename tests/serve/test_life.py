@@ -19,7 +19,7 @@ import pytest
 from frspec_jax.serve import life
 from frspec_jax.serve.served import Settings
 from tests.serve.conftest import TREE
-from tests.support.server import error_of, serving
+from tests.support.server import HTTP, error_of, serving
 
 ROOT = Path(__file__).parents[2]
 BODY = {"model": "toy", "prompt": "x", "max_tokens": 400, "seed": 1, "logit_bias": {"2": -100}}
@@ -47,15 +47,15 @@ class Process:
         end = time.monotonic() + 120
         while time.monotonic() < end:
             try:
-                ready = httpx2.get(f"{self.url}/ready")
+                ready = HTTP.get(f"{self.url}/ready")
             except httpx2.TransportError:
                 assert self.process.poll() is None, self.process.stderr.read()
                 time.sleep(0.05)
                 continue
             if ready.status_code == 200:
                 return self
-            chat = httpx2.post(f"{self.url}/v1/completions", json=BODY)
-            self.seen.append((httpx2.get(f"{self.url}/health").status_code, ready.status_code, chat.status_code))
+            chat = HTTP.post(f"{self.url}/v1/completions", json=BODY)
+            self.seen.append((HTTP.get(f"{self.url}/health").status_code, ready.status_code, chat.status_code))
             assert ready.json()["progress"]
             time.sleep(0.05)
         raise AssertionError("it never was ready")
@@ -70,16 +70,16 @@ def test_38_and_39_a_process_from_start_to_end(toy_folder):
     assert server.seen and set(server.seen) <= {(200, 503, 503), (200, 503, 200)} and server.seen[0][2] == 503
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         bodies = [{**BODY, "seed": n, "max_tokens": 900} for n in range(7)]
-        asked = [pool.submit(httpx2.post, f"{server.url}/v1/completions", json=body, timeout=60) for body in bodies]
+        asked = [pool.submit(httpx2.post, f"{server.url}/v1/completions", json=body) for body in bodies]
         running = re.compile(r"frspec_requests_(?:running|waiting) (\d+)")
-        while sum(map(int, running.findall(httpx2.get(f"{server.url}/metrics").text))) < 7:
+        while sum(map(int, running.findall(HTTP.get(f"{server.url}/metrics").text))) < 7:
             time.sleep(0.005)
         server.process.send_signal(signal.SIGTERM)
-        while (refused := httpx2.post(f"{server.url}/v1/completions", json=BODY)).status_code == 200:
+        while (refused := HTTP.post(f"{server.url}/v1/completions", json=BODY)).status_code == 200:
             time.sleep(0.005)
         assert refused.status_code == 503 and error_of(refused)["code"] == "not_ready"
-        assert httpx2.get(f"{server.url}/ready").status_code == 503
-        assert httpx2.get(f"{server.url}/health").status_code == 200
+        assert HTTP.get(f"{server.url}/ready").status_code == 503
+        assert HTTP.get(f"{server.url}/health").status_code == 200
         for reply in (one.result() for one in asked):
             assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] == 900
     status, said = server.ended()
@@ -178,7 +178,7 @@ def test_40_figures_after_fifty_requests(toy):
 
     def broken_off(n):
         body = {"model": "toy", "prompt": "x", "max_tokens": 400, "seed": n, "stream": True}
-        with httpx2.stream("POST", f"{toy.url}/v1/completions", json={**body, "logit_bias": {"2": -100}}) as reply:
+        with HTTP.stream("POST", f"{toy.url}/v1/completions", json={**body, "logit_bias": {"2": -100}}) as reply:
             next(reply.iter_raw())
 
     with concurrent.futures.ThreadPoolExecutor(6) as pool:

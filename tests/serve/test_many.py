@@ -10,7 +10,7 @@ import time
 import openai
 
 from tests.promises.test_compiled_once import programs
-from tests.support.server import deltas, events_of
+from tests.support.server import HTTP, deltas, events_of
 
 
 def request_of(n):
@@ -21,9 +21,7 @@ def request_of(n):
 
 def leave_early(server, body):
     """Read a little of a stream, and go."""
-    import httpx2
-
-    with httpx2.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=60) as reply:
+    with HTTP.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}) as reply:
         if reply.status_code == 200:
             next(reply.iter_raw(), None)
 

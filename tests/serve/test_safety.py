@@ -5,7 +5,7 @@ import logging
 import openai
 import pytest
 
-from tests.support.server import also, error_of
+from tests.support.server import HTTP, also, error_of
 
 BODY = {"model": "toy", "prompt": "x", "max_tokens": 1}
 HERE = "https://chat.example.org"
@@ -47,19 +47,17 @@ def test_36_keys(locked, caplog):
 
 
 def test_36_a_browser_of_an_allowed_origin(locked, toy_server):
-    import httpx2
-
     asks = {"Origin": HERE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    reply = httpx2.options(f"{locked.url}/v1/chat/completions", headers=asks)
+    reply = HTTP.options(f"{locked.url}/v1/chat/completions", headers=asks)
     assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == HERE
     assert "authorization" in reply.headers["access-control-allow-headers"].lower()
     reply = locked.post("/v1/completions", BODY, headers={"Origin": HERE})
     assert reply.status_code == 401 and reply.headers["access-control-allow-origin"] == HERE
     other = {**asks, "Origin": "https://elsewhere.example.org"}
-    reply = httpx2.options(f"{locked.url}/v1/chat/completions", headers=other)
+    reply = HTTP.options(f"{locked.url}/v1/chat/completions", headers=other)
     assert "access-control-allow-origin" not in reply.headers
     # Off unless asked for.
-    reply = httpx2.options(f"{toy_server.url}/v1/chat/completions", headers=asks)
+    reply = HTTP.options(f"{toy_server.url}/v1/chat/completions", headers=asks)
     assert reply.status_code == 405 and error_of(reply) and "access-control-allow-origin" not in reply.headers
 
 

@@ -34,23 +34,27 @@ def test_6_which_stop_text_wins(smol):
 
 
 @pytest.mark.material
-@pytest.mark.parametrize("speculative", [True, False])
-def test_7_a_stop_text_within_the_budget_beats_it(smol, speculative):
-    reply = smol.complete(N, stop=["2,"], max_tokens=9, speculative=speculative)
+def test_7_a_stop_text_within_the_budget_beats_it(smol):
+    reply = smol.complete(N, stop=["2,"], max_tokens=9)
     choice = reply["choices"][0]
     assert choice["text"] == " 11, 1" and choice["finish_reason"] == "stop"
     assert reply["usage"]["completion_tokens"] == 8
 
 
 @pytest.mark.material
-def test_8_exactly_as_many_tokens_as_asked_for(smol):
-    for limit in (1, 2, 3, 5, 8, 12):
-        replies = [smol.complete(N, max_tokens=limit, speculative=drafts) for drafts in (True, False)]
-        for reply in replies:
-            assert reply["usage"]["completion_tokens"] == limit
-            assert reply["choices"][0]["finish_reason"] == "length"
-            assert reply["choices"][0]["text"] == replies[0]["choices"][0]["text"]
-        assert GOES_ON.startswith(replies[0]["choices"][0]["text"])
+def test_8_a_text_grows_with_its_limit(smol):
+    for limit in (1, 2, 3, 12):
+        reply = smol.complete(N, max_tokens=limit)
+        assert reply["usage"]["completion_tokens"] == limit and reply["choices"][0]["finish_reason"] == "length"
+        assert GOES_ON.startswith(reply["choices"][0]["text"]) and len(reply["choices"][0]["text"]) == limit
+
+
+def test_8_exactly_as_many_tokens_as_asked_for(toy):
+    for limit in range(1, 13):
+        fields = {"max_tokens": limit, "temperature": 0.7, "seed": 2, "logit_bias": {"2": -100}}
+        drafted, vanilla = (toy.complete("the hint", speculative=drafts, **fields) for drafts in (True, False))
+        assert drafted["usage"]["completion_tokens"] == limit and drafted["usage"] == vanilla["usage"]
+        assert drafted["choices"] == vanilla["choices"] and drafted["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.material

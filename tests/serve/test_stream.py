@@ -2,12 +2,11 @@
 
 import threading
 
-import httpx2
 import openai
 import pytest
 
 from frspec_jax.errors import SlotFault
-from tests.support.server import deltas, error_of, events_of
+from tests.support.server import HTTP, deltas, error_of, events_of
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 1}
 CODE = "    greet('你好, 世界 🙂👩‍💻')\n        # café — naïve\n"
@@ -15,7 +14,7 @@ CODE = "    greet('你好, 世界 🙂👩‍💻')\n        # café — naïve\
 
 def test_1_a_stream_as_raw_bytes(toy):
     body = {"model": "toy", "stream": True, **CHAT}
-    with httpx2.stream("POST", f"{toy.url}/v1/chat/completions", json=body, timeout=60) as reply:
+    with HTTP.stream("POST", f"{toy.url}/v1/chat/completions", json=body) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
         assert reply.headers["cache-control"] == "no-cache" and reply.headers["x-accel-buffering"] == "no"
         events = events_of(b"".join(reply.iter_raw()).decode())

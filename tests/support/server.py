@@ -23,6 +23,9 @@ from frspec_jax.serve.app import application
 from frspec_jax.serve.life import Server, bound
 from frspec_jax.serve.served import Served, Settings
 
+# Each call of httpx2.post would make a TLS context of its own, which takes longer than most of what is asked here.
+HTTP = httpx2.Client(timeout=60, verify=False, limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0))
+
 
 class Tampered:
     """A batch that a test can make fail, hang, or count: everything else is the batch's own."""
@@ -64,14 +67,15 @@ class Running:
         return batch
 
     def client(self, **how: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60, **how})
+        usual = {"api_key": "none", "max_retries": 0, "timeout": 60, "http_client": HTTP}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{**usual, **how})
 
     def post(self, path: str, body: Any, **how: Any) -> httpx2.Response:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx2.post(f"{self.url}{path}", content=data, timeout=60, **how)
+        return HTTP.post(f"{self.url}{path}", content=data, **how)
 
     def get(self, path: str, **how: Any) -> httpx2.Response:
-        return httpx2.get(f"{self.url}{path}", timeout=60, **how)
+        return HTTP.get(f"{self.url}{path}", **how)
 
     def complete(self, prompt: Any, **fields: Any) -> dict[str, Any]:
         """A completion's whole reply."""
