@@ -17,6 +17,7 @@ COMMANDS = {
     "draft-tree": "draw a draft tree and its mask, with the full and the cropped vocabulary",
     "loops": "the same rounds, driven by the host or compiled into one loop",
     "quality": "HumanEval and GSM8K: are answers worth the same with drafting?",
+    "load": "a server under load: first token and time between tokens as requests come faster",
     "identical": "compare the output with that of transformers, token by token",
 }
 

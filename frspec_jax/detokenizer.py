@@ -89,16 +89,16 @@ def _facts(tokenizer: Any) -> tuple[set[str], frozenset[int], frozenset[int], fr
     ids than its tokenizer, where its embedding was padded; those beyond say nothing either.
     """
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
-    kinds = {part["type"] for part in _parts(decoder)}
+    kinds = {part["type"] for part in decoder_parts(decoder)}
     vocabulary = tokenizer.get_vocab()
     single = (n for token, n in vocabulary.items() if BYTE.fullmatch(token)) if "ByteFallback" in kinds else ()
     special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
     return kinds, frozenset(single), frozenset(special.union(tokenizer.all_special_ids)), frozenset(vocabulary.values())
 
 
-def _parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+def decoder_parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     if decoder is None:
         return []
     if decoder["type"] == "Sequence":
-        return [part for one in decoder["decoders"] for part in _parts(one)]
+        return [part for one in decoder["decoders"] for part in decoder_parts(one)]
     return [decoder]

@@ -72,6 +72,16 @@ def test_the_rooms_of_eval_stand_in_order():
     assert ("commands", "methods") in seen, "no import was found, so this test would prove nothing"
 
 
+def test_nothing_below_the_server_imports_it():
+    server = "frspec_jax.serve"
+    inside = [name for name in modules("frspec_jax") if name.startswith(server)]
+    assert len(inside) > 5
+    for package in BELOW:
+        for name, file in modules(package).items():
+            if name not in inside:
+                assert not any(module.startswith(server) for module in imported(file)), f"{name} imports the server"
+
+
 @pytest.mark.parametrize("package", BELOW)
 def test_no_circle(package):
     known = modules(package)
@@ -93,7 +103,10 @@ def test_no_circle(package):
         follow(name, ())
 
 
-@pytest.mark.parametrize("command", ["frspec_jax.generate --help", "eval --help", "train --help", "convert --help"])
+@pytest.mark.parametrize(
+    "command",
+    ["frspec_jax.generate --help", "frspec_jax.serve --help", "eval --help", "train --help", "convert --help"],
+)
 def test_help_needs_no_jax(command):
     code = (
         "import runpy, sys\n"
