@@ -46,9 +46,49 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="same seed, same text, whatever drafts (default: 0)")
 
 
+def add_penalty_flags(parser: argparse.ArgumentParser) -> None:
+    """--repetition-penalty, --presence-penalty, --frequency-penalty and --logit-bias."""
+    group = parser.add_argument_group("penalties", "applied before all sampling; they change greedy text too")
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="divide the logits of tokens in prompt and answer, as transformers (default: 1, off)",
+    )
+    for name, what in (("presence", "once for a token"), ("frequency", "for each time that a token stands")):
+        group.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            default=0.0,
+            metavar="P",
+            help=f"taken off the logit, {what} in the answer, as OpenAI's (default: 0, off)",
+        )
+    group.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; may be repeated"
+    )
+
+
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """What the sampling flags ask for."""
-    return Sampling(args.temperature, args.top_k, args.top_p, args.lossy_typical, args.min_p)
+    """What the sampling flags ask for, and those of penalties where a command has them."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.lossy_typical, args.min_p)
+    if not hasattr(args, "logit_bias"):
+        return sampling
+    return dataclasses.replace(
+        sampling,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        logit_bias=tuple(map(_bias, args.logit_bias)),
+    )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition(":")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise UserError(f"--logit-bias {text} must be a token id and a number, such as 28:-100") from None
 
 
 # Drafting ----------------------------------------------------------------------------------------

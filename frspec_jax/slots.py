@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from frspec_jax import engine
 from frspec_jax.engine import EXACT, RUNNING, STOPPED, Asked, Caches, Chunk, DecodeState, Plan, Weights
@@ -46,6 +46,11 @@ def _at(slot: Array | None, state: State) -> State:
         return x if isinstance(x, Pulse) else dataclasses.replace(x, slot=slot)
 
     return _map(lambda x: x, state, shared=part)
+
+
+def _put(rows: Array, row: Array, slot: Array) -> Array:
+    """Rows [slots, ...] with one of them written anew."""
+    return lax.dynamic_update_index_in_dim(rows, jnp.asarray(row, rows.dtype), slot, 0)
 
 
 def new_state(plan: Plan, weights: Weights, capacity: int, slots: int, dtype: Any) -> DecodeState:
@@ -109,7 +114,7 @@ def read(plan: Plan, weights: Weights, state: DecodeState, reading: Reading) -> 
     new = engine.prefill_chunk(plan, weights, caches, reading.chunk, reading.asked, penalties)
     # The pulse is that of the rounds, and a new text changes nothing in it.
     new = dataclasses.replace(_at(None, new), pulse=state.pulse)
-    after = _map(lambda rows, row: rows.at[slot].set(row), state, new, shared=lambda _, x: x)
+    after = _map(lambda rows, row: _put(rows, row, slot), state, new, shared=lambda _, x: x)
     return after, jax.tree.map(lambda x: x[None], _report(new, jnp.int32(1)))
 
 
@@ -147,7 +152,7 @@ def bear_on(state: DecodeState, slot: Array, bearing: Bearing) -> DecodeState:
     """What a request's penalties bear on, put into its slot."""
     assert state.penalties is not None
     pool = state.penalties.bearing
-    new = jax.tree.map(lambda rows, row: rows.at[slot].set(row), pool, bearing)
+    new = jax.tree.map(lambda rows, row: _put(rows, row, slot), pool, bearing)
     return dataclasses.replace(state, penalties=dataclasses.replace(state.penalties, bearing=new))
 
 
@@ -158,6 +163,6 @@ def copy_slot(state: DecodeState, source: Array, target: Array) -> DecodeState:
     def copied(x: Any) -> Any:
         if not isinstance(x, LayerKV):
             return x
-        return jax.tree.map(lambda rows: rows.at[target].set(rows[source]), x)
+        return jax.tree.map(lambda rows: _put(rows, lax.dynamic_index_in_dim(rows, source, keepdims=False), target), x)
 
     return _map(lambda x: x, state, shared=copied)
