@@ -11,7 +11,7 @@ from jax import Array
 from pallas_kernels.bits import floats_of
 from pallas_kernels.device import current
 from pallas_kernels.dispatch import Implementation, choose, resolve
-from pallas_kernels.tree_attention import triton, xla
+from pallas_kernels.tree_attention import mosaic_config, triton, xla
 from pallas_kernels.tree_attention.triton import Config
 from pallas_kernels.tree_attention.xla import BLOCK
 from pallas_kernels.visibility import Sees
@@ -26,7 +26,7 @@ def tree_attention(
     sees: Sees,
     *,
     implementation: Implementation = "auto",
-    config: Config | None = None,
+    config: Config | mosaic_config.Config | None = None,
     rows: int | None = None,
     steady: bool = True,
 ) -> Array:
@@ -37,7 +37,8 @@ def tree_attention(
       keys, values: [kv_heads, S, head_dim], the tree's own rows included; S a multiple of BLOCK. Floats, or the bits of
         bfloat16 as uint16.
       sees: which of the S rows each query attends to, at least one each.
-      implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
+      implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape. Its class says
+        whether that is Triton's or Mosaic's; where Mosaic's cannot be had for these arrays, Triton's runs as it suits.
       rows: none beyond these is seen; None: all of S may be. XLA on a GPU then reads no others.
       steady: see `xla.steady_mix`; matters for bfloat16 on a CPU alone.
 
@@ -47,15 +48,29 @@ def tree_attention(
     (tokens, heads, head_dim), kv_heads = q.shape, keys.shape[0]
     folded = tokens * heads // kv_heads
     shape = {"rows": folded, "kv_heads": kv_heads, "head_dim": head_dim}
-    default = config or Config.suited_to(folded, kv_heads)
-    implementation, chosen = choose(implementation, "tree_attention", keys.dtype, shape, default, unmeasured="pallas")
+    wanted = mosaic_config.Config if implementation == "mosaic" else Config
+    default = config or wanted.suited_to(folded, kv_heads)
+    implementation, chosen = choose(
+        implementation,
+        "tree_attention",
+        keys.dtype,
+        shape,
+        default,
+        unmeasured="pallas",
+        kinds=(Config, mosaic_config.Config),
+    )
     if implementation == "xla":
         if current().platform == "gpu":
             return xla.straight(q, keys[:, :rows], values[:, :rows], sees)
         return xla.tree_attention(q, keys, values, sees, steady)
-    return triton.tree_attention(
-        q, floats_of(keys), floats_of(values), sees, chosen, interpret=implementation == "interpret"
-    )
+    keys, values, interpret = floats_of(keys), floats_of(values), implementation == "interpret"
+    if isinstance(chosen, mosaic_config.Config):
+        if mosaic_config.takes(q, keys, chosen, interpret):
+            from pallas_kernels.tree_attention import mosaic  # which imports a compiler
+
+            return mosaic.tree_attention(q, keys, values, sees, chosen, interpret)
+        chosen = Config.suited_to(folded, kv_heads)
+    return triton.tree_attention(q, keys, values, sees, chosen, interpret)
 
 
 def attention_rows(capacity: int, implementation: Implementation) -> tuple[int, ...]:
