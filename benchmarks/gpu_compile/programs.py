@@ -76,7 +76,7 @@ class Traced:
 
     function: Any
     arguments: tuple[Any, ...]
-    donated: int  # the argument that it may overwrite
+    donated: int | tuple[int, ...]  # the argument that it may overwrite
     loop: int | None = None  # which of its loops of rounds is looked at; None: all that it runs
 
 
