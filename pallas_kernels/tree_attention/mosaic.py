@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
@@ -187,7 +188,8 @@ def _attend(*refs: Any, config: Config, blocks: _Blocks) -> None:
         mine = token_of_row == token
         return tuple(jnp.where(mine, words[token * lines + line], had) for line, had in enumerate(found))
 
-    ancestors = lax.fori_loop(0, each, gather, (jnp.zeros((ROWS,), jnp.int32),) * lines)
+    real = jnp.minimum(tokens - first_token, each)  # tokens of this block
+    ancestors = lax.fori_loop(np.int32(0), real, gather, (jnp.zeros((ROWS,), jnp.int32),) * lines)
 
     def visible(number: Array) -> Array:
         row = lax.broadcasted_iota(jnp.int32, (ROWS, step), 1) + (number * step - committed)  # from the tree's first on

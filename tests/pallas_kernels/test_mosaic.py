@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def reference(q, keys, values, committed, line):
 
 
 @interpreted
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.tuples(
         st.integers(1, 70),
@@ -75,8 +76,7 @@ def test_it_is_softmax_attention(shape, block_k, splits, stages, fill, kind, see
     if config.shared_memory(head_dim) > mosaic_config.SHARED_MEMORY:
         config = mosaic_config.Config(64, splits, 2)
     given = textbook.case(shape, round(fill * (capacity - tokens)), kind, seed)
-    errors = np.abs(attend(config, *given) - reference(*given)[0]) / reference(*given)[1]
-    assert errors.max() < ROUNDING and errors.mean() < ROUNDING / 8
+    assert textbook.error(attend(config, *given), reference(*given)) < ROUNDING
 
 
 @interpreted
@@ -267,12 +267,12 @@ COMPILED = [
 
 @pytest.mark.cuda_compile
 @pytest.mark.skipif(not HAS_CUDA, reason="needs jax[cuda12]: `make gpu-compile`")
+@pytest.mark.skipif(os.environ.get("JAX_PLATFORMS") != "cpu", reason="needs JAX_PLATFORMS=cpu, set before all else")
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_it_compiles_without_a_spill(case, record_property):
     """To the end, by NVIDIA's assembler; two launches and nothing besides; what shared memory it takes was foreseen."""
     tokens, heads, kv_heads, head_dim, *division = case
     config = mosaic_config.Config(*division)
-    jax.config.update("jax_platforms", "cpu")
     from benchmarks.gpu_compile import assembler, hlo, programs
 
     shape = [(tokens, heads, head_dim), *2 * [(kv_heads, 2048, head_dim)]]
