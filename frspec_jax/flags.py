@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from frspec_jax.checkpoint import Checkpoint
     from frspec_jax.drafting import Draft
 
-IMPLEMENTATIONS = ("auto", "pallas", "interpret", "xla")  # those of pallas_kernels.dispatch, without importing JAX
+# Those of pallas_kernels.dispatch, without importing JAX.
+IMPLEMENTATIONS = ("auto", "pallas", "mosaic", "interpret", "xla")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -214,5 +215,6 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=IMPLEMENTATIONS,
         default="auto",
-        help="auto: Pallas kernels where they were measured to win (default); interpret: slowly, on any device",
+        help="auto: Pallas kernels where they were measured to win (default); pallas: all of them; mosaic: all, "
+        "attention in Mosaic GPU instead of Triton; interpret: slowly, on any device",
     )

@@ -204,10 +204,11 @@ def test_kernels_on_the_real_model(real_checkpoint):
     assert len(plain[0]) > 4 and decoded(INTERPRET) == plain
 
 
-def test_kernels_need_a_gpu_unless_they_are_interpreted(real_checkpoint, monkeypatch):
+@pytest.mark.parametrize("how", ["pallas", "mosaic"])
+def test_kernels_need_a_gpu_unless_they_are_interpreted(how, real_checkpoint, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    with pytest.raises(UserError, match="kernels pallas needs a CUDA GPU"):
-        api.load(real_checkpoint, "eagle", kernels=PALLAS)
+    with pytest.raises(UserError, match=f"kernels {how} needs a CUDA GPU"):
+        api.load(real_checkpoint, "eagle", kernels=Kernels.all(how))
 
 
 # Lowering to Triton at production shapes, without a GPU ------------------------------------------
