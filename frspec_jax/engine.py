@@ -176,7 +176,7 @@ def prefill(plan: Plan, weights: Weights, caches: Caches, chunk: Chunk, asked: A
             kernels=plan.kernels.for_prompts(),
             taps=plan.drafter.taps,
         )
-        draft = plan.drafter.prefill(weights.draft, features, chunk.tokens[1:], chunk.start, caches.draft)
+        draft = plan.drafter.prefill(weights.draft, features, chunk.tokens, chunk.start, chunk.count, caches.draft)
     feature, length = features[chunk.count - 1], chunk.start + chunk.count
 
     def first_token(feature: Array) -> Array:

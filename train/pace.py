@@ -188,7 +188,7 @@ def _passed(
     features, target = llama.forward(
         weights.target, plan.config, tokens[:-1], where, caches.target, kernels=plan.kernels, taps=plan.drafter.taps
     )
-    draft = plan.drafter.prefill(weights.draft, features, tokens[1:], first, caches.draft)
+    draft = plan.drafter.prefill(weights.draft, features, tokens, first, jnp.int32(PASS), caches.draft)
     return features, engine.Caches(target, draft, caches.text)
 
 

@@ -52,14 +52,16 @@ def varied(
     rankings: Sequence[Path] = (),
     copying: Sequence[bool | None] = (None,),
     paces: Sequence[Literal["fixed", "auto"]] = ("fixed",),
+    slots: Sequence[int | None] = (None,),
 ) -> list[Draft]:
     """Every draft (None: the only one there is) without and with copying, at each V', from each of the rankings.
 
-    tree: of a fixed pace; an auto one chooses by itself. rankings: instead of the checkpoint's own.
+    tree: of a fixed pace; an auto one chooses by itself. rankings: instead of the checkpoint's own. slots: for ids of
+    the text, besides each V'.
     """
     return [
-        Draft(draft, size, tree if pace == "fixed" else None, ranking, copying=copies, pace=pace)
-        for draft, pace, copies, size in itertools.product(drafts, paces, copying, vocabularies)
+        Draft(draft, size, tree if pace == "fixed" else None, ranking, copying=copies, pace=pace, context_slots=many)
+        for draft, pace, copies, size, many in itertools.product(drafts, paces, copying, vocabularies, slots)
         for ranking in ([None] if size == "full" or not rankings else rankings)
     ]
 

@@ -7,9 +7,10 @@ from jax import Array
 
 from pallas_kernels.dispatch import Implementation, choose, power_of_two
 from pallas_kernels.subvocab_head import triton, xla
+from pallas_kernels.subvocab_head.extra import Extra
 from pallas_kernels.subvocab_head.triton import Config
 
-__all__ = ["Config", "quantised", "subvocab_top_k"]
+__all__ = ["Config", "Extra", "quantised", "subvocab_top_k"]
 
 
 def subvocab_top_k(
@@ -18,16 +19,18 @@ def subvocab_top_k(
     k: int,
     scale: Array | None = None,
     ids: Array | None = None,
+    extra: Extra | None = None,
     *,
     implementation: Implementation = "auto",
     config: Config | None = None,
 ) -> tuple[Array, Array]:
-    """The k most probable rows of the head under the softmax over all of its rows.
+    """The k most probable rows of the head under the softmax over all of its rows, and over those of `extra`.
 
     Args:
       x: [M, H] predicted features. head: [V', H]. k: at most V'.
       scale: [V'] float32, what each row of a head of int8 is multiplied by; None for a head of floats.
       ids: [V'] int32, what each row stands for; None: its own number.
+      extra: further rows after those of the head, of other ids.
       implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
 
     Returns:
@@ -39,8 +42,8 @@ def subvocab_top_k(
     default = config or Config.suited_to(x.shape[1])
     implementation, chosen = choose(implementation, "subvocab_head", head.dtype, shape, default)
     if implementation == "xla":
-        return xla.subvocab_top_k(x, head, k, scale, ids)
-    return triton.subvocab_top_k(x, head, k, scale, ids, chosen, interpret=implementation == "interpret")
+        return xla.subvocab_top_k(x, head, k, scale, ids, extra)
+    return triton.subvocab_top_k(x, head, k, scale, ids, extra, chosen, interpret=implementation == "interpret")
 
 
 def quantised(head: Array) -> tuple[Array, Array]:
