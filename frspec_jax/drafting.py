@@ -46,8 +46,8 @@ class Draft:
         if self.pace not in (None, "auto", "fixed"):
             raise UserError(f"--pace {self.pace} must be auto or fixed")
         slots = self.context_slots
-        if slots is not None and not (
-            isinstance(slots, int) and not isinstance(slots, bool) and 0 <= slots <= MOST_SLOTS
+        if slots is not None and (
+            isinstance(slots, bool) or not isinstance(slots, int) or not 0 <= slots <= MOST_SLOTS
         ):
             raise UserError(f"--context-slots {slots} must be a whole number from 0 (none) to {MOST_SLOTS}")
 

@@ -77,6 +77,22 @@ def draft_ids(model: Generator) -> np.ndarray:
     return np.asarray(next(part.ids for part in parts if isinstance(part, DraftHead)))
 
 
+def covered(model: Generator, prompt: np.ndarray, tokens: Sequence[int]) -> int:
+    """How many tokens of an answer to a prompt [T] were inside V', or in a slot when their turn came."""
+    inside, slots = set(draft_ids(model).tolist()), model.context_slots
+    latest: dict[int, None] = {}  # ids outside, the one seen last at the end
+    count = 0
+    for place, token in enumerate([*prompt.tolist(), *tokens]):
+        held = place >= len(prompt) and (token in inside or token in latest)
+        count += held
+        if token not in inside and slots:
+            latest.pop(token, None)
+            latest[token] = None
+            if len(latest) > slots:
+                del latest[next(iter(latest))]
+    return count
+
+
 def in_turn(names: Sequence[str], turn: int) -> list[str]:
     """The names, begun with another one each turn, so that a machine's drift meets all methods alike."""
     first = turn % len(names)
