@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if folder is None:
         raise UserError(f"{args.ckpt} holds no draft; name one with --draft")
     check_writable(folder, f"--draft {folder}")
-    model = api.load(checkpoint, Draft(str(folder), args.draft_vocab, pace="auto"))
+    model = api.load(checkpoint, Draft(str(folder), args.draft_vocab, pace="auto", context_slots=0))
     request = Request(args.max_new_tokens)
     prompts = itertools.islice(fitting(model, corpus_files(args.prompts), request), args.answers)
     seen = Seen(model)

@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     request = decoding_request(args)
+    if args.replay and args.pace != "fixed":
+        raise UserError(f"--replay grows the same tree in every round, and --pace {args.pace} does not; drop one")
     questions = spread(of_tasks(read_questions(args.data), args.tasks), args.questions)
     _, methods = models(args, args.ranking)
     vanilla = methods.pop("vanilla")

@@ -12,7 +12,6 @@ from frspec_jax import api
 from frspec_jax.api import Draft, Request
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
-from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import DraftHead
 
 TREE = TreeConfig(40, 2, 8)
@@ -41,12 +40,6 @@ def test_it_is_what_decoding_accepts(toy_folder: Checkpoint):
             assert (replayed[name].method, replayed[name].rounds) == (result.method, result.rounds)
             different.add((seed, *result.accepted_histogram))
     assert len(different) > 3, "all methods accept alike: this test would prove little"
-
-
-def test_rounds_with_a_pace_are_refused(toy_folder: Checkpoint):
-    model = api.load(toy_folder, Draft(vocab=40), dtype="float32", context=400)
-    with pytest.raises(UserError, match="replay"):
-        replay.answers(model, {"auto": model}, np.arange(4), Request(8))
 
 
 def test_what_is_covered():
