@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,12 +57,9 @@ def run(args: argparse.Namespace) -> None:
     questions = spread(of_tasks(read_questions(args.data), args.tasks), args.questions)
     _, methods = models(args, args.ranking)
     vanilla = methods.pop("vanilla")
-    answer = functools.partial(replay.answers, vanilla) if args.replay else decoded
-    by_method: dict[str, dict[str, list[Answer]]] = {name: {} for name in methods}
-    with progress_bar() as progress:
-        for question in progress.track(questions, description="questions"):
-            for name, given in answers(answer, methods, question, request).items():
-                by_method[name].setdefault(question.task, []).extend(given)
+    by_method: ByMethod = {name: {} for name in methods}
+    gather = replayed if args.replay else decoded
+    gather(vanilla, methods, questions, request, by_method)
     side_by_side.check_rounds(
         min(sum(one.result.rounds for given in tasks.values() for one in given) for tasks in by_method.values())
     )
@@ -94,23 +90,56 @@ class Answer:
     covered: int
 
 
-# What gives every method's answer to a prompt of ids [T].
-Answering = Callable[[dict[str, Generator], np.ndarray, Request], dict[str, Result]]
+ByMethod = dict[str, dict[str, list[Answer]]]  # the answers of each method, by task
 
 
-def decoded(models: dict[str, Generator], prompt: np.ndarray, request: Request) -> dict[str, Result]:
-    """Each method's answer, as it decodes."""
-    readings: dict[Hashable, Reading] = {}
-    return {name: side_by_side.answer(model, prompt, request, readings) for name, model in models.items()}
+def decoded(
+    vanilla: Generator, methods: dict[str, Generator], questions: list[Question], request: Request, into: ByMethod
+) -> None:
+    """Every method's answers to all questions, as it decodes; a later turn sees the first method's."""
+    with progress_bar() as progress:
+        for question in progress.track(questions, description="questions"):
+            for prompt, results in answers(methods, question, request):
+                note(methods, question.task, prompt, results, into)
+
+
+def replayed(
+    vanilla: Generator, methods: dict[str, Generator], questions: list[Question], request: Request, into: ByMethod
+) -> None:
+    """The same out of vanilla's answers; a later turn sees those."""
+    tasks, given = [], []
+    with progress_bar() as progress:
+        for question in progress.track(questions, description="questions"):
+            for prompt, results in answers({"vanilla": vanilla, **methods}, question, request, ["vanilla"]):
+                tasks.append(question.task)
+                given.append(replay.Answered(prompt, results["vanilla"]))
+        place = 0
+        bar = progress.add_task("answers replayed", total=len(given))
+        for found in replay.replayed(methods, given):
+            for results in zip(*found.values(), strict=True):
+                note(methods, tasks[place], given[place].prompt, dict(zip(found, results, strict=True)), into)
+                place += 1
+            progress.update(bar, completed=place)
+
+
+def note(
+    methods: dict[str, Generator], task: str, prompt: np.ndarray, results: dict[str, Result], into: ByMethod
+) -> None:
+    """Write down each method's answer to a prompt of ids [T]."""
+    for name, result in results.items():
+        covered = side_by_side.covered(methods[name], prompt, result.tokens)
+        into[name].setdefault(task, []).append(Answer(result, covered))
 
 
 def answers(
-    answer: Answering, models: dict[str, Generator], question: Question, request: Request
-) -> dict[str, list[Answer]]:
-    """Each method's answers to a question's turns; a turn that no longer fits is left out."""
-    first = next(iter(models.values()))
+    models: dict[str, Generator], question: Question, request: Request, names: Sequence[str] = ()
+) -> Iterator[tuple[np.ndarray, dict[str, Result]]]:
+    """The prompts of a question's turns, and the answers of those called `names` (none: of all).
+
+    A turn that no longer fits one of the models is left out.
+    """
+    first, names = next(iter(models.values())), names or list(models)
     messages: list[dict[str, str]] = []
-    given: dict[str, list[Answer]] = {name: [] for name in models}
     for turn in question.turns:
         messages.append({"role": "user", "content": turn})
         prompt = first.encode(messages)
@@ -121,10 +150,10 @@ def answers(
             if len(messages) == 1:
                 raise
             break
-        for name, result in answer(models, prompt, request).items():
-            given[name].append(Answer(result, side_by_side.covered(models[name], prompt, result.tokens)))
-        messages.append({"role": "assistant", "content": next(iter(given.values()))[-1].result.text})
-    return given
+        readings: dict[Hashable, Reading] = {}
+        results = {name: side_by_side.answer(models[name], prompt, request, readings) for name in names}
+        yield prompt, results
+        messages.append({"role": "assistant", "content": results[names[0]].text})
 
 
 def summary(by_task: dict[str, list[Answer]]) -> dict[str, Any]:

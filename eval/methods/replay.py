@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from frspec_jax import engine, kv_cache, llama
-from frspec_jax.api import Generator, Request, Result
+from frspec_jax.api import Generator, Result
 from frspec_jax.drafters.base import Accepted, DraftMemory, DraftWeights, Turn
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
@@ -25,46 +26,64 @@ from frspec_jax.placement import Placement
 from frspec_jax.tree import accepted_path
 
 PASS = kv_cache.BLOCK  # tokens of a text that run at once
+TOGETHER = 12  # texts that rounds run for at once: a product of few rows mostly prepares its weight
 
 
-def answers(
-    vanilla: Generator, models: dict[str, Generator], prompt: np.ndarray, request: Request
-) -> dict[str, Result]:
-    """What drafting methods make of vanilla's greedy answer to a prompt of ids [T]; their times are vanilla's.
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """A prompt, and vanilla's answer to it."""
 
-    models: each with a fixed pace.
+    prompt: np.ndarray  # [T] int32
+    answer: Result
+
+
+def replayed(models: dict[str, Generator], given: list[Answered]) -> Iterator[dict[str, list[Result]]]:
+    """What drafting methods, each of a fixed pace, make of greedy answers: some texts after others, in their order.
+
+    Of the results, times are vanilla's.
     """
-    answer = vanilla.generate_ids(prompt, request)
-    text, features, replayed = [*prompt.tolist(), *answer.tokens], {}, {}
-    with jax.enable_x64(False):
-        for name, model in models.items():
-            taps = model.plan().drafter.taps
-            if taps not in features:
-                features[taps] = _features(model, text)
-            counts = histogram(model, text, len(prompt), features[taps])
-            rounds = int(counts.sum())
-            replayed[name] = dataclasses.replace(
-                answer,
-                method=model.drafting.method.name,
-                draft_vocab=model.draft_vocab,
-                context_slots=model.context_slots,
-                rounds=rounds,
-                accepted_length=(len(answer.tokens) - 1) / rounds if rounds else None,
-                accepted_histogram=counts.tolist(),
-            )
-    return replayed
+    texts = [[*one.prompt.tolist(), *one.answer.tokens] for one in given]
+    margin = max(model.plan().margin for model in models.values())
+    size = -(-(max(map(len, texts)) + margin) // PASS) * PASS + PASS  # room for what slices reach beyond a text's end
+    for first in range(0, len(given), TOGETHER):
+        here = slice(first, first + TOGETHER)
+        features: dict[tuple[int, ...], Array] = {}
+        found: dict[str, list[Result]] = {}
+        with jax.enable_x64(False):
+            for name, model in models.items():
+                taps = model.plan().drafter.taps
+                if taps not in features:
+                    features[taps] = jnp.stack([_features(model, text, size) for text in texts[here]])
+                begin = [len(one.prompt) for one in given[here]]
+                counts = histograms(model, texts[here], begin, features[taps])
+                found[name] = [_result(model, *pair) for pair in zip(given[here], counts, strict=True)]
+        yield found
 
 
-def _features(model: Generator, text: list[int]) -> Array:
-    """What the target makes of each token of a text [T], padded to whole passes: [S, (1 + taps) H]."""
-    plan, tokens = model.plan(), _padded(text, 0)
-    cache = kv_cache.empty(plan.config, len(tokens), model.runtime.dtype)
+def _result(model: Generator, one: Answered, counts: np.ndarray) -> Result:
+    rounds = int(counts.sum())
+    return dataclasses.replace(
+        one.answer,
+        method=model.drafting.method.name,
+        draft_vocab=model.draft_vocab,
+        context_slots=model.context_slots,
+        rounds=rounds,
+        accepted_length=(len(one.answer.tokens) - 1) / rounds if rounds else None,
+        accepted_histogram=counts.tolist(),
+    )
+
+
+def _features(model: Generator, text: list[int], size: int) -> Array:
+    """What the target makes of each token of a text [T], and of nothing behind it: [S, (1 + taps) H], S = `size`."""
+    plan, tokens = model.plan(), _padded(text, 0, size)
+    cache = kv_cache.empty(plan.config, size, model.runtime.dtype)
     parts = []
-    for first in range(0, len(tokens), PASS):
+    for first in range(0, len(text), PASS):
         here = tokens[first : first + PASS]
         part, cache = _passed(plan, model.weights.target, cache, here, np.int32(first))
         parts.append(part)
-    return jnp.concatenate(parts)
+    known = jnp.concatenate(parts)
+    return jnp.pad(known, ((0, size - known.shape[0]), (0, 0)))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("cache",), compiler_options=engine.EXACT)
@@ -76,29 +95,28 @@ def _passed(
     return llama.forward(target, plan.config, tokens, where, cache, kernels=kernels, taps=plan.drafter.taps)
 
 
-def _padded(values: list[int], filling: int, more: int = 0) -> np.ndarray:
-    """Values [T] as int32, with `more` and up to whole passes beyond them."""
-    size = -(-(len(values) + more) // PASS) * PASS
+def _padded(values: list[int], filling: int, size: int) -> np.ndarray:
+    """Values [T] and a filling behind them, [size] int32."""
     return np.concatenate([values, np.full(size - len(values), filling)]).astype(np.int32)
 
 
-def histogram(model: Generator, text: list[int], prompt: int, features: Array) -> np.ndarray:
-    """Rounds by the number of drafts that they emit [D+1], of a text whose first `prompt` tokens are given.
+def histograms(model: Generator, texts: list[list[int]], prompts: list[int], features: Array) -> np.ndarray:
+    """Rounds by the number of drafts that they emit [B, D+1], of B texts that begin with so many prompt tokens each.
 
-    features: [S, ...] of the text's tokens, as `_features` gives them.
+    features: [B, S, ...] of the texts' tokens, as `_features` gives them.
     """
-    plan, weights = model.plan(), model.weights.draft
-    more = plan.margin + PASS  # what a slice beyond the text's end may reach
-    tokens = _padded(text, -1, more)
-    features = jnp.pad(features, ((0, len(tokens) - features.shape[0]), (0, 0)))
-    memory: Any = plan.drafter.new_memory(len(tokens), model.runtime.dtype)
-    real = np.maximum(tokens, 0)
-    for first in range(0, prompt, PASS):
-        count = np.int32(min(PASS, prompt - first))
-        part, here = real[first : first + PASS + 1], features[first : first + PASS]
-        memory = _read(plan, weights, memory, here, part, np.int32(first), count)
-    last = np.int32(len(text) - 1)
-    return np.asarray(_rounds(plan, weights, memory, features, tokens, np.int32(prompt), last))
+    plan, weights, size = model.plan(), model.weights.draft, features.shape[1]
+    tokens = np.stack([_padded(text, -1, size) for text in texts])
+    read = []
+    for text, prompt, known in zip(np.maximum(tokens, 0), prompts, features, strict=True):
+        memory: Any = plan.drafter.new_memory(size, model.runtime.dtype)
+        for first in range(0, prompt, PASS):
+            part, here = text[first : first + PASS + 1], known[first : first + PASS]
+            memory = _read(plan, weights, memory, here, part, np.int32(first), np.int32(min(PASS, prompt - first)))
+        read.append(memory)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
+    last = np.array([len(text) - 1 for text in texts], np.int32)
+    return np.asarray(_rounds(plan, weights, together, features, tokens, np.array(prompts, np.int32), last))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("memory",), compiler_options=engine.EXACT)
@@ -115,6 +133,10 @@ def _read(
     return plan.drafter.prefill(weights, features, tokens, first, count, memory)
 
 
+# Of each text: the root's position, how many tokens the drafter has not taken in, its memory, and the rounds so far.
+State = tuple[Array, Array, DraftMemory, Array]
+
+
 @functools.partial(jax.jit, static_argnames=("plan",), compiler_options=engine.EXACT)
 def _rounds(
     plan: engine.Plan,
@@ -125,15 +147,18 @@ def _rounds(
     begin: Array,
     last: Array,
 ) -> Array:
-    """The rounds from the root at position `begin` to the text's last token: how many emitted 1, 2, ... D+1 tokens.
+    """The rounds of B texts from the root at position `begin` [B] to the last token, at `last` [B].
 
-    text: [S] int32, -1 behind its end. features: [S, ...].
+    text: [B, S] int32, -1 behind its end. features: [B, S, ...].
+
+    Returns:
+      How many emitted 1, 2, ... D+1 tokens, [B, D+1] int32.
     """
     depth, drafter = plan.tree.depth, plan.drafter
-    State = tuple[Array, Array, DraftMemory, Array]
 
-    def one(state: State) -> State:
-        length, count, memory, seen = state
+    def one(
+        features: Array, text: Array, last: Array, length: Array, count: Array, memory: DraftMemory, seen: Array
+    ) -> State:
         accepted = Accepted(
             features=lax.dynamic_slice_in_dim(features, length - count, depth + 1),
             next_tokens=jnp.maximum(lax.dynamic_slice_in_dim(text, length - count + 1, depth + 1), 0),
@@ -144,7 +169,13 @@ def _rounds(
         tree, memory = drafter.propose(weights, plan.tree, lead, turn, memory)
         _, drafts = accepted_path(tree, text[length + 1 + tree.depth], depth)
         emitted = jnp.minimum(drafts + 1, last - length).astype(jnp.int32)
-        return length + emitted, emitted, memory, seen.at[emitted - 1].add(1)
+        goes_on = emitted > 0  # a text that has ended waits for the others
+        seen = seen.at[emitted - 1].add(goes_on.astype(jnp.int32))
+        return length + emitted, jnp.where(goes_on, emitted, count), memory, seen
 
-    state: State = begin, jnp.int32(1), memory, jnp.zeros(depth + 1, jnp.int32)
-    return lax.while_loop(lambda state: state[0] < last, one, state)[3]
+    def all_of_them(state: State) -> State:
+        return jax.vmap(one)(features, text, last, *state)
+
+    rows = begin.shape[0]
+    state: State = begin, jnp.ones(rows, jnp.int32), memory, jnp.zeros((rows, depth + 1), jnp.int32)
+    return lax.while_loop(lambda state: (state[0] < last).any(), all_of_them, state)[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import numpy as np
@@ -28,17 +29,18 @@ def test_it_is_what_decoding_accepts(toy_folder: Checkpoint):
         name: api.load(toy_folder, draft, dtype="float32", context=400, target=vanilla.weights.target)
         for name, draft in DRAFTS.items()
     }
-    different = set()
-    for seed, length in ((0, 30), (1, 290)):
-        prompt = np.random.default_rng(seed).integers(3, 250, length).astype(np.int32)
-        request = Request(60)
-        replayed = replay.answers(vanilla, models, prompt, request)
-        for name, model in models.items():
-            result = model.generate_ids(prompt, request)
-            assert replayed[name].tokens == result.tokens
-            assert replayed[name].accepted_histogram == result.accepted_histogram, name
-            assert (replayed[name].method, replayed[name].rounds) == (result.method, result.rounds)
-            different.add((seed, *result.accepted_histogram))
+    request, rng, different = Request(60), np.random.default_rng(0), set()
+    prompts = [rng.integers(3, 250, length).astype(np.int32) for length in (30, 290, 7)]
+    given = [replay.Answered(prompt, vanilla.generate_ids(prompt, request)) for prompt in prompts]
+    given[2] = dataclasses.replace(given[2], answer=vanilla.generate_ids(prompts[2], Request(9)))  # it ends before
+    (found,) = replay.replayed(models, given)
+    for name, model in models.items():
+        for one, result in zip(given, found[name], strict=True):
+            expected = model.generate_ids(one.prompt, Request(len(one.answer.tokens)))
+            assert result.tokens == expected.tokens
+            assert result.accepted_histogram == expected.accepted_histogram, name
+            assert (result.method, result.rounds) == (expected.method, expected.rounds)
+            different.add(tuple(result.accepted_histogram))
     assert len(different) > 3, "all methods accept alike: this test would prove little"
 
 
