@@ -362,8 +362,10 @@ def decode_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeStat
     return emit(plan, state, tree, taken, dataclasses.replace(state.caches, target=cache, draft=memory))
 
 
-def paced_round(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
-    """One round that drafts and verifies as much as pays (`frspec_jax.pace`)."""
+def paced_round(
+    plan: Plan, weights: Weights, state: DecodeState, verify: Callable[..., tuple[Verdict, KVCache]] = verify
+) -> DecodeState:
+    """One round that drafts and verifies as much as pays (`frspec_jax.pace`); verify: what asks the target."""
     assert plan.pace is not None and weights.pace is not None
     costs, drafter, turn, pulse = weights.pace.costs, plan.drafter, turn_of(state), state.pulse
     price, trust = pulse.price(costs), pulse.trust

@@ -116,8 +116,8 @@ def replayed(
         place = 0
         bar = progress.add_task("answers replayed", total=len(given))
         for found in replay.replayed(methods, given):
-            for results in zip(*found.values(), strict=True):
-                note(methods, tasks[place], given[place].prompt, dict(zip(found, results, strict=True)), into)
+            for each in zip(*found.values(), strict=True):
+                note(methods, tasks[place], given[place].prompt, dict(zip(found, each, strict=True)), into)
                 place += 1
             progress.update(bar, completed=place)
 

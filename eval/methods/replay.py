@@ -53,7 +53,7 @@ def replayed(models: dict[str, Generator], given: list[Answered]) -> Iterator[di
             for name, model in models.items():
                 taps = model.plan().drafter.taps
                 if taps not in features:
-                    features[taps] = jnp.stack([_features(model, text, size) for text in texts[here]])
+                    features[taps] = jnp.stack([features_of(model, text, size) for text in texts[here]])
                 begin = [len(one.prompt) for one in given[here]]
                 counts = histograms(model, texts[here], begin, features[taps])
                 found[name] = [_result(model, *pair) for pair in zip(given[here], counts, strict=True)]
@@ -73,9 +73,9 @@ def _result(model: Generator, one: Answered, counts: np.ndarray) -> Result:
     )
 
 
-def _features(model: Generator, text: list[int], size: int) -> Array:
+def features_of(model: Generator, text: list[int], size: int) -> Array:
     """What the target makes of each token of a text [T], and of nothing behind it: [S, (1 + taps) H], S = `size`."""
-    plan, tokens = model.plan(), _padded(text, 0, size)
+    plan, tokens = model.plan(), padded(text, 0, size)
     cache = kv_cache.empty(plan.config, size, model.runtime.dtype)
     parts = []
     for first in range(0, len(text), PASS):
@@ -95,7 +95,7 @@ def _passed(
     return llama.forward(target, plan.config, tokens, where, cache, kernels=kernels, taps=plan.drafter.taps)
 
 
-def _padded(values: list[int], filling: int, size: int) -> np.ndarray:
+def padded(values: list[int], filling: int, size: int) -> np.ndarray:
     """Values [T] and a filling behind them, [size] int32."""
     return np.concatenate([values, np.full(size - len(values), filling)]).astype(np.int32)
 
@@ -103,20 +103,27 @@ def _padded(values: list[int], filling: int, size: int) -> np.ndarray:
 def histograms(model: Generator, texts: list[list[int]], prompts: list[int], features: Array) -> np.ndarray:
     """Rounds by the number of drafts that they emit [B, D+1], of B texts that begin with so many prompt tokens each.
 
-    features: [B, S, ...] of the texts' tokens, as `_features` gives them.
+    features: [B, S, ...] of the texts' tokens, as `features_of` gives them.
     """
     plan, weights, size = model.plan(), model.weights.draft, features.shape[1]
-    tokens = np.stack([_padded(text, -1, size) for text in texts])
+    tokens = np.stack([padded(text, -1, size) for text in texts])
     read = []
-    for text, prompt, known in zip(np.maximum(tokens, 0), prompts, features, strict=True):
-        memory: Any = plan.drafter.new_memory(size, model.runtime.dtype)
-        for first in range(0, prompt, PASS):
-            part, here = text[first : first + PASS + 1], known[first : first + PASS]
-            memory = _read(plan, weights, memory, here, part, np.int32(first), np.int32(min(PASS, prompt - first)))
-        read.append(memory)
+    for text, prompt, known in zip(tokens, prompts, features, strict=True):
+        read.append(read_prompt(model, text, prompt, known))
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *read)
     last = np.array([len(text) - 1 for text in texts], np.int32)
     return np.asarray(_rounds(plan, weights, together, features, tokens, np.array(prompts, np.int32), last))
+
+
+def read_prompt(model: Generator, text: np.ndarray, prompt: int, features: Array) -> Any:
+    """What the drafter remembers of the first `prompt` tokens of a text [S], given the features [S, ...] of each."""
+    plan, real = model.plan(), np.maximum(text, 0)
+    memory: Any = plan.drafter.new_memory(features.shape[0], model.runtime.dtype)
+    for first in range(0, prompt, PASS):
+        part, here = real[first : first + PASS + 1], features[first : first + PASS]
+        count = np.int32(min(PASS, prompt - first))
+        memory = _read(plan, model.weights.draft, memory, here, part, np.int32(first), count)
+    return memory
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("memory",), compiler_options=engine.EXACT)
