@@ -78,6 +78,9 @@ def simulated(model: Generator, text: list[int], prompt: int, policy: Policy) ->
     assert plan.pace is not None and weights.pace is not None
     within = dataclasses.replace(plan.pace, lookup=policy.lookup)
     plan = dataclasses.replace(plan, pace=within)
+    if policy.always == (0, 0):  # a pace that never finds a draft to pay still tries one now and then
+        many = len(text) - prompt - 1
+        return Simulated(many, many, many * float(weights.pace.costs.verify[0]))
     costs, size = weights.pace.costs, kv_cache.rounded_capacity(len(text) + 2 * plan.margin + replay.PASS)
     with jax.enable_x64(False):
         tokens, features = replay.padded(text, -1, size + 1), replay.features_of(model, text, size)
