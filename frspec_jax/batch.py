@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from frspec_jax import batched as programs
 from frspec_jax import engine, pace_tables
-from frspec_jax import slots as programs
+from frspec_jax.batched import Reading, Report
 from frspec_jax.config import Sampling
 from frspec_jax.defaults import has_amx
 from frspec_jax.engine import RUNNING, Chunk
@@ -30,7 +31,6 @@ from frspec_jax.likelihood import Likely
 from frspec_jax.pace import Costs, Pace
 from frspec_jax.penalties import Bearing, Penalties
 from frspec_jax.sampling import argument
-from frspec_jax.slots import Reading, Report
 from frspec_jax.writer import Writer
 from pallas_kernels import device
 

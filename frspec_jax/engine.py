@@ -190,7 +190,7 @@ def prefill_chunk(
             kernels=plan.kernels.for_prompts(),
             taps=plan.drafter.taps,
         )
-        draft = plan.drafter.prefill(weights.draft, features, chunk.tokens[1:], chunk.start, caches.draft)
+        draft = plan.drafter.prefill(weights.draft, features, chunk.tokens, chunk.start, chunk.count, caches.draft)
     feature, length = features[chunk.count - 1], chunk.start + chunk.count
 
     def first_token(feature: Array) -> tuple[Array, Likelihood | None]:
@@ -448,8 +448,14 @@ def decode_round(plan: Plan, weights: Weights, state: DecodeState, together: Tog
     return emit(plan, state, tree, taken, dataclasses.replace(state.caches, target=cache, draft=memory))
 
 
-def paced_round(plan: Plan, weights: Weights, state: DecodeState, together: Together = ALONE) -> DecodeState:
-    """One round that drafts and verifies as much as pays (`frspec_jax.pace`)."""
+def paced_round(
+    plan: Plan,
+    weights: Weights,
+    state: DecodeState,
+    together: Together = ALONE,
+    verify: Callable[..., tuple[Verdict, KVCache]] = verify,
+) -> DecodeState:
+    """One round that drafts and verifies as much as pays (`frspec_jax.pace`); verify: what asks the target."""
     assert plan.pace is not None and weights.pace is not None
     costs, drafter, turn, pulse = weights.pace.costs, plan.drafter, turn_of(state), state.pulse
     price, trust = pulse.price(costs, together.count), state.trust.scale

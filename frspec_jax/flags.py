@@ -128,6 +128,12 @@ def add_draft_flags(parser: argparse.ArgumentParser) -> None:
         help="take the sub-vocabulary from this ranking, or from a token map: ids, most frequent first, as .pt, .json, "
         ".txt or .safetensors (default: the checkpoint's ranking)",
     )
+    group.add_argument(
+        "--context-slots",
+        type=int,
+        metavar="M",
+        help="the draft may also propose the last M ids of this text, prompt included, that V' lacks (default: none)",
+    )
     add_tree_flags(group)
     group.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")
     group.add_argument(
@@ -156,7 +162,9 @@ class DraftFlags:
 
         args = self.args
         copying = None if args.copying is None else args.copying == "on"
-        draft = Draft(args.draft, args.draft_vocab, None, args.ranking, args.draft_int8, copying, args.pace)
+        draft = Draft(
+            args.draft, args.draft_vocab, None, args.ranking, args.draft_int8, copying, args.pace, args.context_slots
+        )
         shaped = (args.tree_size, args.depth, args.draft_top_k) != (None, None, None)
         if not shaped:
             return draft

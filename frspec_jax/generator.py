@@ -94,6 +94,7 @@ class Result:
     accepted_histogram: list[int]  # rounds that emitted 1, 2, ... D+1 tokens
     prefill_seconds: float
     decode_seconds: float
+    context_slots: int = 0  # M, ids of the text so far that could be proposed besides V'
     logprobs: tuple[Likely, ...] | None = None  # of each token, where the request wants them
 
     @property
@@ -129,6 +130,7 @@ class Result:
         )
         if self.draft_vocab is not None and self.accepted_length is not None:
             line += f"; accepted length {self.accepted_length:.2f} with bonus, V' = {self.draft_vocab:,}"
+            line += f" + {self.context_slots:,} slots" if self.context_slots else ""
         return f"{line} [{self.method}]"
 
 
@@ -166,6 +168,11 @@ class Generator:
     def draft_vocab(self) -> int | None:
         """V'; None where nothing drafts."""
         return self.drafting.vocab
+
+    @property
+    def context_slots(self) -> int:
+        """M, ids of a text so far that may be proposed besides V'."""
+        return self.drafting.method.slots
 
     @property
     def dtype_name(self) -> str:
@@ -379,8 +386,12 @@ class Generator:
         return Stream(self, self.encode(prompt, request), request)
 
     def reads_as(self, request: Request = Request()) -> Hashable:
-        """Models that agree in this read a prompt alike: what V' keeps matters only once a draft proposes."""
-        return id(self.weights.target), self.drafting.folder, self.plan_for(request), self.runtime
+        """Models that agree in this read a prompt alike: what V' keeps matters only once a draft proposes.
+
+        But where there are slots, those ids of the prompt that it lacks have filled them.
+        """
+        lacks = id(self.weights.draft) if self.context_slots else None
+        return id(self.weights.target), self.drafting.folder, self.plan_for(request), self.runtime, lacks
 
     def result_of(
         self,
@@ -408,6 +419,7 @@ class Generator:
             accepted_histogram=histogram,
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
+            context_slots=self.context_slots,
             logprobs=logprobs,
         )
 

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 
 from benchmarks.train_step import random_batch
-from frspec_jax import defaults, engine, kv_cache, slots
+from frspec_jax import batched, defaults, engine, kv_cache
 from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import Vanilla
 from frspec_jax.drafters.eagle import EagleConfig
@@ -160,8 +160,8 @@ def _batch(case: Case) -> Traced:
     plan, weights, state = _plan(case)
     plan = dataclasses.replace(plan, rule="mixed", adjusts=True, logprobs=True, keeps=False)
     capacity, pool = state.caches.capacity, case.texts + 1
-    state = jax.eval_shape(lambda: slots.new_state(plan, weights, capacity, pool, DTYPE))
-    return Traced(functools.partial(slots.decode_slots, plan), (weights, state, np.zeros(case.texts, np.int32)), 1)
+    state = jax.eval_shape(lambda: batched.new_state(plan, weights, capacity, pool, DTYPE))
+    return Traced(functools.partial(batched.decode_slots, plan), (weights, state, np.zeros(case.texts, np.int32)), 1)
 
 
 def _prefill(case: Case) -> Traced:

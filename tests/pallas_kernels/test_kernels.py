@@ -257,6 +257,10 @@ def test_kernels_lower_at_the_shapes_of(name, dtype):
     scale = jax.ShapeDtypeStruct((8193,), jnp.float32)
     int8 = functools.partial(subvocab_top_k, implementation="pallas")
     assert kernels_in(lowered(lambda a, b, c: int8(a, b, 10, c), x, head_rows, scale)) == 2
+    extra = subvocab_head.Extra(
+        jax.ShapeDtypeStruct((500, shape.hidden), dtype), jax.ShapeDtypeStruct((500,), jnp.int32)
+    )
+    assert kernels_in(lowered(lambda a, b, c, e: int8(a, b, 10, c, extra=e), x, head_rows, scale, extra)) == 3
     argmax = functools.partial(subvocab_top_k, k=1, implementation="pallas")
     assert kernels_in(lowered(argmax, *head_cases.arguments(shape, 64, None, dtype))) == 2
 
