@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from frspec_jax import engine, pace_tables, slots
+from frspec_jax import engine, pace_tables
+from frspec_jax import slots as programs
 from frspec_jax.config import Sampling
 from frspec_jax.defaults import has_amx
 from frspec_jax.engine import RUNNING, Chunk
@@ -82,16 +83,23 @@ class Batch:
     slot, is read from there on.
     """
 
-    def __init__(self, model: Generator, slots: int = 8) -> None:
-        """slots: texts at a time. Each has a cache for the model's whole context, and there is one more to spare."""
+    def __init__(self, model: Generator, slots: int = 8, *, sizes: tuple[int, ...] | None = None) -> None:
+        """A batch with every slot free.
+
+        Args:
+          slots: texts at a time. Each has a cache for the model's whole context, and there is one more to spare.
+          sizes: how many texts rounds are compiled for, ascending, all `slots` the last; None: what suits the device.
+        """
         if slots < 1:
             raise UserError(f"--slots {slots} must be at least 1")
         self.model, self.slots = model, slots
-        self._ladder = ladder(slots)
+        self._ladder = sizes or ladder(slots)
         self._plan = dataclasses.replace(model.plan(), rule="mixed", adjusts=True, logprobs=True, keeps=False)
         self._spare = slots  # the slot of nobody, for programs of more texts than there are
         with jax.enable_x64(False):
-            self._state = slots_of(self)
+            # Bound to the device, as the states that a program returns are: for others it would be compiled once more.
+            state = programs.new_state(self._plan, model.weights, model.capacity, slots + 1, model.runtime.dtype)
+            self._state = jax.device_put(state, jax.local_devices()[0])
         self._weights = {size: self._guessed(size) for size in self._ladder}
         self._texts: dict[int, _Text] = {}
         self._places = [_Slot() for _ in range(slots)]
@@ -109,6 +117,11 @@ class Batch:
     def busy(self) -> bool:
         """Whether a step would do something."""
         return bool(self._texts)
+
+    @property
+    def reading(self) -> bool:
+        """Whether some prompt is not read to its end."""
+        return any(text.left for text in self._texts.values())
 
     def check(self, ids: Sequence[int] | np.ndarray, request: Request) -> int:
         """How many tokens may be emitted after a prompt of ids [T].
@@ -145,7 +158,7 @@ class Batch:
         if request.sampling.adjusts:
             with jax.enable_x64(False):
                 bearing = Bearing.of(request.sampling, prompt, config.vocab_size)
-                self._state = slots.bear_on(self._state, argument(slot, np.int32), bearing)
+                self._state = programs.bear_on(self._state, argument(slot, np.int32), bearing)
         return slot
 
     def cancel(self, slot: int) -> None:
@@ -175,7 +188,7 @@ class Batch:
         reading = Reading(
             argument(text.slot, np.int32), chunk, asked, whole, Penalties.of(request.sampling, bearing=None)
         )
-        self._state, report = slots.read(self._plan, self.model.weights, self._state, reading)
+        self._state, report = programs.read(self._plan, self.model.weights, self._state, reading)
         if text.left:
             jax.block_until_ready(report)
             text.prefill_seconds += time.perf_counter() - begun
@@ -190,7 +203,7 @@ class Batch:
         size = next(size for size in self._ladder if size >= len(texts))
         places = [text.slot for text in texts] + [self._spare] * (size - len(texts))
         plan, weights = self._plan_of(size), self._weights[size]
-        self._state, report = slots.decode(plan, weights, self._state, argument(places, np.int32))
+        self._state, report = programs.decode(plan, weights, self._state, argument(places, np.int32))
         report = jax.device_get(report)
         return [self._fresh(text, report, row) for row, text in enumerate(texts)]
 
@@ -243,7 +256,7 @@ class Batch:
         if held(source) > held(best):
             target = min(free, key=lambda slot: self._places[slot].used)
             with jax.enable_x64(False):
-                self._state = slots.copy_slot(self._state, argument(source, np.int32), argument(target, np.int32))
+                self._state = programs.copy_slot(self._state, argument(source, np.int32), argument(target, np.int32))
             return target, held(source)
         if not held(best):
             best = min(free, key=lambda slot: self._places[slot].used)
@@ -283,7 +296,7 @@ class Batch:
             )
         with jax.enable_x64(False):
             zero = argument(0, np.int32)
-            self._state = slots.copy_slot(self._state, zero, zero)
+            self._state = programs.copy_slot(self._state, zero, zero)
             for size in self._ladder:
                 self._warm_up_rounds(size)
         self._places = [_Slot() for _ in range(self.slots)]
@@ -295,7 +308,7 @@ class Batch:
 
     def _warm_up_rounds(self, size: int) -> None:
         plan, places = self._plan_of(size), argument([self._spare] * size, np.int32)
-        self._state, _ = slots.decode(plan, self._weights[size], self._state, places)
+        self._state, _ = programs.decode(plan, self._weights[size], self._state, places)
         if plan.pace is None:
             return
         name = pace_tables.name_of(plan, self.model.runtime.dtype, self.model.draft_vocab, size)
@@ -316,7 +329,7 @@ class Batch:
             self._state = jax.block_until_ready(pace_tables.begun_anew(self._state))
             begun = time.perf_counter()
             for _ in range(pace_tables.ROUNDS):
-                self._state, report = slots.decode(plan, weights, self._state, places)
+                self._state, report = programs.decode(plan, weights, self._state, places)
             jax.block_until_ready(report)
             return 1e3 * (time.perf_counter() - begun) / pace_tables.ROUNDS
 
@@ -327,12 +340,6 @@ class Batch:
         costs = pace_tables.costs_by(timed, plan.pace, drafts=drafts, repeats=MEASURED)
         self._state = dataclasses.replace(self._state, finished=self._state.finished * 0 + engine.STOPPED)
         return costs
-
-
-def slots_of(batch: Batch) -> engine.DecodeState:
-    """A state for a batch's texts, and one more."""
-    model = batch.model
-    return slots.new_state(batch._plan, model.weights, model.capacity, batch.slots + 1, model.runtime.dtype)
 
 
 def ladder(slots: int) -> tuple[int, ...]:

@@ -197,7 +197,7 @@ def prefill_chunk(
         logits = llama.logits(weights.target, feature[None])
         scores = logits
         if penalties is not None:
-            scores = adjusted_if(penalties.active, logits, penalties, DraftTree.of_root(jnp.int32(0)))
+            scores = adjusted(logits, penalties, DraftTree.of_root(jnp.int32(0)))
         token = sampling.choose(scores, plan.rule, asked.draw, length[None], jnp.zeros(1, jnp.int32))
         return token[0], likelihood_if(asked.likelihood, logits, token) if plan.logprobs else None
 
@@ -221,9 +221,13 @@ def prefill_chunk(
 prefill = jax.jit(prefill_chunk, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
 
 
-def adjusted_if(active: Array, logits: Array, by: Penalties, tree: DraftTree) -> Array:
-    """Penalised logits [N, V] if `active` [] bool, else as they are."""
-    return lax.cond(active, lambda logits: penalties.adjusted(logits, by, tree), lambda logits: logits, logits)
+def adjusted(logits: Array, by: Penalties, tree: DraftTree, together: Together = ALONE) -> Array:
+    """Penalised logits [N, V], where the request asks for it; looked at only if some text's does."""
+
+    def each(logits: Array) -> Array:
+        return jnp.where(by.active, penalties.adjusted(logits, by, tree), logits)
+
+    return lax.cond(together.any(by.active), each, lambda logits: logits, logits)
 
 
 def likelihood_if(wanted: Array, logits: Array, tokens: Array) -> Likelihood:
@@ -350,7 +354,7 @@ def verify(
         )
         logits = scores = llama.logits(weights.target, features)
     if state.penalties is not None:
-        scores = adjusted_if(together.any(state.penalties.active), logits, state.penalties, tree)
+        scores = adjusted(logits, state.penalties, tree, together)
     following = length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)
     chosen = sampling.choose(scores, plan.rule, draw, following, tree.depth, together)
     lossy = plan.rule == "typical"

@@ -51,7 +51,7 @@ def _at(slot: Array | None, state: State) -> State:
 def new_state(plan: Plan, weights: Weights, capacity: int, slots: int, dtype: Any) -> DecodeState:
     """A state whose arrays are those of `slots` texts, [slots, ...] each, none of which is being decoded."""
 
-    def one() -> DecodeState:
+    def one(weights: Weights) -> DecodeState:
         zeros = np.zeros((), np.int32)
         chunk = Chunk(np.zeros(2, np.int32), zeros, zeros + 1, zeros > 0)  # type: ignore[arg-type]
         caches, asked = engine.new_caches(plan, capacity, dtype), Asked.of(engine.Sampling(), seed=0, limit=1)
@@ -65,7 +65,7 @@ def new_state(plan: Plan, weights: Weights, capacity: int, slots: int, dtype: An
     def pools(x: Any) -> Any:
         return jax.tree.map(jnp.copy, Pulse.still()) if isinstance(x, Pulse) else jax.tree.map(many, x)
 
-    state = _map(many, jax.eval_shape(one), shared=pools)
+    state = _map(many, jax.eval_shape(one, weights), shared=pools)
     return dataclasses.replace(state, finished=state.finished + STOPPED)
 
 
@@ -113,8 +113,7 @@ def read(plan: Plan, weights: Weights, state: DecodeState, reading: Reading) -> 
     return after, jax.tree.map(lambda x: x[None], _report(new, jnp.int32(1)))
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("state",))
-def decode(plan: Plan, weights: Weights, state: DecodeState, slots: Array) -> tuple[DecodeState, Report]:
+def decode_slots(plan: Plan, weights: Weights, state: DecodeState, slots: Array) -> tuple[DecodeState, Report]:
     """A round of the texts in `slots` [b] int32, of which some may have finished."""
 
     def one(mine: DecodeState, slot: Array) -> DecodeState:
@@ -138,6 +137,9 @@ def decode(plan: Plan, weights: Weights, state: DecodeState, slots: Array) -> tu
     after = jax.vmap(one, in_axes=(axes, 0), out_axes=axes, axis_name=AXIS)(mine, slots)
     every = _map(lambda rows, row: rows.at[slots].set(row), state, after, shared=lambda _, x: x)
     return every, _report(after, after.emitted - mine.emitted)
+
+
+decode = jax.jit(decode_slots, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("state",))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

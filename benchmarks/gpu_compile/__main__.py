@@ -150,7 +150,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--what", choices=("round", "paced", "vanilla", "prefill", "train"), help="one program of this kind"
+        "--what", choices=("round", "paced", "vanilla", "batch", "prefill", "train"), help="one program of this kind"
     )
     parser.add_argument(
         "--model", metavar="NAME", choices=SHAPES, help="its sizes, of pallas_kernels/models.py (default: llama3-8b)"
@@ -160,6 +160,7 @@ def main() -> None:
         "--draft-vocab", type=_vocabulary, metavar="V'", help="ids of the draft's head, or full (default: 32768)"
     )
     parser.add_argument("--kernels", choices=KERNELS, help="which run as kernels (default: auto)")
+    parser.add_argument("--texts", type=_at_least_1, metavar="B", help="of a batch (default: 16)")
     parser.add_argument("--context", type=_at_least_1, metavar="N", help="tokens in the cache (default: 1024)")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="XLA's options")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a program is over its budget")
@@ -173,7 +174,7 @@ def main() -> None:
         console.print(difference(*map(_ledger_at, args.diff)))
         return
     files.check_writable(args.out, f"--out {args.out}")
-    given = {name: getattr(args, name) for name in ("what", "model", "layers", "kernels", "context")}
+    given = {name: getattr(args, name) for name in ("what", "model", "layers", "kernels", "texts", "context")}
     given["draft_vocab"] = args.draft_vocab
     one = {name: value for name, value in given.items() if value is not None}
     entries = compile_all([{"case": one}] if one else watched(), dict(map(_option, args.set)))

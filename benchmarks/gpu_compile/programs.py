@@ -1,4 +1,4 @@
-"""What the ledger compiles: a round, a vanilla step, a chunk of a prompt, a step of training."""
+"""What the ledger compiles: a round, a vanilla step, a chunk of a prompt, a round of a batch, a step of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 
 from benchmarks.train_step import random_batch
-from frspec_jax import defaults, engine, kv_cache
+from frspec_jax import defaults, engine, kv_cache, slots
 from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import Vanilla
 from frspec_jax.drafters.eagle import EagleConfig
@@ -54,13 +54,16 @@ class Case:
     context: int = 1024
     tree: tuple[int, int, int] = (60, 6, 10)  # size, depth, top-k
     rule: Rule = "greedy"
+    texts: int = 16  # of a batch
     split_k: bool = False  # whether XLA may split a product over its inputs, which takes a second launch to add up
 
     @property
     def name(self) -> str:
         """What tells it from the other cases."""
         said = [self.model] + ([f"{self.layers} layers"] if self.layers else [])
-        if self.what in ("round", "paced"):
+        if self.what == "batch":
+            said.append(f"{self.texts} texts")
+        if self.what in ("round", "paced", "batch"):
             said.append(f"V' {self.draft_vocab:,}" if self.draft_vocab else "full vocabulary")
         if self.what != "train":
             said.append(f"kernels {self.kernels}")
@@ -145,11 +148,20 @@ def _rounds(case: Case) -> Traced:
     return Traced(functools.partial(engine.decode_rounds, plan), (weights, state, np.int32(0)), 1, loop)
 
 
+def _batch(case: Case) -> Traced:
+    """A round of several texts, of which each may have settings of its own, over the whole of the usual tree."""
+    plan, weights, state = _plan(case)
+    plan = dataclasses.replace(plan, rule="mixed", adjusts=True, logprobs=True, keeps=False)
+    capacity, pool = state.caches.capacity, case.texts + 1
+    state = jax.eval_shape(lambda: slots.new_state(plan, weights, capacity, pool, DTYPE))
+    return Traced(functools.partial(slots.decode_slots, plan), (weights, state, np.zeros(case.texts, np.int32)), 1)
+
+
 def _prefill(case: Case) -> Traced:
     plan, weights, state = _plan(case)
     size = defaults.defaults().chunks.short
     chunk = Chunk(np.zeros(size + 1, np.int32), np.int32(0), np.int32(size), np.bool_(True))
-    function = functools.partial(engine.prefill.__wrapped__, plan)  # type: ignore[attr-defined]
+    function = functools.partial(engine.prefill_chunk, plan)
     return Traced(function, (weights, state.caches, chunk, state.asked), 1)
 
 
@@ -169,7 +181,14 @@ def _training(case: Case) -> Traced:
     return Traced(function, (state, head, ranked, seed_words(0), batch), 0)
 
 
-TRACED = {"round": _rounds, "paced": _rounds, "vanilla": _rounds, "prefill": _prefill, "train": _training}
+TRACED = {
+    "round": _rounds,
+    "paced": _rounds,
+    "vanilla": _rounds,
+    "batch": _batch,
+    "prefill": _prefill,
+    "train": _training,
+}
 
 OURS = ("rotary_append", "tree_attention", "best_children", "subvocab_head", "fused_linear", "compact")
 

@@ -14,6 +14,8 @@ from pallas_kernels.subvocab_head.triton import Config
 
 __all__ = ["Config", "quantised", "subvocab_top_k"]
 
+MOST_ROWS = 64  # of the kernel, which keeps all of them on chip; beyond, a product is no matter of bytes any more
+
 
 def subvocab_top_k(
     x: Array,
@@ -31,7 +33,8 @@ def subvocab_top_k(
       x: [M, H] predicted features. head: [V', H]. k: at most V'.
       scale: [V'] float32, what each row of a head of int8 is multiplied by; None for a head of floats.
       ids: [V'] int32, what each row stands for; None: its own number.
-      implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
+      implementation: see `dispatch`; more than `MOST_ROWS` rows are XLA's in any case. config: the kernel's, instead of
+        the one chosen for the shape.
 
     Returns:
       Log-probabilities [M, k], float32, descending, and the rows' ids [M, k], int32; of equal logits the lower row
@@ -59,7 +62,7 @@ def _of_rows(
     shape = {"rows": power_of_two(x.shape[0]), "hidden": x.shape[1], "vocabulary": head.shape[0]}
     default = config or Config.suited_to(x.shape[1])
     implementation, chosen = choose(implementation, "subvocab_head", head.dtype, shape, default)
-    if implementation == "xla":
+    if implementation == "xla" or x.shape[0] > MOST_ROWS:
         return xla.subvocab_top_k(x, head, k, scale, ids)
     return triton.subvocab_top_k(x, head, k, scale, ids, chosen, interpret=implementation == "interpret")
 
