@@ -55,7 +55,7 @@ class Guard:
                 log.exception("a request has failed")
             if status:
                 raise  # too late for a reply
-            about["error"] = fault.code or fault.message
+            about["error"] = fault.code or fault.param  # never a message: a template's may quote the text
             await fault.response()(scope, receive, noting)
         finally:
             self._tell(scope, status, time.monotonic() - begun, about)

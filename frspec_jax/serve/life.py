@@ -34,6 +34,7 @@ def serve(args: argparse.Namespace, flags: DraftFlags, keys: tuple[bytes, ...]) 
 
     Raises:
       UserError: the checkpoint cannot be served, or the address not be bound.
+      Exception: what loading or compiling failed of otherwise.
     """
     checkpoint = Checkpoint.open(args.ckpt)
     draft = flags.resolved(checkpoint, args.dtype)
@@ -60,7 +61,7 @@ def serve(args: argparse.Namespace, flags: DraftFlags, keys: tuple[bytes, ...]) 
     served = Served(checkpoint, load, settings)
     listener = bound(args.host, args.port)
     asyncio.run(live(served, listener, args.drain_seconds))
-    if isinstance(served.engine.error, UserError):
+    if served.engine.slots == 0 and served.engine.error is not None:  # nothing was ever served
         raise served.engine.error
 
 

@@ -36,6 +36,7 @@ def test_18_an_entry_for_each_token(toy, temperature):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_18_split_characters(smol):
     reply = smol.complete(EMOJI, max_tokens=24, logprobs=0)
     assert "".join(reply["choices"][0]["logprobs"]["tokens"]) and "\ufffd" not in reply["choices"][0]["text"]

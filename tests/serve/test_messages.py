@@ -40,6 +40,7 @@ def test_21_content_in_parts(toy, role):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_21_a_template_that_adds_strings(real_checkpoint):
     encoder = Encoder(real_checkpoint)
     whole = encoder.chat(turns(("user", "hello there")))
@@ -78,6 +79,7 @@ def test_23_roles(toy):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_23_a_developer_is_the_system(real_checkpoint):
     ids = Encoder(real_checkpoint).chat(turns(("developer", "Be brief."), ("user", "a")))
     said = real_checkpoint.tokenizer.decode(ids)
@@ -163,5 +165,6 @@ def test_27_several_prompts(toy):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_27_an_empty_prompt_is_the_start_token(smol):
     assert smol.complete("", max_tokens=2)["usage"]["prompt_tokens"] == 1

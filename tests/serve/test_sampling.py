@@ -112,6 +112,7 @@ def test_16_penalties(toy):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_16_penalties_of_the_real_model(smol):
     """A comma may come once at a price, and less and less often: each accepted token counts."""
     plain, penalised = (text(smol, N, max_tokens=24, frequency_penalty=value) for value in (0, 2))
@@ -129,6 +130,7 @@ def test_17_biases(toy):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_17_no_comma(smol):
     assert "," not in text(smol, N, max_tokens=24, logit_bias={"28": -100})
 

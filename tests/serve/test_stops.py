@@ -9,6 +9,7 @@ GOES_ON = " 11, 12, 13, 14, 15, 16,"
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_5_a_stop_text_over_tokens_and_rounds(smol):
     events = smol.events("/v1/completions", prompt=N, temperature=0, stop=["3, 14"], max_tokens=24)
     assert deltas(events) == " 11, 12, 1" and events[-1]["choices"][0]["finish_reason"] == "stop"
@@ -23,6 +24,7 @@ def test_5_a_stop_text_over_tokens_and_rounds(smol):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_6_which_stop_text_wins(smol):
     assert smol.refused("/v1/completions", {"model": "smollm2", "prompt": N, "stop": [""]})["param"] == "stop"
     for nothing in (None, []):
@@ -34,6 +36,7 @@ def test_6_which_stop_text_wins(smol):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_7_a_stop_text_within_the_budget_beats_it(smol):
     reply = smol.complete(N, stop=["2,"], max_tokens=9)
     choice = reply["choices"][0]
@@ -42,6 +45,7 @@ def test_7_a_stop_text_within_the_budget_beats_it(smol):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_8_a_text_grows_with_its_limit(smol):
     for limit in (1, 2, 3, 12):
         reply = smol.complete(N, max_tokens=limit)
@@ -58,6 +62,7 @@ def test_8_exactly_as_many_tokens_as_asked_for(toy):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_8_nothing_after_the_end_token(smol):
     whole = smol.chat("Say only the word yes.", temperature=0)
     used = whole["usage"]["completion_tokens"]

@@ -9,7 +9,7 @@ from frspec_jax.errors import SlotFault
 from tests.support.server import HTTP, deltas, error_of, events_of
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 1}
-CODE = "    greet('你好, 世界 🙂👩‍💻')\n        # café — naïve\n"
+LINES = "    🙂 你好 世界\n        café 👩‍💻\n" * 6 + "    🙂"
 
 
 def test_1_a_stream_as_raw_bytes(toy):
@@ -27,13 +27,14 @@ def test_1_a_stream_as_raw_bytes(toy):
 
 
 @pytest.mark.material
+@pytest.mark.as_shipped
 def test_2_characters_over_many_tokens(smol):
-    prompt = CODE * 3
-    whole = smol.complete(prompt, max_tokens=100)["choices"][0]["text"]
-    assert "🙂" in whole and "你好" in whole and "\n        #" in whole and "\ufffd" not in whole
-    events = smol.events("/v1/completions", prompt=prompt, max_tokens=100, temperature=0)
+    whole = smol.complete(LINES, max_tokens=40)["choices"][0]["text"]
+    assert "🙂" in whole and "你好" in whole and "\n        café" in whole
+    assert "\ufffd" not in whole[:-1], "only the limit may cut a character"
+    events = smol.events("/v1/completions", prompt=LINES, max_tokens=40, temperature=0)
     assert deltas(events) == whole
-    assert all("\ufffd" not in event["choices"][0]["text"] for event in events)
+    assert all("\ufffd" not in event["choices"][0]["text"] for event in events[:-2])
 
 
 def test_3_usage_in_a_stream(toy):
