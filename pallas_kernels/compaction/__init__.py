@@ -33,18 +33,17 @@ def compact(
     if path.shape[0] == 1:
         return caches
     implementation = resolve(implementation)
-    moved = (
-        xla.moved
-        if implementation == "xla"
-        else functools.partial(triton.moved, interpret=implementation == "interpret")
-    )
+    in_triton = functools.partial(triton.moved, interpret=implementation == "interpret")
+    in_slots = xla.in_slots if implementation == "xla" else in_triton
     with jax.named_scope("compact"):
         arrays, tree = jax.tree.flatten(caches)
         if slot is None:
-            after = moved([rows[None] for rows in arrays], start[None], path[None], None)
+            if implementation == "xla":  # apart, since its update of a cache seen as a pool of one would copy the cache
+                return jax.tree.unflatten(tree, [xla.moved(rows, start, path) for rows in arrays])
+            after = in_triton([rows[None] for rows in arrays], start[None], path[None], None)
             return jax.tree.unflatten(tree, [rows[0] for rows in after])
 
         def each(pool: list[Array], own: tuple[Array, Array, Array]) -> tuple[tuple[()], list[Array]]:
-            return (), moved(pool, *own)
+            return (), in_slots(pool, *own)
 
         return jax.tree.unflatten(tree, in_pool(each, arrays, (start, path, slot))[1])

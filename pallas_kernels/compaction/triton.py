@@ -17,7 +17,7 @@ MOST_ARRAYS = 64  # a launch: a kernel's arguments are limited to 4 KiB, and eac
 
 
 def moved(arrays: list[Array], start: Array, path: Array, slot: Array | None, *, interpret: bool) -> list[Array]:
-    """`xla.moved`, by the kernel."""
+    """`xla.in_slots`, by the kernel; no slot: of one sequence, in a pool of one."""
     slot = jnp.zeros(start.shape[0], jnp.int32) if slot is None else slot
     return [
         array

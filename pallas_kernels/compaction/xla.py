@@ -6,13 +6,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-def moved(arrays: list[Array], start: Array, path: Array, slot: Array | None) -> list[Array]:
-    """The arrays [slots, kv_heads, S, head_dim] of `pallas_kernels.compaction.compact`.
+def moved(rows: Array, start: Array, path: Array) -> Array:
+    """One array [kv_heads, S, head_dim] of `pallas_kernels.compaction.compact`."""
+    accepted = jnp.take(rows, start + path[1:], axis=1, mode="clip")  # [kv_heads, D, head_dim]
+    return lax.dynamic_update_slice(rows, accepted, (jnp.int32(0), start + 1, jnp.int32(0)))
 
-    start: [B] int32. path: [B, D+1] int32. slot: [B] int32; None: B is 1, and so are the slots.
+
+def in_slots(arrays: list[Array], start: Array, path: Array, slot: Array) -> list[Array]:
+    """The same of pools [slots, kv_heads, S, head_dim], of B sequences.
+
+    start, slot: [B] int32. path: [B, D+1] int32.
     """
-    if slot is None or start.shape[0] == 1:
-        return [_of_one(rows, start[0], path[0], jnp.int32(0) if slot is None else slot[0]) for rows in arrays]
+    if start.shape[0] == 1:
+        return [_of_one(rows, start[0], path[0], slot[0]) for rows in arrays]
 
     def one(number: Array, arrays: list[Array]) -> list[Array]:
         return [_of_one(rows, start[number], path[number], slot[number]) for rows in arrays]
@@ -21,8 +27,5 @@ def moved(arrays: list[Array], start: Array, path: Array, slot: Array | None) ->
 
 
 def _of_one(rows: Array, start: Array, path: Array, slot: Array) -> Array:
-    if rows.shape[0] == 1:
-        accepted = jnp.take(rows[0], start + path[1:], axis=1, mode="clip")  # [kv_heads, D, head_dim]
-    else:
-        accepted = rows.at[slot, :, start + path[1:]].get(mode="clip").swapaxes(0, 1)
+    accepted = rows.at[slot, :, start + path[1:]].get(mode="clip").swapaxes(0, 1)  # [kv_heads, D, head_dim]
     return lax.dynamic_update_slice(rows, accepted[None], (slot, jnp.int32(0), start + 1, jnp.int32(0)))

@@ -45,17 +45,19 @@ def rotary_append(
       Queries [T, heads, head_dim], keys, values.
     """
     implementation = resolve(implementation)
-    if implementation == "xla":
-        run = functools.partial(xla.rotary_append, skip=skip)
-    else:
-        run = functools.partial(triton.rotary_append, skip=skip, interpret=implementation == "interpret")
+    run = functools.partial(triton.rotary_append, skip=skip, interpret=implementation == "interpret")
     if slot is None:
+        if implementation == "xla":  # apart, since its update of a cache seen as a pool of one would copy the cache
+            return xla.rotary_append(qkv, by, keys, values, start + skip)
         q, keys, values = (x[0] for x in run(qkv[None], by.each(), keys[None], values[None], start[None], None))
         return q, keys, values
 
     def each(pool: tuple[Array, Array], own: tuple[Array, Rotation, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         qkv, by, start, slot = own
-        q, keys, values = run(qkv, by, *pool, start, slot)
+        if implementation == "xla":
+            q, keys, values = xla.in_slots(qkv, by, *pool, start + skip, slot)
+        else:
+            q, keys, values = run(qkv, by, *pool, start, slot)
         return q, (keys, values)
 
     q, (keys, values) = in_pool(each, (keys, values), (qkv, by, start, slot))

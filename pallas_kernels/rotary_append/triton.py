@@ -30,7 +30,7 @@ def rotary_append(
     skip: int,
     interpret: bool,
 ) -> tuple[Array, Array, Array]:
-    """`xla.rotary_append`, by the kernel; arguments and result as there."""
+    """`xla.in_slots`, by the kernel; arguments and result as there; no slot: one sequence, in a pool of one."""
     (batch, tokens, width), (_, kv_heads, _, head_dim) = qkv.shape, keys.shape
     slot = jnp.zeros(batch, jnp.int32) if slot is None else slot
     heads = width // head_dim - 2 * kv_heads

@@ -35,28 +35,43 @@ def rotate(x: Array, by: Rotation) -> Array:
     return jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1).astype(x.dtype)
 
 
-def rotary_append(
-    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, slot: Array | None, skip: int
-) -> tuple[Array, Array, Array]:
-    """`pallas_kernels.rotary_append.rotary_append` of B sequences: each argument but `skip` with an axis for them.
+def rotary_append(qkv: Array, by: Rotation, keys: Array, values: Array, start: Array) -> tuple[Array, Array, Array]:
+    """`pallas_kernels.rotary_append.rotary_append` of one sequence; arguments and result as there."""
+    kv_heads, head_dim = keys.shape[0], keys.shape[2]
+    split = qkv.reshape(qkv.shape[0], -1, head_dim)
+    heads = split.shape[1] - 2 * kv_heads
+    rotated = rotate(split[:, : heads + kv_heads], by)
+    keys = written(keys, rotated[:, heads:], start)
+    return rotated[:, :heads], keys, written(values, split[:, heads + kv_heads :], start)
 
-    keys, values: [slots, kv_heads, S, head_dim]. start, slot: [B] int32; no slot: B is 1, and so are the slots.
+
+def written(cache: Array, rows: Array, start: Array) -> Array:
+    """A cache [kv_heads, S, head_dim] with rows [T, kv_heads, head_dim] at `start`."""
+    first = jnp.int32(0)
+    return lax.dynamic_update_slice(cache, bits_of(rows.swapaxes(0, 1), cache.dtype), (first, start, first))
+
+
+def in_slots(
+    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, slot: Array
+) -> tuple[Array, Array, Array]:
+    """The same of B sequences in a pool: each argument with an axis for them.
+
+    keys, values: [slots, kv_heads, S, head_dim]. start, slot: [B] int32.
     """
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     split = qkv.reshape(*qkv.shape[:2], -1, head_dim)
     heads = split.shape[2] - 2 * kv_heads
     rotated = rotate(split[:, :, : heads + kv_heads], by)
-    keys = written(keys, rotated[:, :, heads:], start + skip, slot)
-    return rotated[:, :, :heads], keys, written(values, split[:, :, heads + kv_heads :], start + skip, slot)
+    keys = _in_slots(keys, rotated[:, :, heads:], start, slot)
+    return rotated[:, :, :heads], keys, _in_slots(values, split[:, :, heads + kv_heads :], start, slot)
 
 
-def written(cache: Array, rows: Array, start: Array, slot: Array | None) -> Array:
+def _in_slots(cache: Array, rows: Array, start: Array, slot: Array) -> Array:
     """A pool [slots, kv_heads, S, head_dim] with rows [B, T, kv_heads, head_dim] of B sequences, from `start` [B]."""
     zero = jnp.int32(0)
     rows = bits_of(rows.swapaxes(1, 2), cache.dtype)
-    if slot is None or rows.shape[0] == 1:
-        at = zero if slot is None else slot[0]
-        return lax.dynamic_update_slice(cache, rows, (at, zero, start[0], zero))
+    if rows.shape[0] == 1:
+        return lax.dynamic_update_slice(cache, rows, (slot[0], zero, start[0], zero))
 
     def one(number: Array, cache: Array) -> Array:
         # A loop, since XLA makes of many writes at once one that it cannot do in place.

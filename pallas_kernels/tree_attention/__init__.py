@@ -95,7 +95,11 @@ def _of_each(
         if current().platform == "gpu":
             at = slice(None) if slot is None else slot
             return jax.vmap(xla.straight)(q, keys[at, :, :rows], values[at, :, :rows], sees)
-        return xla.tree_attention(q, keys, values, sees, slot, steady)
+        if slot is None:
+            return xla.tree_attention(q[0], keys[0], values[0], Sees(sees.committed[0], sees.ancestors[0]), steady)[
+                None
+            ]
+        return xla.in_slots(q, keys, values, sees, slot, steady)
     keys, values, interpret = floats_of(keys), floats_of(values), implementation == "interpret"
     if isinstance(chosen, mosaic_config.Config):
         # A text by itself; several in a pool are Triton's.

@@ -21,13 +21,15 @@ MANY = 64  # tokens from which on the queries, and no longer the keys, are most 
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
 
 
-def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, slot: Array | None, steady: bool) -> Array:
-    """`pallas_kernels.tree_attention._of_each` as a CPU is quick at it; arguments and result as there.
+def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: bool) -> Array:
+    """`pallas_kernels.tree_attention.tree_attention` as a CPU is quick at it; arguments and result as there."""
+    return _of_one(q, Rows(keys, values), sees, steady)
 
-    One sequence after the other: a batched product is no quicker on a CPU, and no sequence waits for longer ones.
-    """
-    if slot is None or q.shape[0] == 1:
-        only = Rows(keys, values, None if slot is None else slot[0])
+
+def in_slots(q: Array, keys: Array, values: Array, sees: Sees, slot: Array, steady: bool) -> Array:
+    """The same of B sequences in a pool, one after the other: no sequence waits for longer ones."""
+    if q.shape[0] == 1:
+        only = Rows(keys, values, slot[0])
         return _of_one(q[0], only, Sees(sees.committed[0], sees.ancestors[0]), steady)[None]
     return lax.map(lambda own: _of_one(own[0], Rows(keys, values, own[2]), own[1], steady), (q, sees, slot))
 
@@ -36,14 +38,15 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, slot: Array
 class Rows:
     """A sequence's keys and values, in a pool."""
 
-    keys: Array  # [slots, kv_heads, S, head_dim]
+    keys: Array  # [kv_heads, S, head_dim], or with a slot [slots, kv_heads, S, head_dim]
     values: Array
-    slot: Array | None  # int32; None: the pool's only one
+    slot: Array | None = None  # int32, in a pool
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """kv_heads, S, head_dim."""
-        return self.keys.shape[1], self.keys.shape[2], self.keys.shape[3]
+        kv_heads, capacity, head_dim = self.keys.shape[-3:]
+        return kv_heads, capacity, head_dim
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -51,9 +54,14 @@ class Rows:
 
     def some(self, first: Array | int, count: int) -> tuple[Array, Array]:
         """`count` rows from `first` on: [kv_heads, count, head_dim] each."""
-        kv_heads, _, head_dim = self.shape
+        kv_heads, capacity, head_dim = self.shape
+        if self.slot is None:
+            if count == capacity:
+                return self.keys, self.values
+            keys, values = (lax.dynamic_slice_in_dim(rows, first, count, axis=1) for rows in (self.keys, self.values))
+            return keys, values
         zero = jnp.int32(0)
-        at = (zero if self.slot is None else self.slot, zero, jnp.asarray(first, jnp.int32), zero)
+        at = (self.slot, zero, jnp.asarray(first, jnp.int32), zero)
         keys, values = (
             lax.dynamic_slice(rows, at, (1, kv_heads, count, head_dim)) for rows in (self.keys, self.values)
         )

@@ -69,5 +69,5 @@ def test_bfloat16_is_rounded_once_and_its_bits_may_be_kept(how):
 
 def test_written_rounds_to_the_caches_dtype():
     rows = np.random.default_rng(0).normal(size=(3, 2, 8)).astype(np.float32)
-    after = written(jnp.zeros((1, 2, 32, 8), jnp.bfloat16), jnp.asarray(rows)[None], jnp.full(1, 7, jnp.int32), None)
-    assert after.dtype == jnp.bfloat16 and np.array_equal(after[0, :, 8], jnp.asarray(rows[1], jnp.bfloat16))
+    after = written(jnp.zeros((2, 32, 8), jnp.bfloat16), jnp.asarray(rows), jnp.int32(7))
+    assert after.dtype == jnp.bfloat16 and np.array_equal(after[:, 8], jnp.asarray(rows[1], jnp.bfloat16))
