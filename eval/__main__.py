@@ -7,6 +7,7 @@ from frspec_jax.commands import dispatch
 COMMANDS = {
     "demo": "answer three prompts with FR-Spec, and compare it with other ways of decoding",
     "pace": "watch what each round of an answer drafts and verifies",
+    "simulate": "what ways of pacing rounds would bring by a table of costs, and what was measured",
     "speed": "tokens a second, accepted length and stage times, side by side",
     "stages": "where a round's time goes, at a published model's sizes: no checkpoint needed",
     "accept": "accepted length over a question set",

@@ -88,9 +88,10 @@ def runtime_of(
     """How a model runs: what is asked for, and else what suits the device."""
     if dtype is not None and jnp.dtype(dtype).name not in DTYPES:
         raise UserError(f"--dtype {dtype} must be one of {', '.join(DTYPES)}")
-    if "pallas" in dataclasses.astuple(kernels) and jax.default_backend() != "gpu":
+    compiled = next((how for how in ("pallas", "mosaic") if how in dataclasses.astuple(kernels)), None)
+    if compiled and jax.default_backend() != "gpu":
         raise UserError(
-            f"--kernels pallas needs a CUDA GPU, and JAX found {jax.default_backend()}; use auto, xla or interpret"
+            f"--kernels {compiled} needs a CUDA GPU, and JAX found {jax.default_backend()}; use auto, xla or interpret"
         )
     if context is not None and not 1 <= context <= config.max_context:
         raise UserError(

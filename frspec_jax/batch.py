@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from frspec_jax import batched as programs
 from frspec_jax import engine, pace_tables
-from frspec_jax import slots as programs
+from frspec_jax.batched import Reading, Report
 from frspec_jax.config import Sampling
 from frspec_jax.defaults import has_amx
 from frspec_jax.engine import RUNNING, Chunk
@@ -30,7 +31,7 @@ from frspec_jax.likelihood import Likely
 from frspec_jax.pace import Costs, Pace
 from frspec_jax.penalties import Bearing, Penalties
 from frspec_jax.sampling import argument
-from frspec_jax.slots import Reading, Report
+from frspec_jax.writer import Writer
 from pallas_kernels import device
 
 # Nodes that texts of a batch have together where it may still pay to verify several of each: beyond so many rows a CPU
@@ -63,6 +64,8 @@ class _Text:
     reused: int  # tokens of the prompt that were read before, for another text
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[Likely] = dataclasses.field(default_factory=list)
+    rounds: int = 0
+    histogram: list[int] = dataclasses.field(default_factory=list)
     prefill_seconds: float = 0.0
     began: float = 0.0  # when the first token came
 
@@ -177,6 +180,13 @@ class Batch:
             self._read_last = False
             return self._round(decoding) if decoding else []
 
+    def stop(self, slot: int) -> Result:
+        """End an answer: its slot is free at once, and this is all of it."""
+        text = self._texts[slot]
+        result = self._result(text, "stop")
+        self._leave(text)
+        return result
+
     def _read(self, text: _Text) -> list[Fresh]:
         begun, request = time.perf_counter(), text.request
         chunk = text.left.pop(0)
@@ -212,6 +222,7 @@ class Batch:
         count = int(report.count[row])
         tokens = tuple(report.tokens[row, :count].tolist())
         text.tokens += tokens
+        text.rounds, text.histogram = int(report.rounds[row]), report.histogram[row].tolist()
         wanted, logprobs = text.request.logprobs, None
         if wanted is not None and report.likelihood is not None:
             mine = jax.tree.map(lambda x: x[row], report.likelihood)
@@ -220,18 +231,18 @@ class Batch:
         reason, result = None, None
         if report.finished[row] != RUNNING:
             reason = "stop" if report.finished[row] == engine.STOPPED else "length"
-            result = self._result(text, report, row, reason)
+            result = self._result(text, reason)
             self._leave(text)
         return Fresh(text.slot, tokens, tuple(report.origins[row, :count].tolist()), logprobs, reason, result)
 
-    def _result(self, text: _Text, report: Report, row: int, reason: str) -> Result:
-        rounds = int(report.rounds[row])
+    def _result(self, text: _Text, reason: str) -> Result:
+        """The whole answer."""
         return self.model.result_of(
             text.tokens,
             prompt_tokens=len(text.prompt),
             finish_reason=reason,
-            rounds=rounds,
-            histogram=report.histogram[row].tolist(),
+            rounds=text.rounds,
+            histogram=text.histogram,
             prefill_seconds=text.prefill_seconds,
             decode_seconds=time.perf_counter() - text.began,
             logprobs=None if text.request.logprobs is None else tuple(text.logprobs),
@@ -340,6 +351,38 @@ class Batch:
         costs = pace_tables.costs_by(timed, plan.pace, drafts=drafts, repeats=MEASURED)
         self._state = dataclasses.replace(self._state, finished=self._state.finished * 0 + engine.STOPPED)
         return costs
+
+
+SLOTS = 8  # texts at a time, where nobody says
+
+
+def answers(
+    model: Generator, asked: Sequence[tuple[np.ndarray, Request]], slots: int = SLOTS
+) -> Iterator[tuple[int, Result]]:
+    """Answer many prompts of ids [T] together: their numbers and answers, as they end.
+
+    Raises:
+      UserError: before anything is decoded, if one of the requests cannot be answered.
+    """
+    slots = max(1, min(slots, len(asked)))
+    batch = Batch(model, slots, sizes=(slots,))
+    for ids, request in asked:
+        batch.check(ids, request)
+    batch.warm_up()
+    waiting, running = list(enumerate(asked))[::-1], dict[int, tuple[int, Writer]]()
+    while waiting or batch.busy:
+        while waiting and batch.free:
+            number, (ids, request) = waiting.pop()
+            running[batch.admit(ids, request)] = number, model.writer(request)
+        for fresh in batch.step():
+            number, writer = running[fresh.slot]
+            result = fresh.result
+            writer.more(fresh.tokens, ended=result is not None)
+            if result is None and writer.stopped:
+                result = batch.stop(fresh.slot)
+            if result is not None:
+                del running[fresh.slot]
+                yield number, result.ended_by(writer)
 
 
 def ladder(slots: int) -> tuple[int, ...]:

@@ -19,6 +19,8 @@ from frspec_jax.pace import Pace
 from frspec_jax.vocabulary import Ranking, control_ids, reach_of, sub_vocabulary, tokenizer_hash
 from pallas_kernels.dispatch import AUTO, Kernels
 
+MOST_SLOTS = 1 << 16  # more would be a vocabulary
+
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
@@ -37,10 +39,17 @@ class Draft:
     # "auto": each round drafts and verifies what pays (`frspec_jax.pace`). "fixed": the whole tree, as in the papers.
     # None: auto, but fixed where a tree is asked for.
     pace: Literal["auto", "fixed"] | None = None
+    # M, so many ids of the text so far may be proposed besides V' (`frspec_jax.slots`); None: what suits the device.
+    context_slots: int | None = None
 
     def __post_init__(self) -> None:
         if self.pace not in (None, "auto", "fixed"):
             raise UserError(f"--pace {self.pace} must be auto or fixed")
+        slots = self.context_slots
+        if slots is not None and (
+            isinstance(slots, bool) or not isinstance(slots, int) or not 0 <= slots <= MOST_SLOTS
+        ):
+            raise UserError(f"--context-slots {slots} must be a whole number from 0 (none) to {MOST_SLOTS}")
 
     @property
     def paced(self) -> bool:
@@ -91,6 +100,8 @@ def draft_folder(checkpoint: Checkpoint, draft: Draft) -> Path | None:
         raise UserError(f"--copying on with a fixed pace needs a draft, and {why}; say --pace auto, or add one")
     if draft.vocab is not None:
         raise UserError(f"--draft-vocab {draft.vocab} needs a draft, and {why}; drop the flag or add one")
+    if draft.context_slots:
+        raise UserError(f"--context-slots {draft.context_slots} needs a draft, and {why}; drop the flag or add one")
     return None
 
 
@@ -118,14 +129,26 @@ def assembled(
     if draft.tree.top_k > len(ids):
         raise UserError(f"--draft-top-k {draft.tree.top_k} is larger than --draft-vocab {len(ids)}; lower it")
     whole = checkpoint.config.vocab_size if known is None else len(known)
-    method = Method(spec.kind, cropped=len(ids) < whole, copying=copies, paced=pace is not None)
+    slots = slots_of(draft, spec, whole - len(ids))
+    method = Method(spec.kind, len(ids) < whole, copies, pace is not None, slots=slots)
     # With a pace, what is looked up is a chain of its own, whichever kind drafts.
     joined: DraftSpec = spec.copies(copies and pace is None)
-    drafter, weights = joined.assemble(target, params, ids, kernels=kernels, int8=draft.int8)
+    drafter, weights = joined.assemble(target, params, ids, kernels=kernels, int8=draft.int8, slots=slots)
     if pace is None:
         return Drafting(drafter, spec.fit(draft.tree), method, len(ids), folder), weights
     pace, odds = spec.fit_pace(pace, len(ids)), pace_tables.read_odds(folder)
     return Drafting(drafter, draft.tree, method, len(ids), folder, pace, odds), weights
+
+
+def slots_of(draft: Draft, spec: DraftSpec, beyond: int) -> int:
+    """M, for a draft whose sub-vocabulary leaves `beyond` ids out: more slots than that would stay empty."""
+    asked = draft.context_slots
+    if asked and not spec.in_context:
+        raise UserError(
+            f"--context-slots {asked}: a draft of kind {spec.kind} has no slots; "
+            "drop the flag, or give an EAGLE-2 or EAGLE-3 draft"
+        )
+    return min(asked or 0, beyond)
 
 
 def pace_of(draft: Draft, dtype: Any) -> Pace | None:

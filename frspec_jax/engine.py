@@ -190,7 +190,7 @@ def prefill_chunk(
             kernels=plan.kernels.for_prompts(),
             taps=plan.drafter.taps,
         )
-        draft = plan.drafter.prefill(weights.draft, features, chunk.tokens[1:], chunk.start, caches.draft)
+        draft = plan.drafter.prefill(weights.draft, features, chunk.tokens, chunk.start, chunk.count, caches.draft)
     feature, length = features[chunk.count - 1], chunk.start + chunk.count
 
     def first_token(feature: Array) -> tuple[Array, Likelihood | None]:
@@ -199,7 +199,8 @@ def prefill_chunk(
         if penalties is not None:
             scores = adjusted(logits, penalties, DraftTree.of_root(jnp.int32(0)))
         token = sampling.choose(scores, plan.rule, asked.draw, length[None], jnp.zeros(1, jnp.int32))
-        return token[0], likelihood_if(asked.likelihood, logits, token) if plan.logprobs else None
+        at = jnp.zeros(1, jnp.int32)
+        return token[0], likelihood_if(asked.likelihood, logits, token, at) if plan.logprobs else None
 
     def none_yet(_: Array) -> tuple[Array, Likelihood | None]:
         return jnp.int32(0), Likelihood.unknown(1) if plan.logprobs else None
@@ -230,10 +231,10 @@ def adjusted(logits: Array, by: Penalties, tree: DraftTree, together: Together =
     return lax.cond(together.any(by.active), each, lambda logits: logits, logits)
 
 
-def likelihood_if(wanted: Array, logits: Array, tokens: Array) -> Likelihood:
-    """Of tokens [T] chosen from logits [T, V], if `wanted` [] bool."""
+def likelihood_if(wanted: Array, logits: Array, tokens: Array, rows: Array) -> Likelihood:
+    """Of tokens [T] chosen from the rows [T] of logits [N, V], if `wanted` [] bool: else not a row is looked at."""
     unknown = Likelihood.unknown(tokens.shape[0])
-    return lax.cond(wanted, Likelihood.of, lambda *_: unknown, logits, tokens)
+    return lax.cond(wanted, lambda logits: Likelihood.of(logits[rows], tokens), lambda _: unknown, logits)
 
 
 def _noted(text: Array | None, tokens: Array, position: Array) -> Array | None:
@@ -393,7 +394,7 @@ def take(
         cache = kv_cache.compact(cache, state.length, path, plan.kernels.attention)
     likelihood = None
     if verdict.logits is not None:
-        likelihood = likelihood_if(together.any(state.asked.likelihood), verdict.logits[path], block)
+        likelihood = likelihood_if(together.any(state.asked.likelihood), verdict.logits, block, path)
     return Taken(path, block, drafts, verdict.features[path], likelihood), cache
 
 
@@ -447,8 +448,14 @@ def decode_round(plan: Plan, weights: Weights, state: DecodeState, together: Tog
     return emit(plan, state, tree, taken, dataclasses.replace(state.caches, target=cache, draft=memory))
 
 
-def paced_round(plan: Plan, weights: Weights, state: DecodeState, together: Together = ALONE) -> DecodeState:
-    """One round that drafts and verifies as much as pays (`frspec_jax.pace`)."""
+def paced_round(
+    plan: Plan,
+    weights: Weights,
+    state: DecodeState,
+    together: Together = ALONE,
+    verify: Callable[..., tuple[Verdict, KVCache]] = verify,
+) -> DecodeState:
+    """One round that drafts and verifies as much as pays (`frspec_jax.pace`); verify: what asks the target."""
     assert plan.pace is not None and weights.pace is not None
     costs, drafter, turn, pulse = weights.pace.costs, plan.drafter, turn_of(state), state.pulse
     price, trust = pulse.price(costs, together.count), state.trust.scale

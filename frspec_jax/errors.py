@@ -49,6 +49,7 @@ ARGUMENTS = {
     "depth": "TreeConfig.depth",
     "draft-int8": "Draft.int8",
     "copying": "Draft.copying",
+    "context-slots": "Draft.context_slots",
     "ranking": "Draft.ranking",
     "lossy-typical": "Sampling.typical",
 }

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from frspec_jax.checkpoint import Checkpoint
     from frspec_jax.drafting import Draft
 
-IMPLEMENTATIONS = ("auto", "pallas", "interpret", "xla")  # those of pallas_kernels.dispatch, without importing JAX
+# Those of pallas_kernels.dispatch, without importing JAX.
+IMPLEMENTATIONS = ("auto", "pallas", "mosaic", "interpret", "xla")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -46,9 +47,49 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="same seed, same text, whatever drafts (default: 0)")
 
 
+def add_penalty_flags(parser: argparse.ArgumentParser) -> None:
+    """--repetition-penalty, --presence-penalty, --frequency-penalty and --logit-bias."""
+    group = parser.add_argument_group("penalties", "applied before all sampling; they change greedy text too")
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="divide the logits of tokens in prompt and answer, as transformers (default: 1, off)",
+    )
+    for name, what in (("presence", "once for a token"), ("frequency", "for each time that a token stands")):
+        group.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            default=0.0,
+            metavar="P",
+            help=f"taken off the logit, {what} in the answer, as OpenAI's (default: 0, off)",
+        )
+    group.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID:BIAS", help="added to a token's logit; may be repeated"
+    )
+
+
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """What the sampling flags ask for."""
-    return Sampling(args.temperature, args.top_k, args.top_p, args.lossy_typical, args.min_p)
+    """What the sampling flags ask for, and those of penalties where a command has them."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.lossy_typical, args.min_p)
+    if not hasattr(args, "logit_bias"):
+        return sampling
+    return dataclasses.replace(
+        sampling,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        logit_bias=tuple(map(_bias, args.logit_bias)),
+    )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition(":")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise UserError(f"--logit-bias {text} must be a token id and a number, such as 28:-100") from None
 
 
 # Drafting ----------------------------------------------------------------------------------------
@@ -87,6 +128,12 @@ def add_draft_flags(parser: argparse.ArgumentParser) -> None:
         help="take the sub-vocabulary from this ranking, or from a token map: ids, most frequent first, as .pt, .json, "
         ".txt or .safetensors (default: the checkpoint's ranking)",
     )
+    group.add_argument(
+        "--context-slots",
+        type=int,
+        metavar="M",
+        help="the draft may also propose the last M ids of this text, prompt included, that V' lacks (default: none)",
+    )
     add_tree_flags(group)
     group.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")
     group.add_argument(
@@ -115,7 +162,9 @@ class DraftFlags:
 
         args = self.args
         copying = None if args.copying is None else args.copying == "on"
-        draft = Draft(args.draft, args.draft_vocab, None, args.ranking, args.draft_int8, copying, args.pace)
+        draft = Draft(
+            args.draft, args.draft_vocab, None, args.ranking, args.draft_int8, copying, args.pace, args.context_slots
+        )
         shaped = (args.tree_size, args.depth, args.draft_top_k) != (None, None, None)
         if not shaped:
             return draft
@@ -174,5 +223,6 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=IMPLEMENTATIONS,
         default="auto",
-        help="auto: Pallas kernels where they were measured to win (default); interpret: slowly, on any device",
+        help="auto: Pallas kernels where they were measured to win (default); pallas: all of them; mosaic: all, "
+        "attention in Mosaic GPU instead of Triton; interpret: slowly, on any device",
     )

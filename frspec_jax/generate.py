@@ -17,7 +17,12 @@ from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError, reported
 
 if TYPE_CHECKING:
-    from frspec_jax.api import Prompt
+    import numpy as np
+    from rich.console import Console
+
+    from frspec_jax.api import Generator, Prompt, Request, Result
+
+    Asked = tuple[np.ndarray, Request]
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -40,8 +45,25 @@ def arguments() -> argparse.ArgumentParser:
     prompt.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     output = parser.add_argument_group("output")
     output.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="tokens at most (default: 512)")
+    output.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+    output.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: each token's log-probability under the target, and the N likeliest beside it",
+    )
+    output.add_argument(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="of several prompts, answer so many at a time, each exactly as alone (default: 8, or 1 where "
+        "--lossy-typical asks for what is not exact)",
+    )
     output.add_argument("--json", action="store_true", help="print one JSON object a prompt, not the text")
     flags.add_sampling_flags(parser)
+    flags.add_penalty_flags(parser)
     flags.add_draft_flags(parser)
     flags.add_device_flags(parser)
     return parser
@@ -87,6 +109,10 @@ def main(argv: list[str] | None = None) -> None:
         sampling = flags.sampling_of(args)
         _unicode(args.system or "", "--system")
         draft = flags.draft_of(args)
+        if args.slots is not None and args.slots < 1:
+            raise UserError(f"--slots {args.slots} must be at least 1")
+        if args.logprobs is not None and not args.json:
+            raise UserError("--logprobs goes with --json; add it, or drop the flag")
         generate(args, read_prompts(args), sampling, draft)
 
 
@@ -95,10 +121,19 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
     from rich.console import Console
 
     from frspec_jax import api
+    from frspec_jax.batch import SLOTS
     from frspec_jax.checkpoint import Checkpoint
     from pallas_kernels.dispatch import Kernels
 
-    request = api.Request(args.max_new_tokens, sampling, args.seed, args.raw, args.system)
+    request = api.Request(
+        args.max_new_tokens,
+        sampling,
+        args.seed,
+        args.raw,
+        args.system,
+        stop=tuple(_unicode(text, "--stop") for text in args.stop),
+        logprobs=args.logprobs,
+    )
     checkpoint = Checkpoint.open(args.ckpt)
     console = Console(stderr=True)
     with console.status("loading the weights"):
@@ -110,10 +145,15 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
             chunk=args.chunk,
             kernels=Kernels.all(args.kernels),
         )
-    for prompt in asked:  # a prompt that does not fit is refused before any is answered
-        model.check(model.encode(prompt, request), request)
+    every = [model.encode(prompt, request) for prompt in asked]
+    for ids in every:  # a prompt that does not fit is refused before any is answered
+        model.check(ids, request)
+    slots = args.slots or (1 if sampling.typical else SLOTS)
+    if len(asked) > 1 and slots > 1:
+        together(args, model, [(ids, request) for ids in every], slots, console)
+        return
     with console.status("compiling"):
-        model.warm_up(sampling)
+        model.warm_up(sampling, logprobs=request.logprobs is not None)
     for prompt in asked:
         stream = model.stream(prompt, request)
         for piece in stream:
@@ -121,11 +161,32 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         assert stream.result is not None
-        if args.json:
-            print(json.dumps(stream.result.to_json(), ensure_ascii=False), flush=True)
-        else:
-            print(flush=True)
-        print(stream.result.summary(), file=sys.stderr)
+        show(args, stream.result, text="")
+
+
+def together(args: argparse.Namespace, model: Generator, asked: list[Asked], slots: int, console: Console) -> None:
+    """Answer prompts in a batch; what is said stands in their order."""
+    from frspec_jax.batch import answers
+
+    done: dict[int, Result] = {}
+    shown = 0
+    with console.status(f"compiling rounds of {min(slots, len(asked))} texts") as status:
+        for number, result in answers(model, asked, slots):
+            done[number] = result
+            while shown in done:
+                answer = done.pop(shown)
+                show(args, answer, text=answer.text)
+                shown += 1
+            status.update(f"{shown + len(done)} of {len(asked)} answered")
+
+
+def show(args: argparse.Namespace, answer: Result, text: str) -> None:
+    """One answer, of which `text` is not out yet."""
+    if args.json:
+        print(json.dumps(answer.to_json(), ensure_ascii=False), flush=True)
+    else:
+        print(text, flush=True)
+    print(answer.summary(), file=sys.stderr)
 
 
 if __name__ == "__main__":

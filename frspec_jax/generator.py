@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import numpy as np
 from frspec_jax import engine, pace_tables
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import Sampling, TreeConfig
-from frspec_jax.detokenizer import Detokenizer, text_of
+from frspec_jax.detokenizer import text_of
 from frspec_jax.drafting import Drafting
 from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import BLOCK, rounded_capacity
@@ -29,6 +29,7 @@ from frspec_jax.likelihood import MOST as MOST_LOGPROBS
 from frspec_jax.likelihood import Likelihood, Likely
 from frspec_jax.penalties import Bearing, Penalties
 from frspec_jax.sampling import rule_of
+from frspec_jax.writer import Writer
 from pallas_kernels.dispatch import AUTO, Kernels
 
 Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
@@ -93,6 +94,7 @@ class Result:
     accepted_histogram: list[int]  # rounds that emitted 1, 2, ... D+1 tokens
     prefill_seconds: float
     decode_seconds: float
+    context_slots: int = 0  # M, ids of the text so far that could be proposed besides V'
     logprobs: tuple[Likely, ...] | None = None  # of each token, where the request wants them
 
     @property
@@ -104,6 +106,15 @@ class Result:
     def prefill_rate(self) -> float:
         """Prompt tokens a second."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    def ended_by(self, writer: Writer) -> Result:
+        """The answer up to a stop text, where its writer met one: the tokens that say it, and the text before it."""
+        if not writer.stopped:
+            return self
+        count = writer.taken
+        logprobs = None if self.logprobs is None else self.logprobs[:count]
+        tokens = self.tokens[:count]
+        return dataclasses.replace(self, tokens=tokens, text=writer.text, finish_reason="stop", logprobs=logprobs)
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
@@ -119,6 +130,7 @@ class Result:
         )
         if self.draft_vocab is not None and self.accepted_length is not None:
             line += f"; accepted length {self.accepted_length:.2f} with bonus, V' = {self.draft_vocab:,}"
+            line += f" + {self.context_slots:,} slots" if self.context_slots else ""
         return f"{line} [{self.method}]"
 
 
@@ -156,6 +168,11 @@ class Generator:
     def draft_vocab(self) -> int | None:
         """V'; None where nothing drafts."""
         return self.drafting.vocab
+
+    @property
+    def context_slots(self) -> int:
+        """M, ids of a text so far that may be proposed besides V'."""
+        return self.drafting.method.slots
 
     @property
     def dtype_name(self) -> str:
@@ -338,12 +355,28 @@ class Generator:
             return None
         return Penalties.of(request.sampling, Bearing.of(request.sampling, ids, self.checkpoint.config.vocab_size))
 
-    def generate(self, prompt: Prompt, request: Request = Request()) -> Result:
-        """Answer one prompt."""
-        return self.generate_ids(self.encode(prompt, request), request)
+    @overload
+    def generate(self, prompt: Prompt, request: Request = ...) -> Result: ...  # type: ignore[overload-overlap]
+    @overload  # a list of prompts; an empty one counts as such
+    def generate(self, prompt: Sequence[Prompt], request: Request = ...) -> list[Result]: ...
+    def generate(self, prompt: Prompt | Sequence[Prompt], request: Request = Request()) -> Result | list[Result]:
+        """Answer one prompt; or a list of prompts, together in a batch (`frspec_jax.batch`)."""
+        if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
+            return self.generate_ids(self.encode(cast(Prompt, prompt), request), request)
+        from frspec_jax.batch import answers  # which imports this module
+
+        every = [(self.encode(cast(Prompt, one), request), request) for one in prompt]
+        return [result for _, result in sorted(answers(self, every), key=lambda answer: answer[0])]
 
     def generate_ids(self, ids: Sequence[int] | np.ndarray | Reading, request: Request = Request()) -> Result:
         """Answer one prompt that is token ids [T] already, or read already."""
+        request = ids.request if isinstance(ids, Reading) else request
+        if request.stop:
+            stream = Stream(self, ids, request)
+            for _ in stream:
+                pass
+            assert stream.result is not None
+            return stream.result
         with self.begin(ids, request) as text:
             text.advance()
             return text.result()
@@ -353,8 +386,12 @@ class Generator:
         return Stream(self, self.encode(prompt, request), request)
 
     def reads_as(self, request: Request = Request()) -> Hashable:
-        """Models that agree in this read a prompt alike: what V' keeps matters only once a draft proposes."""
-        return id(self.weights.target), self.drafting.folder, self.plan_for(request), self.runtime
+        """Models that agree in this read a prompt alike: what V' keeps matters only once a draft proposes.
+
+        But where there are slots, those ids of the prompt that it lacks have filled them.
+        """
+        lacks = id(self.weights.draft) if self.context_slots else None
+        return id(self.weights.target), self.drafting.folder, self.plan_for(request), self.runtime, lacks
 
     def result_of(
         self,
@@ -382,8 +419,13 @@ class Generator:
             accepted_histogram=histogram,
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
+            context_slots=self.context_slots,
             logprobs=logprobs,
         )
+
+    def writer(self, request: Request) -> Writer:
+        """What makes text of a request's tokens, up to a stop text of it."""
+        return Writer(self.checkpoint.tokenizer, request.stop, self.checkpoint.stop_ids)
 
     def _new_caches(self, plan: engine.Plan) -> engine.Caches:
         # Bound to the device, as the caches that a program returns are: for others it would be compiled once more.
@@ -489,21 +531,19 @@ def _copied(state: engine.DecodeState) -> engine.DecodeState:
 class Stream:
     """An answer in the making: an iterator over pieces of text, about one a round; `result` once it has ended."""
 
-    def __init__(self, model: Generator, ids: np.ndarray, request: Request) -> None:
+    def __init__(self, model: Generator, ids: Sequence[int] | np.ndarray | Reading, request: Request) -> None:
         self._model, self._ids, self._request = model, ids, request
         self.result: Result | None = None
 
     def __iter__(self) -> Iterator[str]:
-        detokenizer, shown = Detokenizer(self._model.checkpoint.tokenizer), 0
+        writer = self._model.writer(self._request)
         with self._model.begin(self._ids, self._request) as text:
             while True:
-                fresh = text.tokens[shown:]
-                shown += len(fresh)
-                if piece := detokenizer.push(fresh):
+                ended = text.finished
+                piece = "".join(said.text for said in writer.more(text.tokens[writer.taken :], ended=ended))
+                if piece:
                     yield piece
-                if text.finished:
+                if ended or writer.stopped:
                     break
                 text.advance(1)
-            self.result = text.result()
-        if rest := detokenizer.finish():  # what may be the beginning of a character
-            yield rest
+            self.result = text.result().ended_by(writer)

@@ -16,18 +16,21 @@ class Method:
     copying: bool = False
     paced: bool = False  # each round drafts and verifies what pays
     lossy: bool = False  # typical acceptance
+    slots: int = 0  # M, ids of the text so far that may be proposed besides
 
     @classmethod
     def parse(cls, name: str) -> Method:
         """The method of a `name`."""
         kind, *more = name.removesuffix(", lossy").split("+")
         named = None if kind == "vanilla" else kind
-        return cls(named, "fr" in more, "copying" in more, "auto" in more, name.endswith(", lossy"))
+        slots = sum(int(part.removeprefix("slots")) for part in more if part.startswith("slots"))
+        return cls(named, "fr" in more, "copying" in more, "auto" in more, name.endswith(", lossy"), slots)
 
     @property
     def name(self) -> str:
         """The method in a word, as results and records have it."""
-        parts = [self.kind or "vanilla", *["fr"] * self.cropped, *["copying"] * self.copying, *["auto"] * self.paced]
+        parts = [self.kind or "vanilla", *["fr"] * self.cropped, *[f"slots{self.slots}"] * bool(self.slots)]
+        parts += [*["copying"] * self.copying, *["auto"] * self.paced]
         return "+".join(parts) + ", lossy" * self.lossy
 
     @property
@@ -42,6 +45,8 @@ class Method:
         label = self.title
         if self.cropped:
             label = f"FR-Spec {vocab:,}" if self.kind == "eagle" else f"{label} + FR {vocab:,}"
+        if self.slots:
+            label += f" + {self.slots:,} slots"
         return label + " + copying" * self.copying
 
     def _paced_label(self, vocab: int | None) -> str:

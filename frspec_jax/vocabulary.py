@@ -20,6 +20,7 @@ from jax import Array
 
 from frspec_jax import files, token_maps
 from frspec_jax.errors import UserError, quoted
+from pallas_kernels.products import take_rows
 from pallas_kernels.subvocab_head import quantised
 
 
@@ -30,6 +31,33 @@ class DraftHead:
     weight: Array  # [V', H]
     ids: Array  # [V'] int32, unique full-vocabulary ids
     scale: Array | None = None  # [V'] float32, what each row is multiplied by where the weight is int8
+
+
+@struct.dataclass
+class WholeHead:
+    """The head that a draft's rows were taken from, for what proposes beyond them: copying, and slots."""
+
+    weight: Array  # [R, H]; R is V, or less where the draft has a vocabulary of its own
+    kept: Array  # [V] bool, which ids the draft's own head holds
+    rows: Array | None = None  # [V] int32, each id's row, -1 where it has none; None: the id itself
+
+    @classmethod
+    def of(cls, weight: Array, ids: np.ndarray) -> WholeHead:
+        """A head [V, H] of which a draft keeps the rows `ids` [V']."""
+        return cls(weight, jnp.asarray(np.isin(np.arange(weight.shape[0]), ids)))
+
+    def lacked(self, ids: Array) -> Array:
+        """Which of some ids the draft's own head lacks, and this one has."""
+        return ~self.kept[ids] if self.rows is None else ~self.kept[ids] & (self.rows[ids] >= 0)
+
+    def rows_of(self, ids: Array) -> Array:
+        """The rows [..., H] of ids [...] that have one; of others, any."""
+        return take_rows(self.weight, jnp.maximum(ids if self.rows is None else self.rows[ids], 0))
+
+    def keeping(self, ids: Array) -> WholeHead:
+        """The same where the draft's own head holds `ids` [M] besides; negative ones are none."""
+        beyond = jnp.where(ids < 0, self.kept.shape[0], ids)
+        return dataclasses.replace(self, kept=self.kept.at[beyond].set(True, mode="drop"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

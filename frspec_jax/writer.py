@@ -32,6 +32,7 @@ class Writer:
         self._held: list[Said] = []  # said, but may be the beginning of a stop text, or of a character
         self.taken = 0  # tokens so far, those held back and the one that ended it included
         self.stopped = False  # whether a stop text is complete
+        self.text = ""  # that `more` has given out
         self._last = Said(-1, 0, "")  # given out
 
     def push(self, token: int, origin: int, likely: Any = None) -> list[Said]:
@@ -40,6 +41,16 @@ class Writer:
         self.taken += 1
         self._held.append(Said(token, origin, self._detokenizer.push([token]), likely))
         return self._release()
+
+    def more(self, tokens: Iterable[int], *, ended: bool) -> list[Said]:
+        """Take in what has come, up to a stop text; ended: it was the last."""
+        said: list[Said] = []
+        for token in tokens:
+            if not self.stopped:
+                said += self.push(token, 0)
+        said += self.finish() if ended else []
+        self.text += "".join(one.text for one in said)
+        return said
 
     def finish(self) -> list[Said]:
         """The rest, once no more tokens come."""

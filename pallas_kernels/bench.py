@@ -1,6 +1,7 @@
 """`python -m pallas_kernels.bench`: each kernel against XLA, at the shapes of published models.
 
-For every shape: microseconds of XLA and of the kernel (the best of a sweep over its configs), the
+For every shape: microseconds of XLA and of the kernel (the best of a sweep over its configs; of attention's two
+kernels, Triton's and Mosaic's, over those of both, and a table's row says whose won), the
 bytes that must be read, the time that they take at the measured bandwidth, and the ratio to it.
 `--tune` keeps what was found in tables (`measured`), from which `auto` chooses. Every config of the sweep is
 checked against a float32 reference first: one that is wrong is reported, and never chosen.
@@ -119,6 +120,7 @@ def measure(case: Case, kernel: Implementation, calls: int, speed: float, worker
         "pallas_us": round(best_us, 2) if best else None,
         "times_floor": round(min(best_us, xla) / floor, 2),
         "config": dataclasses.asdict(best) if best else None,
+        "backend": measured.backend_of(type(best)) if best else None,
         "configs": len(case.configs),
         "wrong": wrong,
     }
@@ -126,13 +128,14 @@ def measure(case: Case, kernel: Implementation, calls: int, speed: float, worker
 
 def show(rows: list[dict[str, Any]], device: str, speed: float) -> None:
     table = Table(title=f"{device}, {speed / 1e9:,.0f} GB/s; microseconds")
-    for heading in ("operation", "shape", "floor", "XLA", "Pallas", "gain", "× floor", "wrong"):
-        table.add_column(heading, justify="left" if heading in ("operation", "shape") else "right")
+    for heading in ("operation", "shape", "floor", "XLA", "Pallas", "by", "gain", "× floor", "wrong"):
+        table.add_column(heading, justify="left" if heading in ("operation", "shape", "by") else "right")
     for row in rows:
         gain = f"{row['xla_us'] / row['pallas_us']:.2f}×" if row["pallas_us"] else ""
         wrong = f"{len(row['wrong'])}/{row['configs']}" if row["wrong"] else ""
         figures = (row["floor_us"], row["xla_us"], row["pallas_us"] or "")
-        table.add_row(row["operation"], row["label"], *map(str, figures), gain, str(row["times_floor"]), wrong)
+        rest = (row["backend"] or "", gain, str(row["times_floor"]), wrong)
+        table.add_row(row["operation"], row["label"], *map(str, figures), *rest)
     Console(width=140 if not sys.stdout.isatty() else None).print(table)
 
 
@@ -202,19 +205,21 @@ def main(argv: list[str] | None = None) -> None:
                 figures = about | more | {"bandwidth_gb_per_second": round(speed / 1e9, 1), "cases": rows}
                 args.json.write_text(json.dumps(figures, indent=1) + "\n")
             if tables and not args.dry:
-                keep(tables, about, rows[-1], type(case.configs[0]))
+                keep(tables, about, rows[-1], *map(type, case.configs))
     show(rows, device, speed)
 
 
-def keep(folder: Path, about: dict[str, str], found: dict[str, Any], kind: type) -> None:
+def keep(folder: Path, about: dict[str, str], found: dict[str, Any], *kinds: type) -> None:
     """Put what `measure` found into this device's table of the operation; nothing where no config was right.
 
-    kind: the class of the kernel's configs.
+    kinds: the classes of the kernels' configs.
     """
     if found["config"]:
         times = {name: found[name] for name in ("pallas_us", "xla_us")}
+        backend = found.get("backend", measured.TRITON)
+        kind = next(kind for kind in kinds if measured.backend_of(kind) == backend)
         row = measured.Row(found["dtype"], found["shape"], kind(**found["config"]), **times)
-        measured.write(measured.table_path(folder, about["device"], found["operation"]), about, row)
+        measured.write(measured.table_path(folder, about["device"], found["operation"]), about, row, *set(kinds))
 
 
 def _tables(parser: argparse.ArgumentParser, where: str, device: str) -> Path:

@@ -3,6 +3,9 @@
 `auto` takes what was measured to win on this kind of device, at about this shape (`measured`; `python -m
 pallas_kernels.bench --tune` measures). Unmeasured, attention and what stands around it run as kernels on every GPU that
 can run them, since XLA's own attention is many launches; all else is XLA's.
+
+The kernels are Triton's. Attention has one in Mosaic GPU too: a table's row names it where it was measured to win, and
+`mosaic` asks for it, and for Triton's where there is none.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from jax import Array, lax
 
 from pallas_kernels import device, measured
 
-Implementation = Literal["auto", "pallas", "interpret", "xla"]
+Implementation = Literal["auto", "pallas", "mosaic", "interpret", "xla"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 Config = TypeVar("Config")
@@ -51,8 +54,10 @@ AUTO = Kernels()
 
 
 def resolve(implementation: Implementation) -> Implementation:
-    """Resolve `auto` for an operation that has nothing to choose: the kernel wherever it can run."""
-    return implementation if implementation != "auto" else "pallas" if device.current().runs_triton else "xla"
+    """Resolve for an operation that has nothing to choose: `auto` is the kernel wherever it can run."""
+    if implementation == "auto":
+        return "pallas" if device.current().runs_triton else "xla"
+    return "pallas" if implementation == "mosaic" else implementation
 
 
 def choose(
@@ -63,6 +68,7 @@ def choose(
     default: Config,
     *,
     unmeasured: Implementation = "xla",
+    kinds: tuple[type, ...] = (),
 ) -> tuple[Implementation, Config]:
     """Resolve `auto`: ("pallas", a config) or ("xla", default), whichever was measured to win at about this shape.
 
@@ -70,13 +76,14 @@ def choose(
       operation: the kernel's name, as its table has it. dtype: of its largest operand. shape: its sizes, by name.
       default: the config that an explicit "pallas" or "interpret" runs with, and a kernel that was not measured.
       unmeasured: what runs on a GPU that can run the kernel where no table knows the shape.
+      kinds: the classes of its kernels' configs, where it has several kernels. The class of a config says whose it is.
     """
     if implementation != "auto":
-        return implementation, default
+        return resolve(implementation), default
     here = device.current()
     if not here.runs_triton:
         return "xla", default
-    row = measured.nearest(here.kind, operation, jnp.dtype(dtype).name, shape, type(default))
+    row = measured.nearest(here.kind, operation, jnp.dtype(dtype).name, shape, *(kinds or (type(default),)))
     if row is None:
         return unmeasured, default
     return ("pallas", row.config) if row.pallas_us < row.xla_us else ("xla", default)
@@ -99,6 +106,18 @@ def check_blocks(config: object, *names: str) -> None:
     Raises:
       ValueError: a setting is not positive, or one of the blocks called `names` is no power of two from 16 on.
     """
+    check_positive(config)
+    for name in names:
+        if (size := getattr(config, name)) != power_of_two(size):
+            raise ValueError(f"{name} {size} is no power of two from 16 on")
+
+
+def check_positive(config: object) -> None:
+    """Refuse a kernel's config with a setting that is less than 1.
+
+    Raises:
+      ValueError: names it.
+    """
     for name, size in vars(config).items():
-        if size < 1 or (name in names and size != power_of_two(size)):
-            raise ValueError(f"{name} {size} is no {'power of two from 16 on' if name in names else 'positive number'}")
+        if size < 1:
+            raise ValueError(f"{name} {size} is no positive number")

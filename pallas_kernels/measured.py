@@ -20,6 +20,7 @@ from typing import Any
 
 CACHE_VARIABLE = "FRSPEC_JAX_CACHE"  # a folder, or "off"
 PACKAGED = Path(__file__).with_name("tables")
+TRITON = "triton"  # the backend of a row that names none
 TUNE = "python -m pallas_kernels.bench --tune"
 
 
@@ -46,9 +47,17 @@ def table_path(folder: Path, device: str, operation: str) -> Path:
     return folder / re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-.") / f"{operation}.json"
 
 
+def backend_of(kind: type) -> str:
+    """Which of Pallas's backends compiles the kernel that configs of this class are for, as a table's row names it."""
+    return getattr(kind, "backend", TRITON)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measured shape: the kernel's best config, and microseconds of both implementations."""
+    """One measured shape: the kernel's best config, and microseconds of both implementations.
+
+    Where an operation has several kernels, the config is the best one's, and in the file `backend` says whose.
+    """
 
     dtype: str
     shape: Mapping[str, int]  # sizes, by name
@@ -62,6 +71,11 @@ class Row:
             raise ValueError("a size or a setting is no positive whole number")
         if not all(isinstance(us, int | float) and us > 0 for us in (self.pallas_us, self.xla_us)):
             raise ValueError("a time is no positive number")
+
+    def written(self) -> dict[str, Any]:
+        """As a table has it."""
+        named = {} if (backend := backend_of(type(self.config))) == TRITON else {"backend": backend}
+        return named | dataclasses.asdict(self)
 
     def distance(self, shape: Mapping[str, int]) -> float:
         """By how many doublings the size that differs most does so; infinite for sizes of other names."""
@@ -82,24 +96,24 @@ class Table:
         return min(rows, key=lambda row: row.distance(shape), default=None)
 
 
-def nearest(device: str, operation: str, dtype: str, shape: Mapping[str, int], kind: type) -> Row | None:
-    """The nearest row of the user's own table, or else of the package's; kind: the class of the kernel's config."""
+def nearest(device: str, operation: str, dtype: str, shape: Mapping[str, int], *kinds: type) -> Row | None:
+    """The nearest row of the user's own table, or else of the package's; kinds: the classes of the kernels' configs."""
     for folder in (own_folder(), PACKAGED):
-        table = folder and read(table_path(folder, device, operation), kind)
+        table = folder and read(table_path(folder, device, operation), *kinds)
         if table and (row := table.nearest(dtype, shape)):
             return row
     return None
 
 
 @functools.cache
-def read(path: Path, kind: type) -> Table | None:
-    """The table at `path`, or None where there is none.
+def read(path: Path, *kinds: type) -> Table | None:
+    """The table at `path`, or None where there is none; kinds: the classes of the kernels' configs.
 
     A damaged one is told of in one sentence, once, and counts as none: a program runs without it, if less quickly.
     """
     try:
         found = json.loads(path.read_bytes())
-        return Table(tuple(Row(**row | {"config": kind(**row["config"])}) for row in found["rows"]))
+        return Table(tuple(_row(row, {backend_of(kind): kind for kind in kinds}) for row in found["rows"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # not as `write` leaves it
@@ -108,20 +122,25 @@ def read(path: Path, kind: type) -> Table | None:
         return None
 
 
-def write(path: Path, about: Mapping[str, Any], row: Row) -> None:
+def _row(found: dict[str, Any], kinds: dict[str, type]) -> Row:
+    rest = {name: value for name, value in found.items() if name != "backend"}
+    return Row(**rest | {"config": kinds[found.get("backend", TRITON)](**found["config"])})
+
+
+def write(path: Path, about: Mapping[str, Any], row: Row, *kinds: type) -> None:
     """Put a row into the table at `path`, in place of one that it had of the same shape; a damaged table is replaced.
 
     Args:
       about: where the row comes from (device, version of JAX, date): it heads the file.
+      kinds: the classes of the kernels' configs, where there are others than the row's.
 
     Raises:
       OSError: the file cannot be written.
     """
     read.cache_clear()
-    kind: type = type(row.config)
-    before = read(path, kind)
+    before = read(path, *(kinds or (type(row.config),)))
     kept = [old for old in (before.rows if before else ()) if (old.dtype, old.shape) != (row.dtype, row.shape)]
-    lines = ",\n".join(json.dumps(dataclasses.asdict(each)) for each in [*kept, row])
+    lines = ",\n".join(json.dumps(each.written()) for each in [*kept, row])
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     head = json.dumps({**about, "rows": []}).removesuffix("]}")

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if folder is None:
         raise UserError(f"{args.ckpt} holds no draft; name one with --draft")
     check_writable(folder, f"--draft {folder}")
-    model = api.load(checkpoint, Draft(str(folder), args.draft_vocab, pace="auto"))
+    model = api.load(checkpoint, Draft(str(folder), args.draft_vocab, pace="auto", context_slots=0))
     request = Request(args.max_new_tokens)
     prompts = itertools.islice(fitting(model, corpus_files(args.prompts), request), args.answers)
     seen = Seen(model)
@@ -188,7 +188,7 @@ def _passed(
     features, target = llama.forward(
         weights.target, plan.config, tokens[:-1], where, caches.target, kernels=plan.kernels, taps=plan.drafter.taps
     )
-    draft = plan.drafter.prefill(weights.draft, features, tokens[1:], first, caches.draft)
+    draft = plan.drafter.prefill(weights.draft, features, tokens, first, jnp.int32(PASS), caches.draft)
     return features, engine.Caches(target, draft, caches.text)
 
 

@@ -1,8 +1,9 @@
-"""Every kernel, compiled for the device at hand, against its XLA twin there."""
+"""Every kernel, compiled for the device at hand, against its XLA twin there; attention in Mosaic GPU too."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from pallas_kernels.rotary_append import Rotation, rotary_append
 from pallas_kernels.subvocab_head import cases as heads
 from pallas_kernels.timing import Case
 from pallas_kernels.tree_attention import cases as attention
+from pallas_kernels.tree_attention import mosaic_config
 
 WORKERS = 8  # kernels that are compiled side by side
 Check = tuple[str, Callable[[], tuple[float, float]]]  # a name, and what finds the error and what it may be
@@ -63,9 +65,18 @@ def checks(sizes: Sizes) -> Iterator[Check]:
             label = " ".join(str(part) for part in rest if part is not None and part is not dtype)
             operation = make.func.__module__.split(".")[1]
             yield f"{operation}, {name} {label}", lambda make=make: _of_case(make(), sizes)
+    if mosaic_config.available(sizes.kernel == "interpret"):
+        yield from _of_mosaic(sizes)
     yield "rotary_append", lambda: _rotary(sizes)
     yield "compaction", lambda: _compaction(sizes)
     yield "best_children", lambda: _children(sizes)
+
+
+def _of_mosaic(sizes: Sizes) -> Iterator[Check]:
+    """Attention in Mosaic GPU."""
+    for tokens in (10,) if sizes.model == "tiny" else (60, 10, 1):
+        label = f"tree_attention in Mosaic GPU, {sizes.model} {tokens} {sizes.context}"
+        yield label, lambda tokens=tokens: _mosaic(tokens, sizes)
 
 
 def _of_case(case: Case, sizes: Sizes) -> tuple[float, float]:
@@ -75,6 +86,17 @@ def _of_case(case: Case, sizes: Sizes) -> tuple[float, float]:
         *jax.tree.map(widened, (case.moving, *case.still))
     )
     return _difference(mine, exact), case.tolerance
+
+
+def _mosaic(tokens: int, sizes: Sizes) -> tuple[float, float]:
+    """The largest error under the configs of its sweep, in bfloat16: that is all that it takes."""
+    case = attention.timed(sizes.model, tokens, sizes.context, jnp.bfloat16)
+    interpret = sizes.kernel == "interpret"
+    configs = (mosaic_config.Config(splits=2),) if interpret else attention.mosaic_sweep(case.moving, case.still[0])
+    if not all(mosaic_config.takes(case.moving, case.still[0], config, interpret) for config in configs):
+        raise RuntimeError("Triton's kernel would run in place of Mosaic's")
+    runs = [dataclasses.replace(case, run=functools.partial(case.run, config=config)) for config in configs]
+    return max(_of_case(run, sizes)[0] for run in runs), case.tolerance
 
 
 def _difference(one: Any, other: Any) -> float:

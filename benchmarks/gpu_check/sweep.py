@@ -37,7 +37,7 @@ def sweep(session: Session) -> None:
         case = dataclasses.replace(case, configs=configs)
         found = bench.measure(case, sizes.kernel, calls, speed, workers)
         session.tell(f"{case.operation}: {case.label}", found)
-        bench.keep(folder, about, found, type(configs[0]))
+        bench.keep(folder, about, found, *map(type, case.configs))
 
 
 def cases(sizes: Sizes) -> Iterator[Callable[[], Case]]:

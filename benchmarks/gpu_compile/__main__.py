@@ -31,7 +31,7 @@ from frspec_jax.errors import UserError, reported
 from pallas_kernels.models import SHAPES
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("auto", "xla", "attention", "attention and head", "all")
+KERNELS = ("auto", "xla", "attention", "attention and head", "all", "mosaic")
 BUDGETS = Path(__file__).parent / "budgets.json"
 
 
@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument(
         "--draft-vocab", type=_vocabulary, metavar="V'", help="ids of the draft's head, or full (default: 32768)"
     )
-    parser.add_argument("--kernels", choices=KERNELS, help="which run as kernels (default: auto)")
+    parser.add_argument(
+        "--kernels", choices=KERNELS, help="which run as kernels (default: auto); mosaic: all, attention in Mosaic GPU"
+    )
     parser.add_argument("--texts", type=_at_least_1, metavar="B", help="of a batch (default: 16)")
     parser.add_argument("--context", type=_at_least_1, metavar="N", help="tokens in the cache (default: 1024)")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="XLA's options")

@@ -238,7 +238,9 @@ def _what(instruction: Instruction) -> str:
     if instruction.operation == "custom-call":
         target = re.search(r'custom_call_target="([^"]+)"', instruction.text)
         called = target.group(1) if target else "custom-call"
-        if "triton" in called or "mosaic" in called:
+        if "mosaic" in called:  # whose text holds the kernel's program, and in it names of all kinds
+            return f"kernel {instruction.path.rstrip('/').split('/')[-2]}"
+        if "triton" in called:
             name = re.search(r'name = "(\w+)"|"name":"(\w+)"', instruction.text)
             last = instruction.path.rstrip("/").split("/")[-1]
             return f"kernel {next(filter(None, name.groups())) if name else last}"

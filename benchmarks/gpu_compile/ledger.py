@@ -67,7 +67,7 @@ def over_budget(entry: dict[str, Any], budget: dict[str, Any]) -> list[str]:
         ("launches of a draft level", max(levels, default=0), budget.get("level", 99)),
         ("launches of compaction", stages.get("compaction", 0), budget.get("compaction", 4)),
         ("copies of a cache", entry["cache_copies"], 0),
-        ("MiB of temporaries", round(entry["temporaries"] / 2**20), 64),
+        ("MiB of temporaries", round(entry["temporaries"] / 2**20), budget.get("temporaries", 64)),
         ("bytes spilled", sum(kernel["spilled"] for kernel in entry["kernels"]), 0),
     )
     return [f"{entry['name']}: {value} {what}, {most} allowed" for what, value, most in points if value > most]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 
 from benchmarks.train_step import random_batch
-from frspec_jax import defaults, engine, kv_cache, slots
+from frspec_jax import batched, defaults, engine, kv_cache
 from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import Vanilla
 from frspec_jax.drafters.eagle import EagleConfig
@@ -39,6 +40,7 @@ KERNELS = {
     "attention": Kernels("pallas", "xla", "xla"),
     "attention and head": Kernels("pallas", "pallas", "xla"),
     "all": Kernels.all("pallas"),
+    "mosaic": Kernels.all("mosaic"),  # all too, attention in Mosaic GPU
 }
 
 
@@ -77,7 +79,7 @@ class Traced:
 
     function: Any
     arguments: tuple[Any, ...]
-    donated: int  # the argument that it may overwrite
+    donated: int | tuple[int, ...]  # the argument that it may overwrite
     loop: int | None = None  # which of its loops of rounds is looked at; None: all that it runs
 
 
@@ -96,6 +98,11 @@ def compiled(case: Case, options: dict[str, Any]) -> Compiled:
     Autotuning is off, since it needs the device. XLA's first choice without it splits many products of few rows over K;
     whether the device's would, no one knows, so a product is one launch unless the case says otherwise.
     """
+    return compiled_program(lambda: TRACED[case.what](case), options, case.split_k)
+
+
+def compiled_program(make: Callable[[], Traced], options: dict[str, Any], split_k: bool = False) -> Compiled:
+    """The same for what `make` gives: it is called, and what it names is traced, for an H100."""
     place = SingleDeviceSharding(_topology().devices[0])
 
     def abstract(tree: Any) -> Any:
@@ -105,10 +112,10 @@ def compiled(case: Case, options: dict[str, Any]) -> Compiled:
     told = AbstractDevice(H100.kind, CORES, "gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=told)
     with compiling_for(H100), jax.sharding.use_abstract_mesh(mesh):
-        this = TRACED[case.what](case)
+        this = make()
         jitted = jax.jit(this.function, donate_argnums=this.donated)
         lowered = jitted.trace(*map(abstract, this.arguments)).lower(lowering_platforms=("cuda",))
-    products = {} if case.split_k else {"xla_gpu_experimental_force_split_k": 1}
+    products = {} if split_k else {"xla_gpu_experimental_force_split_k": 1}
     done = lowered.compile(compiler_options=engine.EXACT | products | {"xla_gpu_autotune_level": 0} | options)
     return Compiled(done.as_text(), done.memory_analysis().temp_size_in_bytes, this.loop)
 
@@ -153,8 +160,8 @@ def _batch(case: Case) -> Traced:
     plan, weights, state = _plan(case)
     plan = dataclasses.replace(plan, rule="mixed", adjusts=True, logprobs=True, keeps=False)
     capacity, pool = state.caches.capacity, case.texts + 1
-    state = jax.eval_shape(lambda: slots.new_state(plan, weights, capacity, pool, DTYPE))
-    return Traced(functools.partial(slots.decode_slots, plan), (weights, state, np.zeros(case.texts, np.int32)), 1)
+    state = jax.eval_shape(lambda: batched.new_state(plan, weights, capacity, pool, DTYPE))
+    return Traced(functools.partial(batched.decode_slots, plan), (weights, state, np.zeros(case.texts, np.int32)), 1)
 
 
 def _prefill(case: Case) -> Traced:

@@ -47,6 +47,12 @@ def add_model_arguments(
         metavar="N,N,...",
         help=f"sub-vocabularies to measure: numbers, full, or shares such as 1/4 (default: {vocabularies})",
     )
+    parser.add_argument(
+        "--context-slots",
+        metavar="M,M,...",
+        help="measure each sub-vocabulary with so many slots for ids of the text so far; 0: none (default: 0 with a "
+        "fixed pace, and as users get it where it is auto)",
+    )
     add_tree_flags(parser)
     parser.add_argument(
         "--copying",
@@ -129,7 +135,8 @@ def models(
     if tree.size == 1:
         raise UserError("--tree-size 1 drafts nothing; vanilla decoding is measured anyhow, so ask for 2 or more")
     sizes = sizes_of(args.draft_vocab, checkpoint.config.vocab_size)
-    drafts = varied(names, sizes, tree, rankings, COPYING[args.copying], PACES[args.pace])
+    slots = slots_of(args.context_slots)
+    drafts = varied(names, sizes, tree, rankings, COPYING[args.copying], PACES[args.pace], slots)
     return checkpoint, methods(checkpoint, drafts, dtype=args.dtype, context=context)
 
 
@@ -144,6 +151,16 @@ def check_rankings(checkpoint: Checkpoint, rankings: Sequence[Path]) -> None:
 def sizes_of(text: str, vocab_size: int) -> list[int | str]:
     """The sub-vocabularies that --draft-vocab lists: numbers of tokens, or "full"."""
     return [_size(part.strip(), vocab_size) for part in text.split(",")]
+
+
+def slots_of(text: str | None) -> list[int | None]:
+    """The numbers of slots that --context-slots lists; None where it says nothing."""
+    if text is None:
+        return [None]
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"--context-slots {text} must be whole numbers from 0 (none), such as 0,256,512")
+    return [int(part) for part in parts]
 
 
 def _size(text: str, vocab_size: int) -> int | str:

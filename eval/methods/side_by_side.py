@@ -52,14 +52,16 @@ def varied(
     rankings: Sequence[Path] = (),
     copying: Sequence[bool | None] = (None,),
     paces: Sequence[Literal["fixed", "auto"]] = ("fixed",),
+    slots: Sequence[int | None] = (None,),
 ) -> list[Draft]:
     """Every draft (None: the only one there is) without and with copying, at each V', from each of the rankings.
 
-    tree: of a fixed pace; an auto one chooses by itself. rankings: instead of the checkpoint's own.
+    tree: of a fixed pace; an auto one chooses by itself. rankings: instead of the checkpoint's own. slots: for ids of
+    the text, besides each V'.
     """
     return [
-        Draft(draft, size, tree if pace == "fixed" else None, ranking, copying=copies, pace=pace)
-        for draft, pace, copies, size in itertools.product(drafts, paces, copying, vocabularies)
+        Draft(draft, size, tree if pace == "fixed" else None, ranking, copying=copies, pace=pace, context_slots=many)
+        for draft, pace, copies, size, many in itertools.product(drafts, paces, copying, vocabularies, slots)
         for ranking in ([None] if size == "full" or not rankings else rankings)
     ]
 
@@ -73,6 +75,22 @@ def draft_ids(model: Generator) -> np.ndarray:
     """The ids [V'] that a drafting method may propose."""
     parts = jax.tree.leaves(model.weights.draft, is_leaf=lambda node: isinstance(node, DraftHead))
     return np.asarray(next(part.ids for part in parts if isinstance(part, DraftHead)))
+
+
+def covered(model: Generator, prompt: np.ndarray, tokens: Sequence[int]) -> int:
+    """How many tokens of an answer to a prompt [T] were inside V', or in a slot when their turn came."""
+    inside, slots = set(draft_ids(model).tolist()), model.context_slots
+    latest: dict[int, None] = {}  # ids outside, the one seen last at the end
+    count = 0
+    for place, token in enumerate([*prompt.tolist(), *tokens]):
+        held = place >= len(prompt) and (token in inside or token in latest)
+        count += held
+        if token not in inside and slots:
+            latest.pop(token, None)
+            latest[token] = None
+            if len(latest) > slots:
+                del latest[next(iter(latest))]
+    return count
 
 
 def in_turn(names: Sequence[str], turn: int) -> list[str]:

@@ -67,7 +67,7 @@ class Row:
     percent: float | None = None  # of the full vocabulary's average, as the paper prints it
 
     @property
-    def place(self) -> tuple[int, bool, bool, int]:
+    def place(self) -> tuple[int, bool, int, bool, int]:
         """Where the row stands: peers, vanilla, then drafts from the full vocabulary down."""
         kinds = ["peer", "vanilla", *drafters.KINDS]
         method = Method.parse(self.kind)
@@ -75,6 +75,7 @@ class Row:
         return (
             kinds.index(kind) if kind in kinds else len(kinds),
             method.copying,
+            method.slots,
             method.cropped,
             share_of(self.size),
         )
@@ -82,7 +83,7 @@ class Row:
     @property
     def base(self) -> str:
         """The kind of the same method with its full vocabulary."""
-        return dataclasses.replace(Method.parse(self.kind), cropped=False).name
+        return dataclasses.replace(Method.parse(self.kind), cropped=False, slots=0).name
 
     @property
     def family(self) -> str:

@@ -70,11 +70,12 @@ class Drafter(Protocol[W, M]):
     def reads_text(self) -> bool:
         """Whether it looks at the text so far (`Turn.text`)."""
 
-    def prefill(self, weights: W, features: Array, next_tokens: Array, start: Array, memory: M) -> M:
-        """Take in a chunk of a prompt.
+    def prefill(self, weights: W, features: Array, tokens: Array, start: Array, count: Array, memory: M) -> M:
+        """Take in a chunk of a prompt, of which `count` tokens are real.
 
         features: [T, (1 + taps) H] of the tokens at `start` .. `start + T - 1`.
-        next_tokens: [T]; the last real one is not known yet, so its row is taken in again by `take_in`.
+        tokens: [T + 1], one more. Of the last real one the next is not known yet, so its row is taken in again by
+          `take_in`.
         """
 
     def take_in(self, weights: W, turn: Turn, memory: M) -> tuple[Array, M]:
@@ -117,7 +118,7 @@ class Memoryless:
         return False
 
     def prefill(
-        self, weights: DraftWeights, features: Array, next_tokens: Array, start: Array, memory: DraftMemory
+        self, weights: DraftWeights, features: Array, tokens: Array, start: Array, count: Array, memory: DraftMemory
     ) -> DraftMemory:
         return memory
 
@@ -180,6 +181,7 @@ class DraftSpec(Protocol):
 
     kind: ClassVar[str]  # what config.json says
     title: ClassVar[str]  # the method's usual name
+    in_context: ClassVar[bool]  # whether it can have slots for ids of the text so far (`slots.Slots`)
 
     @property
     def hidden_size(self) -> int:
@@ -216,7 +218,7 @@ class DraftSpec(Protocol):
         """The pace that suits it with a V' of `vocab`, where `pace` suits the device: it may have levels of its own."""
 
     def assemble(
-        self, target: Target, params: Any, ids: np.ndarray, *, kernels: Kernels, int8: bool = False
+        self, target: Target, params: Any, ids: np.ndarray, *, kernels: Kernels, int8: bool = False, slots: int = 0
     ) -> tuple[Drafter[Any, Any], DraftWeights]:
         """The drafter, and the weights that it reads in each round.
 
@@ -225,4 +227,5 @@ class DraftSpec(Protocol):
           params: of `shapes`.
           ids: [V'] int32, what the draft may propose: every head of it is cropped to them.
           kernels: which implementations run. int8: round the heads, as in `vocabulary.crop`.
+          slots: M, how many ids of the text so far it may propose besides; 0 where it is not `in_context`.
         """

@@ -17,14 +17,15 @@ from jax import Array
 from frspec_jax import kv_cache
 from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.drafters.base import DraftMemory, DraftWeights, Turn
-from frspec_jax.drafters.copying import Copies, Copying, NoCopies, NoCopying, WholeHead
+from frspec_jax.drafters.copying import Copies, Copying, NoCopies, NoCopying
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.placement import Placement
+from frspec_jax.slots import Slots
 from frspec_jax.tree import ALL_THE_WAY, Beam, Candidates, DraftTree, Going, rerank
-from frspec_jax.vocabulary import DraftHead
+from frspec_jax.vocabulary import DraftHead, WholeHead
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.products import take_rows
-from pallas_kernels.subvocab_head import subvocab_top_k
+from pallas_kernels.subvocab_head import Extra, subvocab_top_k
 
 
 @struct.dataclass
@@ -33,7 +34,7 @@ class BeamWeights(DraftWeights):
 
     embedding: Array  # [V, H], the target's
     head: DraftHead  # cropped to the sub-vocabulary
-    whole: WholeHead | None  # what is copied from; None where nothing is
+    whole: WholeHead | None  # what copies and slots read; None where there are none
 
 
 @struct.dataclass
@@ -41,6 +42,7 @@ class BeamMemory(DraftMemory):
     """What a drafter of one layer remembers between rounds."""
 
     kv: LayerKV
+    slots: Slots | None = None  # None: its head is the sub-vocabulary alone
 
 
 @struct.dataclass
@@ -63,6 +65,7 @@ class BeamDrafter(abc.ABC, Generic[W]):
     config: ModelConfig  # the draft's layer, as a model of one layer
     kernels: Kernels
     copying: Copying | NoCopying
+    slots: int  # M, how many ids of the text so far it may propose besides its sub-vocabulary
 
     @abc.abstractmethod
     def fused(self, weights: W, features: Array) -> Array:
@@ -82,20 +85,30 @@ class BeamDrafter(abc.ABC, Generic[W]):
         """What the LM head reads of the layer's outputs, both [T, H]."""
 
     def new_memory(self, capacity: int, dtype: jnp.dtype) -> BeamMemory:
-        return BeamMemory(kv_cache.empty(self.config, capacity, dtype)[0])
+        slots = Slots.empty(self.slots) if self.slots else None
+        return BeamMemory(kv_cache.empty(self.config, capacity, dtype)[0], slots)
 
     @property
     def reads_text(self) -> bool:
         return self.copying.reads_text
 
-    def prefill(self, weights: W, features: Array, next_tokens: Array, start: Array, memory: BeamMemory) -> BeamMemory:
-        return self._taken_in(weights, features, next_tokens, start, memory)[1]
+    def prefill(
+        self, weights: W, features: Array, tokens: Array, start: Array, count: Array, memory: BeamMemory
+    ) -> BeamMemory:
+        memory = self._taken_in(weights, features, tokens[1:], start, memory)[1]
+        if memory.slots is None:
+            return memory
+        slots = memory.slots.emptied(start == 0)  # they may be left from another text
+        return dataclasses.replace(memory, slots=slots.seeing(tokens[:-1], start, count, weights.whole))
 
     def take_in(self, weights: W, turn: Turn, memory: BeamMemory) -> tuple[Array, BeamMemory]:
         accepted = turn.accepted
         with jax.named_scope("extend"):  # overwrites what the draft wrote for the last tree
             start = turn.length - accepted.count
             outputs, memory = self._taken_in(weights, accepted.features, accepted.next_tokens, start, memory)
+        if memory.slots is not None:
+            slots = memory.slots.seeing(accepted.next_tokens, start + 1, accepted.count, weights.whole)
+            memory = dataclasses.replace(memory, slots=slots)
         return outputs[accepted.count - 1], memory
 
     def propose(
@@ -136,9 +149,13 @@ class BeamDrafter(abc.ABC, Generic[W]):
         level runs the K beams through the draft, takes each one's K best tokens, and makes the K best of those K² the
         next beams.
         """
-        copies = self.copying.below_root(turn.text, turn.length, weights.whole)
+        whole, extra = weights.whole, None
+        if memory.slots is not None:
+            assert whole is not None
+            whole, extra = whole.keeping(memory.slots.ids), memory.slots.head(whole)
+        copies = self.copying.below_root(turn.text, turn.length, whole)
         with jax.named_scope("draft_level_0"):
-            scores, tokens = copies.raised(*self._best_tokens(weights, tree, lead[None]))
+            scores, tokens = copies.raised(*self._best_tokens(weights, tree, lead[None], extra))
             beam = Beam.start(tree, going.likely(scores[0], 0), tokens[0])
             inputs = jnp.broadcast_to(lead, (tree.top_k, lead.shape[0]))
             copies = copies.below(beam.tokens, jnp.zeros(tree.top_k, jnp.int32))
@@ -150,22 +167,24 @@ class BeamDrafter(abc.ABC, Generic[W]):
                 where = Placement.of_level(beam, level, turn.length)
                 embeddings = take_rows(weights.embedding, beam.tokens)
                 outputs, kv = self.extend(weights, embeddings, at.inputs, where, ended.kv)
-                scores, tokens = at.copies.raised(*self._best_tokens(weights, tree, outputs))
+                scores, tokens = at.copies.raised(*self._best_tokens(weights, tree, outputs, extra))
                 beam, parents = beam.grow(going.likely(scores, level), tokens, self.kernels.attention)
                 copies = at.copies.below(beam.tokens, parents)
                 return Frontier(beam, outputs[parents], kv, copies, at.levels + 1)
 
             with jax.named_scope(f"draft_level_{level}"):
                 at = going.on(level, at.beam.scores, deeper, dataclasses.replace(at, beam=at.beam.ended()))
-        return at.beam.history, at.levels, BeamMemory(at.kv)
+        return at.beam.history, at.levels, dataclasses.replace(memory, kv=at.kv)
 
-    def _best_tokens(self, weights: W, tree: TreeConfig, outputs: Array) -> tuple[Array, Array, Array]:
+    def _best_tokens(
+        self, weights: W, tree: TreeConfig, outputs: Array, extra: Extra | None
+    ) -> tuple[Array, Array, Array]:
         """What the head reads of outputs [M, H], and the K best tokens: log-probabilities and ids, [M, K] each."""
         with jax.named_scope("draft_head"):
             rows, head = self.head_input(weights, outputs), weights.head
             # The only place where a row of the sub-vocabulary becomes an id.
             return rows, *subvocab_top_k(
-                rows, head.weight, tree.top_k, head.scale, head.ids, implementation=self.kernels.head
+                rows, head.weight, tree.top_k, head.scale, head.ids, extra, implementation=self.kernels.head
             )
 
     def _taken_in(
@@ -175,4 +194,4 @@ class BeamDrafter(abc.ABC, Generic[W]):
         inputs, embeddings = self.fused(weights, features), take_rows(weights.embedding, next_tokens)
         where = Placement.chain(start, features.shape[0])
         outputs, kv = self.extend(weights, embeddings, inputs, where, memory.kv)
-        return outputs, BeamMemory(kv)
+        return outputs, dataclasses.replace(memory, kv=kv)

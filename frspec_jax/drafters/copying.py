@@ -16,22 +16,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from frspec_jax.vocabulary import WholeHead
 from pallas_kernels.products import einsum_f32, take_rows
 
 LONGEST = 3  # tokens of a match that count: the last one, and up to two before it
 MATCHES = 16  # earlier places that a beam looks at: the longest matches, of equally long ones the latest
-
-
-@struct.dataclass
-class WholeHead:
-    """The target's LM head, where a draft copies: also from outside V'."""
-
-    weight: Array  # [V, H]
-    kept: Array  # [V] bool, which rows of it the draft's own head holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +34,6 @@ class Copying:
     longer: float = 2.0  # log-weight of each further token that a match is long
     reach: float = 200.0  # tokens: a place that lies so much further back weighs 1 / e
     doubt: float = 0.3  # the weight of "none of them"; a match of one token, right here, has 1
-
-    def whole_head(self, weight: Array, ids: np.ndarray) -> WholeHead | None:
-        """What is read of a head [V, H] of which the draft keeps the rows `ids` [V']."""
-        return WholeHead(weight, jnp.asarray(np.isin(np.arange(weight.shape[0]), ids)))
 
     @property
     def reads_text(self) -> bool:
@@ -61,9 +49,6 @@ class Copying:
 @dataclasses.dataclass(frozen=True)
 class NoCopying:
     """A drafter's own scores, as they are."""
-
-    def whole_head(self, weight: Array, ids: np.ndarray) -> WholeHead | None:
-        return None
 
     @property
     def reads_text(self) -> bool:

@@ -28,7 +28,7 @@ from frspec_jax.layers import LayerParams, Pass, decoder_layer, linear
 from frspec_jax.pace import Pace
 from frspec_jax.placement import Placement
 from frspec_jax.schema import checked
-from frspec_jax.vocabulary import crop
+from frspec_jax.vocabulary import WholeHead, crop
 from pallas_kernels.dispatch import AUTO, Kernels
 
 
@@ -55,6 +55,7 @@ class Eagle(BeamDrafter[EagleWeights]):
     config: ModelConfig  # the draft's one layer: `EagleConfig.layer_of(target)`
     kernels: Kernels = AUTO
     copying: Copying | NoCopying = NO_COPYING
+    slots: int = 0
     taps: ClassVar[tuple[int, ...]] = ()
 
     def fused(self, weights: EagleWeights, features: Array) -> Array:
@@ -100,6 +101,7 @@ class EagleConfig:
 
     kind: ClassVar[str] = "eagle"
     title: ClassVar[str] = "EAGLE-2"
+    in_context: ClassVar[bool] = True
     taps: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -162,13 +164,20 @@ class EagleConfig:
         return pace.with_beams(min(pace.growth.top_k, vocab))
 
     def assemble(
-        self, target: Target, params: EagleParams, ids: np.ndarray, *, kernels: Kernels, int8: bool = False
+        self,
+        target: Target,
+        params: EagleParams,
+        ids: np.ndarray,
+        *,
+        kernels: Kernels,
+        int8: bool = False,
+        slots: int = 0,
     ) -> tuple[Eagle, EagleWeights]:
         copying, head = self.copying or NO_COPYING, target.params.head
         weights = EagleWeights(
             embedding=target.params.embedding,
             head=crop(head, ids, int8),
-            whole=copying.whole_head(head, ids),
+            whole=WholeHead.of(head, ids) if self.copying or slots else None,
             params=params,
         )
-        return Eagle(self.layer_of(target.config), kernels, copying), weights
+        return Eagle(self.layer_of(target.config), kernels, copying, slots), weights

@@ -30,7 +30,7 @@ from frspec_jax.layers import LayerParams, Pass, decoder_layer
 from frspec_jax.pace import Pace
 from frspec_jax.placement import Placement
 from frspec_jax.schema import checked
-from frspec_jax.vocabulary import crop
+from frspec_jax.vocabulary import WholeHead, crop
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.products import linear, rms_norm
 
@@ -86,6 +86,7 @@ class Eagle3(BeamDrafter[Eagle3Weights]):
     kernels: Kernels = AUTO
     norms: Norms = AS_PUBLISHED
     copying: NoCopying = NO_COPYING  # its head cannot read what lies outside its vocabulary
+    slots: int = 0
 
     def fused(self, weights: Eagle3Weights, features: Array) -> Array:
         return joined_taps(weights.params, self.norms, features, self.config.rms_norm_eps)
@@ -163,6 +164,7 @@ class Eagle3Config:
 
     kind: ClassVar[str] = "eagle3"
     title: ClassVar[str] = "EAGLE-3"
+    in_context: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_layer(self, "draft_vocab_size")
@@ -221,7 +223,14 @@ class Eagle3Config:
         return pace.with_beams(min(pace.growth.top_k, vocab))
 
     def assemble(
-        self, target: Target, params: Eagle3Params, ids: np.ndarray, *, kernels: Kernels, int8: bool = False
+        self,
+        target: Target,
+        params: Eagle3Params,
+        ids: np.ndarray,
+        *,
+        kernels: Kernels,
+        int8: bool = False,
+        slots: int = 0,
     ) -> tuple[Eagle3, Eagle3Weights]:
         """See `base.DraftSpec`; the head that is cropped is the draft's own, so `ids` must be among its vocabulary."""
         known = self.vocabulary(params)
@@ -232,10 +241,18 @@ class Eagle3Config:
         weights = Eagle3Weights(
             embedding=target.params.embedding if embedding is None else embedding,
             head=dataclasses.replace(crop(params.lm_head, rows, int8), ids=jnp.asarray(ids, jnp.int32)),
-            whole=None,
+            whole=_whole_head(params.lm_head, known, ids, target.config.vocab_size) if slots else None,
             params=dataclasses.replace(params, lm_head=None, ids=None),
         )
-        return Eagle3(self.layer_of(target.config), self.taps, kernels, self.norms), weights
+        drafter = Eagle3(self.layer_of(target.config), self.taps, kernels, self.norms, slots=slots)
+        return drafter, weights
+
+
+def _whole_head(lm_head: Array, known: np.ndarray, kept: np.ndarray, vocab_size: int) -> WholeHead:
+    """The draft's own head, whose rows stand for the ids `known` [V_d], and of which it keeps `kept` [V']."""
+    rows = np.full(vocab_size, -1, np.int32)
+    rows[known] = np.arange(len(known))
+    return WholeHead(lm_head, jnp.asarray(np.isin(np.arange(vocab_size), kept)), jnp.asarray(rows))
 
 
 def with_embedding(params: Eagle3Params, embedding: Any) -> Eagle3Params:

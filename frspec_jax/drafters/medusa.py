@@ -200,6 +200,7 @@ class MedusaConfig:
 
     kind: ClassVar[str] = "medusa"
     title: ClassVar[str] = "Medusa"
+    in_context: ClassVar[bool] = False  # it remembers nothing, and each head has rows of its own
     taps: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -237,8 +238,16 @@ class MedusaConfig:
         return dataclasses.replace(pace, growth=growth)
 
     def assemble(
-        self, target: Target, params: MedusaParams, ids: np.ndarray, *, kernels: Kernels, int8: bool = False
+        self,
+        target: Target,
+        params: MedusaParams,
+        ids: np.ndarray,
+        *,
+        kernels: Kernels,
+        int8: bool = False,
+        slots: int = 0,
     ) -> tuple[Medusa, MedusaWeights]:
+        assert not slots, "a Medusa draft has no slots"
         own = [h.lm_head for h in params.heads if h.lm_head is not None]
         lm_heads = tuple(crop(rows, ids, int8) for rows in own or [target.params.head])
         return Medusa(self.choices, kernels), MedusaWeights(tuple(h.blocks for h in params.heads), lm_heads)

@@ -10,9 +10,10 @@ from jax import Array
 from pallas_kernels.batching import by_rows
 from pallas_kernels.dispatch import Implementation, choose, power_of_two
 from pallas_kernels.subvocab_head import triton, xla
+from pallas_kernels.subvocab_head.extra import Extra
 from pallas_kernels.subvocab_head.triton import Config
 
-__all__ = ["Config", "quantised", "subvocab_top_k"]
+__all__ = ["Config", "Extra", "quantised", "subvocab_top_k"]
 
 MOST_ROWS = 64  # of the kernel, which keeps all of them on chip; beyond, a product is no matter of bytes any more
 
@@ -23,16 +24,18 @@ def subvocab_top_k(
     k: int,
     scale: Array | None = None,
     ids: Array | None = None,
+    extra: Extra | None = None,
     *,
     implementation: Implementation = "auto",
     config: Config | None = None,
 ) -> tuple[Array, Array]:
-    """The k most probable rows of the head under the softmax over all of its rows.
+    """The k most probable rows of the head under the softmax over all of its rows, and over those of `extra`.
 
     Args:
       x: [M, H] predicted features. head: [V', H]. k: at most V'.
       scale: [V'] float32, what each row of a head of int8 is multiplied by; None for a head of floats.
       ids: [V'] int32, what each row stands for; None: its own number.
+      extra: further rows after those of the head, of other ids.
       implementation: see `dispatch`; more than `MOST_ROWS` rows are XLA's in any case. config: the kernel's, instead of
         the one chosen for the shape.
 
@@ -43,9 +46,12 @@ def subvocab_top_k(
 
     def together(x: Array, shared: Any) -> tuple[Array, Array]:
         head, scale, ids = shared
-        return _of_rows(x, head, scale, ids, k, implementation, config)
+        return _of_rows(x, head, scale, ids, None, k, implementation, config)
 
-    return by_rows(together, x, (head, scale, ids))
+    if extra is None:
+        return by_rows(together, x, (head, scale, ids))
+    # Each text has extra rows of its own. XLA's product with the head is one for all texts even so.
+    return _of_rows(x, head, scale, ids, extra, k, implementation, config)
 
 
 def _of_rows(
@@ -53,6 +59,7 @@ def _of_rows(
     head: Array,
     scale: Array | None,
     ids: Array | None,
+    extra: Extra | None,
     k: int,
     implementation: Implementation,
     config: Config | None,
@@ -63,8 +70,8 @@ def _of_rows(
     default = config or Config.suited_to(x.shape[1])
     implementation, chosen = choose(implementation, "subvocab_head", head.dtype, shape, default)
     if implementation == "xla" or x.shape[0] > MOST_ROWS:
-        return xla.subvocab_top_k(x, head, k, scale, ids)
-    return triton.subvocab_top_k(x, head, k, scale, ids, chosen, interpret=implementation == "interpret")
+        return xla.subvocab_top_k(x, head, k, scale, ids, extra)
+    return triton.subvocab_top_k(x, head, k, scale, ids, extra, chosen, interpret=implementation == "interpret")
 
 
 def quantised(head: Array) -> tuple[Array, Array]:

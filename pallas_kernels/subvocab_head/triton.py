@@ -1,14 +1,16 @@
 """The sub-vocabulary head as a Pallas kernel for CUDA (Triton): product, log-sum-exp and top-k in one pass.
 
 Each program multiplies a tile of the head's rows with all features, and leaves the tile's k best
-scores and its log-sum-exp; XLA merges the tiles. The logits are never in memory. The vocabulary is
-the long side of the product and the few features the short one, as tensor cores like it.
+scores and its log-sum-exp; another kernel merges the tiles. The logits are never in memory. The vocabulary is
+the long side of the product and the few features the short one, as tensor cores like it. Extra rows are
+tiles of their own, which a second launch writes behind those of the head.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import check_blocks, power_of_two
 from pallas_kernels.products import precision_of
+from pallas_kernels.subvocab_head.extra import Extra, joined_ids
 
 MASKED = -1e30  # the score of rows past the end of the head: below every real one, above what is taken already
 
@@ -43,23 +46,69 @@ class Config:
         return cls(block_h=block)
 
 
+WHOLE = pl.BlockSpec(memory_space=pl.ANY)
+Found = Sequence[Array]  # scores and index [tiles, kept, M], peak and total [tiles, M], of `_tile`
+
+
 @functools.partial(jax.jit, static_argnames=("k", "config", "interpret"))  # equal layers are lowered once
 def subvocab_top_k(
-    x: Array, head: Array, k: int, scale: Array | None, ids: Array | None, config: Config, interpret: bool
+    x: Array,
+    head: Array,
+    k: int,
+    scale: Array | None,
+    ids: Array | None,
+    extra: Extra | None,
+    config: Config,
+    interpret: bool,
 ) -> tuple[Array, Array]:
     """`pallas_kernels.subvocab_head.subvocab_top_k`, by the kernels; arguments and result as there."""
-    count, size = x.shape[0], head.shape[0]
-    columns = power_of_two(count)
-    tiles, kept = -(-size // config.block_v), power_of_two(k, least=1)
-    scales = [] if scale is None else [scale]
+    count, own = x.shape[0], -(-head.shape[0] // config.block_v)
+    tiles = own if extra is None else own - (-extra.ids.shape[0] // config.block_v)
+    scored = functools.partial(_scored, x, k, config, interpret, tiles)
+    found = scored(head, range(own), scale=scale)
+    if extra is not None:
+        ids = joined_ids(head, ids, extra)
+        found = scored(extra.weight, range(own, tiles), ids=extra.ids, before=head.shape[0], into=found)
     names = [] if ids is None else [ids]
-    whole = pl.BlockSpec(memory_space=pl.ANY)
-    per_tile = pl.BlockSpec((None, kept, columns), lambda tile: (tile, 0, 0))
-    one_row = pl.BlockSpec((None, columns), lambda tile: (tile, 0))
-    found = pl.pallas_call(
-        functools.partial(_tile, config=config, k=k),
-        grid=(tiles,),
-        in_specs=[whole] * (2 + len(scales)),
+    return pl.pallas_call(
+        functools.partial(_merge, k=k, each=min(k, config.block_v)),
+        grid=(count,),
+        in_specs=[WHOLE] * (4 + len(names)),
+        out_specs=[WHOLE] * 2,
+        out_shape=[jax.ShapeDtypeStruct((count, k), jnp.float32), jax.ShapeDtypeStruct((count, k), jnp.int32)],
+        compiler_params=plt.CompilerParams(num_warps=4 if tiles <= 1024 else 16, num_stages=1),
+        interpret=interpret,
+        name="subvocab_head_merge",
+    )(*found, *names)
+
+
+def _scored(
+    x: Array,
+    k: int,
+    config: Config,
+    interpret: bool,
+    tiles: int,
+    head: Array,
+    mine: range,
+    scale: Array | None = None,
+    ids: Array | None = None,
+    before: int = 0,
+    into: Found = (),
+) -> Found:
+    """What all `tiles` have found, of which those of a head's rows are `mine`.
+
+    ids: [V'] int32, negative where a row does not count. before: rows of other heads before these. into: what tiles
+    of other heads have found, which is written to in place.
+    """
+    columns, kept, first = power_of_two(x.shape[0]), power_of_two(k, least=1), mine.start
+    about = [array for array in (scale, ids) if array is not None]
+    per_tile = pl.BlockSpec((None, kept, columns), lambda tile: (tile + first, 0, 0))
+    one_row = pl.BlockSpec((None, columns), lambda tile: (tile + first, 0))
+    facts = _Facts(k, before, scale is not None, ids is not None)
+    return pl.pallas_call(
+        functools.partial(_tile, config=config, facts=facts),
+        grid=(len(mine),),
+        in_specs=[WHOLE] * (2 + len(about) + len(into)),
         out_specs=[per_tile, per_tile, one_row, one_row],
         out_shape=[
             jax.ShapeDtypeStruct((tiles, kept, columns), jnp.float32),
@@ -67,20 +116,21 @@ def subvocab_top_k(
             jax.ShapeDtypeStruct((tiles, columns), jnp.float32),
             jax.ShapeDtypeStruct((tiles, columns), jnp.float32),
         ],
+        input_output_aliases={2 + len(about) + number: number for number in range(len(into))},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
-        name="subvocab_head",
-    )(x, head, *scales)
-    return pl.pallas_call(
-        functools.partial(_merge, k=k, each=min(k, config.block_v)),
-        grid=(count,),
-        in_specs=[whole] * (4 + len(names)),
-        out_specs=[whole] * 2,
-        out_shape=[jax.ShapeDtypeStruct((count, k), jnp.float32), jax.ShapeDtypeStruct((count, k), jnp.int32)],
-        compiler_params=plt.CompilerParams(num_warps=4 if tiles <= 1024 else 16, num_stages=1),
-        interpret=interpret,
-        name="subvocab_head_merge",
-    )(*found, *names)
+        name="subvocab_head" + "_extra" * bool(into),
+    )(x, head, *about, *into)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What a tile is told: how many to keep, rows of other heads before its own, and which arrays it is given."""
+
+    k: int
+    before: int
+    scaled: bool
+    named: bool
 
 
 def _merge(scores_ref: Any, index_ref: Any, peak_ref: Any, total_ref: Any, *refs: Any, k: int, each: int) -> None:
@@ -121,12 +171,14 @@ def _merge(scores_ref: Any, index_ref: Any, peak_ref: Any, total_ref: Any, *refs
     plt.store(row_ref.at[line, slot], row, mask=slot < k)
 
 
-def _tile(x_ref: Any, head_ref: Any, *refs: Any, config: Config, k: int) -> None:
+def _tile(x_ref: Any, head_ref: Any, *refs: Any, config: Config, facts: _Facts) -> None:
     """One tile of the head against all features.
 
-    Refs: x [M, H]; head [V', H]; scale [V'] where the head is quantised; then the results, whose columns are padded:
-    scores and index [kept, M], the k first real; peak and total [M], of the softmax over the tile.
+    Refs: x [M, H]; head [V', H]; scale [V'] where the head is quantised; ids [V'] where some rows may not count; then
+    the results, whose columns are padded: scores and index [kept, M], the k first real; peak and total [M], of the
+    softmax over the tile.
     """
+    k = facts.k
     scores_ref, index_ref, peak_ref, total_ref = refs[-4:]
     (count, hidden), size = x_ref.shape, head_ref.shape[0]
     block_v, block_h, (kept, columns) = config.block_v, config.block_h, scores_ref.shape
@@ -156,10 +208,13 @@ def _tile(x_ref: Any, head_ref: Any, *refs: Any, config: Config, k: int) -> None
     begin: tuple[Any, Array] = np.int32(0), jnp.zeros((block_v, columns), jnp.float32)
     # Counted here, in 32 bits: a fori_loop of a known length counts in as many as JAX is set to.
     (_, scores), _ = lax.scan(step, begin, length=-(-hidden // block_h))
-    if len(refs) == 5:
+    if facts.scaled:
         scale = plt.load(refs[0].at[pl.ds(start, block_v)], mask=row < size, other=0.0)
         scores = scores * scale[:, None]
-    scores = jnp.where((row < size)[:, None], scores, MASKED)
+    counts = row < size
+    if facts.named:
+        counts = plt.load(refs[int(facts.scaled)].at[pl.ds(start, block_v)], mask=counts, other=-1) >= 0
+    scores = jnp.where(counts[:, None], scores, MASKED)
     peak = scores.max(0)
     peak_ref[...] = peak
     total_ref[...] = jnp.exp(scores - peak[None]).sum(0)
@@ -169,7 +224,7 @@ def _tile(x_ref: Any, head_ref: Any, *refs: Any, config: Config, k: int) -> None
     for number in range(min(k, block_v)):
         at = lax.argmax(scores, 0, jnp.int32)  # the lower of equal ones
         best = jnp.where(slot == number, scores.max(0)[None], best)
-        index = jnp.where(slot == number, start + at[None], index)
+        index = jnp.where(slot == number, facts.before + start + at[None], index)
         scores = jnp.where(rows == at[None], -jnp.inf, scores)
     scores_ref[...] = best
     index_ref[...] = index

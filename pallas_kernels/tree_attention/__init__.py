@@ -15,7 +15,7 @@ from pallas_kernels.batching import from_pool
 from pallas_kernels.bits import floats_of
 from pallas_kernels.device import current
 from pallas_kernels.dispatch import Implementation, choose, resolve
-from pallas_kernels.tree_attention import triton, xla
+from pallas_kernels.tree_attention import mosaic_config, triton, xla
 from pallas_kernels.tree_attention.triton import Config
 from pallas_kernels.tree_attention.xla import BLOCK
 from pallas_kernels.visibility import Sees
@@ -31,7 +31,7 @@ def tree_attention(
     *,
     slot: Array | None = None,
     implementation: Implementation = "auto",
-    config: Config | None = None,
+    config: Config | mosaic_config.Config | None = None,
     rows: int | None = None,
     steady: bool = True,
 ) -> Array:
@@ -43,7 +43,8 @@ def tree_attention(
         included; S a multiple of BLOCK. Floats, or the bits of bfloat16 as uint16.
       sees: which of the S rows each query attends to, at least one each.
       slot: int32, which part of a pool is this sequence's.
-      implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape.
+      implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape. Its class says
+        whether that is Triton's or Mosaic's; where Mosaic's cannot be had for these arrays, Triton's runs as it suits.
       rows: none beyond these is seen; None: all of S may be. XLA on a GPU then reads no others.
       steady: see `xla.steady_mix`; matters for bfloat16 on a CPU alone.
 
@@ -68,7 +69,7 @@ def _of_each(
     slot: Array | None,
     *,
     implementation: Implementation,
-    config: Config | None,
+    config: Config | mosaic_config.Config | None,
     rows: int | None,
     steady: bool,
 ) -> Array:
@@ -79,16 +80,32 @@ def _of_each(
     (batch, tokens, heads, head_dim), kv_heads = q.shape, keys.shape[1]
     folded = tokens * heads // kv_heads
     shape = {"rows": folded, "kv_heads": kv_heads, "head_dim": head_dim}
-    default = config or Config.suited_to(folded, kv_heads * batch)
-    implementation, chosen = choose(implementation, "tree_attention", keys.dtype, shape, default, unmeasured="pallas")
+    wanted = mosaic_config.Config if implementation == "mosaic" else Config
+    default = config or wanted.suited_to(folded, kv_heads * batch)
+    implementation, chosen = choose(
+        implementation,
+        "tree_attention",
+        keys.dtype,
+        shape,
+        default,
+        unmeasured="pallas",
+        kinds=(Config, mosaic_config.Config),
+    )
     if implementation == "xla":
         if current().platform == "gpu":
             at = slice(None) if slot is None else slot
             return jax.vmap(xla.straight)(q, keys[at, :, :rows], values[at, :, :rows], sees)
         return xla.tree_attention(q, keys, values, sees, slot, steady)
-    return triton.tree_attention(
-        q, floats_of(keys), floats_of(values), sees, slot, chosen, interpret=implementation == "interpret"
-    )
+    keys, values, interpret = floats_of(keys), floats_of(values), implementation == "interpret"
+    if isinstance(chosen, mosaic_config.Config):
+        # A text by itself; several in a pool are Triton's.
+        if slot is None and batch == 1 and mosaic_config.takes(q[0], keys[0], chosen, interpret):
+            from pallas_kernels.tree_attention import mosaic  # which imports a compiler
+
+            own = Sees(sees.committed[0], sees.ancestors[0])
+            return mosaic.tree_attention(q[0], keys[0], values[0], own, chosen, interpret)[None]
+        chosen = Config.suited_to(folded, kv_heads * batch)
+    return triton.tree_attention(q, keys, values, sees, slot, chosen, interpret)
 
 
 def attention_rows(capacity: int, implementation: Implementation) -> tuple[int, ...]:

@@ -12,12 +12,13 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.models import SHAPES, Shape
 from pallas_kernels.timing import Case
-from pallas_kernels.tree_attention import BLOCK, Config, tree_attention
+from pallas_kernels.tree_attention import BLOCK, Config, mosaic_config, tree_attention
 from pallas_kernels.visibility import Sees, causal
 
 TOKENS = (1, 10, 60)  # one token, a level of EAGLE's tree, a whole tree
 BLOCKS_K = (64, 128)
 WARPS_STAGES = ((4, 2), (4, 3), (8, 3))
+STAGES = (2, 3, 4)  # of the kernel in Mosaic GPU
 
 
 def arguments(
@@ -41,6 +42,18 @@ def sweep(rows: int, kv_heads: int) -> tuple[Config, ...]:
     return tuple(dict.fromkeys((suited, *others)))
 
 
+def mosaic_sweep(q: jax.Array, keys: jax.Array) -> tuple[mosaic_config.Config, ...]:
+    """Configs of the kernel in Mosaic GPU worth trying, first the one that would suit; none where it cannot be had."""
+    kv_heads = keys.shape[0]
+    suited = mosaic_config.Config.suited_to(q.shape[0] * q.shape[1] // kv_heads, kv_heads)
+    splits = sorted({max(1, suited.splits // 2), suited.splits})
+    others = (
+        dataclasses.replace(suited, block_k=block_k, splits=split, stages=stages)
+        for block_k, split, stages in itertools.product(BLOCKS_K, splits, STAGES)
+    )
+    return tuple(c for c in dict.fromkeys((suited, *others)) if mosaic_config.takes(q, keys, c, interpret=False))
+
+
 def timed(name: str, tokens: int, context: int, dtype: DTypeLike) -> Case:
     """A chain of `tokens` over a cache of `context` live rows, at the sizes of the model called `name`."""
     model, capacity = SHAPES[name], -(-(context + tokens) // (4 * BLOCK)) * 4 * BLOCK
@@ -57,6 +70,6 @@ def timed(name: str, tokens: int, context: int, dtype: DTypeLike) -> Case:
         run=tree_attention,
         moving=q,
         still=(keys, values, Sees(jnp.int32(context), causal(tokens))),
-        configs=sweep(rows, model.kv_heads),
+        configs=(*sweep(rows, model.kv_heads), *mosaic_sweep(q, keys)),
         tolerance=2e-2 if keys.dtype == jnp.bfloat16 else 1e-5,
     )

@@ -52,7 +52,8 @@ class Rows:
     def some(self, first: Array | int, count: int) -> tuple[Array, Array]:
         """`count` rows from `first` on: [kv_heads, count, head_dim] each."""
         kv_heads, _, head_dim = self.shape
-        at = (0 if self.slot is None else self.slot, 0, first, 0)
+        zero = jnp.int32(0)
+        at = (zero if self.slot is None else self.slot, zero, jnp.asarray(first, jnp.int32), zero)
         keys, values = (
             lax.dynamic_slice(rows, at, (1, kv_heads, count, head_dim)) for rows in (self.keys, self.values)
         )

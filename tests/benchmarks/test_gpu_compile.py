@@ -139,6 +139,20 @@ def test_the_ledger_counts_by_stage():
     ]
 
 
+def test_a_kernel_in_mosaic_gpu_goes_by_its_scope():
+    """Its text holds a whole program, with names and brackets of all kinds."""
+    text = """
+ENTRY %main (q: bf16[60,32,128]) -> bf16[60,32,128] {
+  %q = bf16[60,32,128]{2,1,0} parameter(0)
+  ROOT %mpmd_map.3 = bf16[60,32,128]{2,1,0} custom-call(%q), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/verify/layer_0/jit(tree_attention)/tree_attention/mpmd_map"}, backend_config={module = "ML\\EFname = \\22other\\22 ({[name = "}
+}
+"""  # noqa: E501
+    program = Program(text)
+    (launch,) = program.block(program.entry).launches
+    assert launch.what == "kernel tree_attention" and ledger.stage_of(launch.path) == "verify layers"
+    assert (launch.read, launch.written) == (60 * 32 * 128 * 2, 60 * 32 * 128 * 2)
+
+
 @pytest.mark.parametrize(("shape", "size"), [("f32[]", 4), ("(bf16[2,3]{1,0}, s32[5]{0})", 32), ("pred[7]", 7)])
 def test_sizes(shape, size):
     assert hlo.size_of(shape) == size

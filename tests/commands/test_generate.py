@@ -151,3 +151,58 @@ def test_the_dtype_suits_the_cpu(checkpoint, monkeypatch, tmp_path):
         fixed = api.Draft(pace="fixed")
         assert api.load(checkpoint, fixed).tree == best.tree
         assert api.load(checkpoint, fixed, dtype=jnp.float32).tree == defaults.DEFAULTS["cpu"].tree
+
+
+def test_several_prompts_are_answered_together_and_in_their_order(checkpoint, capsys, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    texts = ["the end", "in the", "an other one of these", "he"]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    sampled = ("--temperature", "0.9", "--seed", "3", "--presence-penalty", "0.4")
+    together, one_by_one = (
+        answers(capsys, checkpoint, "--prompt-file", file, *sampled, "--slots", slots) for slots in (3, 1)
+    )
+    assert [answer["tokens"] for answer in together] == [answer["tokens"] for answer in one_by_one]
+    assert [answer["text"] for answer in together] == [answer["text"] for answer in one_by_one]
+    model = api.load(checkpoint)
+    request = Request(24, Sampling(0.9, presence_penalty=0.4), seed=3)
+    assert [answer.tokens for answer in model.generate(texts, request)] == [answer["tokens"] for answer in together]
+    assert model.generate([], request) == []
+
+
+def test_an_answer_ends_before_a_stop_text(checkpoint, capsys):
+    """Alone, streamed and in a batch: the token that completes it is the last, and nothing of it is in the text."""
+    model = api.load(checkpoint)
+    whole = model.generate("the end", Request(24))
+    middle = whole.text[len(whole.text) // 2 :][:2]
+    expected = whole.text[: whole.text.index(middle)]
+    request = Request(24, stop=("no such text", middle), logprobs=1)
+    alone, (first, second) = model.generate("the end", request), model.generate(["the end", "the end"], request)
+    stream = model.stream("the end", request)
+    assert "".join(stream) == expected
+    for answer in (alone, first, second, stream.result):
+        assert (answer.text, answer.finish_reason) == (expected, "stop")
+        assert answer.tokens == whole.tokens[: len(answer.tokens)] == alone.tokens
+        assert len(answer.logprobs) == len(answer.tokens)
+    (said,) = answers(capsys, checkpoint, "--prompt", "the end", "--stop", middle, "--logprobs", "1")
+    assert (said["text"], said["finish_reason"]) == (expected, "stop")
+    np.testing.assert_allclose([one["logprob"] for one in said["logprobs"]], [one.logprob for one in alone.logprobs])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--logprobs", "2"], "--logprobs goes with --json; add it, or drop the flag"),
+        (["--json", "--logprobs", "21"], "--logprobs 21 must be 0 to 20 of the likeliest tokens"),
+        (["--logit-bias", "x"], "--logit-bias x must be a token id and a number, such as 28:-100"),
+        (["--logit-bias", f"{VOCAB_SIZE}:1"], f"--logit-bias {VOCAB_SIZE}:1: the model's token ids are 0 to"),
+        (["--stop", ""], "must be texts that are not empty"),
+        (["--slots", "0"], "--slots 0 must be at least 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty 0.0 must be a positive number; 1 is off"),
+    ],
+)
+def test_what_is_no_request_is_one_sentence(checkpoint, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as ended:
+        generate.main(["--ckpt", str(checkpoint.path), "--prompt", "hello", *flags])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and sentence in line

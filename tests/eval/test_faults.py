@@ -85,6 +85,17 @@ def test_a_ranking_is_read_even_where_the_vocabulary_is_full(command, ckpt, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_only_a_fixed_pace_is_replayed(ckpt, capsys):
+    said = refused(capsys, "accept", "--ckpt", ckpt, "--replay", "--pace", "both")
+    assert said == "error: --replay grows the same tree in every round, and --pace both does not; drop one"
+
+
+@pytest.mark.parametrize("slots", ["many", "8,", "-1"])
+def test_slots_are_numbers(slots, ckpt, capsys):
+    said = refused(capsys, "accept", "--ckpt", ckpt, f"--context-slots={slots}")
+    assert said == f"error: --context-slots {slots} must be whole numbers from 0 (none), such as 0,256,512"
+
+
 @pytest.mark.parametrize("flags", [["--shapes"], ["--shapes", "tiny"], ["--random-weights", "--shapes", "tiny"]])
 def test_speed_names_the_command_that_shapes_became(flags, capsys):
     assert refused(capsys, "speed", *flags).endswith("run: python -m eval stages MODEL")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from eval.__main__ import main
-from eval.commands.accept import show, summary
+from eval.commands.accept import Answer, show, summary
 from eval.commands.flags import _size
 from eval.data.questions import TASKS, Question, read_questions, spread
 from frspec_jax.api import Result
@@ -77,7 +77,9 @@ def test_sizes():
 
 def result(histogram):
     tokens = sum(n * (i + 1) for i, n in enumerate(histogram)) + 1
-    return Result("", [0] * tokens, 1, "stop", "eagle", 8, sum(histogram), None, histogram, 1.0, 1.0)
+    return Answer(
+        Result("", [0] * tokens, 1, "stop", "eagle", 8, sum(histogram), None, histogram, 1.0, 1.0), tokens - 1
+    )
 
 
 def test_accepted_length_is_pooled_over_rounds():
@@ -86,12 +88,14 @@ def test_accepted_length_is_pooled_over_rounds():
     assert found["average"] == 1.75
     assert found["histogram"] == [3, 4, 1]
     assert found["acceptance_by_depth"] == [0.625, 0.2]
+    assert found["coverage"] == round(13 / 16, 4)
 
 
 def test_tables_in_a_pipe_are_whole(monkeypatch, capsys):
     """A file has no width: there, no cell may be cut to what would fit a terminal of 80 columns."""
     monkeypatch.delenv("COLUMNS", raising=False)
     row = {"name": "FR-Spec 32,768 (conversation)", "average": 2.5, "coverage": 0.941}
+    row |= {"draft_vocab": 32768, "context_slots": 512}
     show({"questions": 7, "methods": [row | {"accepted_length": dict.fromkeys(TASKS, 2.5)}]})
     said = capsys.readouterr().out
-    assert row["name"] in said and "94.1%" in said and "…" not in said
+    assert row["name"] in said and "33,280" in said and "94.1%" in said and "…" not in said

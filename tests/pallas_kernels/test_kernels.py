@@ -204,10 +204,11 @@ def test_kernels_on_the_real_model(real_checkpoint):
     assert len(plain[0]) > 4 and decoded(INTERPRET) == plain
 
 
-def test_kernels_need_a_gpu_unless_they_are_interpreted(real_checkpoint, monkeypatch):
+@pytest.mark.parametrize("how", ["pallas", "mosaic"])
+def test_kernels_need_a_gpu_unless_they_are_interpreted(how, real_checkpoint, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    with pytest.raises(UserError, match="kernels pallas needs a CUDA GPU"):
-        api.load(real_checkpoint, "eagle", kernels=PALLAS)
+    with pytest.raises(UserError, match=f"kernels {how} needs a CUDA GPU"):
+        api.load(real_checkpoint, "eagle", kernels=Kernels.all(how))
 
 
 # Lowering to Triton at production shapes, without a GPU ------------------------------------------
@@ -256,6 +257,10 @@ def test_kernels_lower_at_the_shapes_of(name, dtype):
     scale = jax.ShapeDtypeStruct((8193,), jnp.float32)
     int8 = functools.partial(subvocab_top_k, implementation="pallas")
     assert kernels_in(lowered(lambda a, b, c: int8(a, b, 10, c), x, head_rows, scale)) == 2
+    extra = subvocab_head.Extra(
+        jax.ShapeDtypeStruct((500, shape.hidden), dtype), jax.ShapeDtypeStruct((500,), jnp.int32)
+    )
+    assert kernels_in(lowered(lambda a, b, c, e: int8(a, b, 10, c, extra=e), x, head_rows, scale, extra)) == 3
     argmax = functools.partial(subvocab_top_k, k=1, implementation="pallas")
     assert kernels_in(lowered(argmax, *head_cases.arguments(shape, 64, None, dtype))) == 2
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.subvocab_head import subvocab_top_k
+from pallas_kernels.subvocab_head import Extra, quantised, subvocab_top_k
 
 pytestmark = pytest.mark.as_shipped
 WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
@@ -86,3 +86,27 @@ def test_bfloat16_weights_are_summed_in_float32(how):
     assert scores.dtype == jnp.float32
     expected, _, _ = reference(x.astype(jnp.float32), head.astype(jnp.float32), 10)
     np.testing.assert_allclose(scores, expected, atol=1e-3)
+
+
+@both
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("size", "more", "k"), [(100, 40, 10), (200, 64, 4), (65, 130, 10), (64, 5, 3)])
+def test_extra_rows_are_rows_like_all_others(how, size, more, k, int8):
+    """Under ids of their own; those without one count for nothing, whole tiles of them too."""
+    rng = np.random.default_rng(size)
+    x, head, weight = (rng.normal(size=(rows, 32)).astype(np.float32) for rows in (5, size, more))
+    ids = np.where(rng.random(more) < 0.4, size + np.arange(more), -1).astype(np.int32)
+    ids[more // 2 :] = -1
+    ids[0], own = size, rng.permutation(size).astype(np.int32)
+    weight[0] *= 3  # so that some extra row is among the best
+    rounded, scale = jax.jit(quantised)(head) if int8 else (head, None)
+    head = np.asarray(rounded) * np.asarray(scale)[:, None] if int8 else head
+    scores, found = top[how](x, rounded, k, scale, own, Extra(weight, ids))
+    real = np.concatenate([np.ones(size, bool), ids >= 0])
+    expected, order, _ = reference(x, np.concatenate([head, weight])[real], k)
+    assert np.array_equal(found, np.concatenate([own, ids])[real][order])
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+    assert (np.asarray(found) >= size).any()
+    nothing = top[how](x, rounded, k, scale, own, Extra(weight, np.full(more, -1, np.int32)))
+    for one, other in zip(nothing, top[how](x, rounded, k, scale, own), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)

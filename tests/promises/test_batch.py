@@ -232,11 +232,11 @@ def test_programs_for_fewer_texts():
 
 def test_a_pool_is_never_copied(checkpoint):
     """Neither by a round nor by a prompt's chunk: each slot is written in place."""
-    from frspec_jax import slots
+    from frspec_jax import batched
 
     batch = Batch(api.load(checkpoint, Draft("eagle", tree=TreeConfig(6, 3, 3)), context=600), slots=3, sizes=(3,))
     places = np.arange(3, dtype=np.int32)
-    text = slots.decode.lower(batch._plan, batch.model.weights, batch._state, places).compile().as_text()
+    text = batched.decode.lower(batch._plan, batch.model.weights, batch._state, places).compile().as_text()
     pool = batch._state.caches.target[0].keys
     shape = f"f32[{','.join(map(str, pool.shape))}]"
     assert shape in text, "no pool in the program, so this test proves nothing"

@@ -58,6 +58,8 @@ HI = ("--prompt", "hi")
         (("--context", "5000"), "--context 5000"),
         (("--draft", "absent"), "--draft absent"),
         (("--draft", "none", "--draft-vocab", "32"), "--draft-vocab 32 needs a draft"),
+        (("--context-slots", "-1"), "--context-slots -1 must be a whole number from 0"),
+        (("--draft", "none", "--context-slots", "8"), "--context-slots 8 needs a draft"),
         (("--draft", "none", "--copying", "on", "--pace", "fixed"), "--copying on with a fixed pace needs a draft"),
         (("--raw", "--system", "be kind"), "--system"),
     ],

@@ -105,13 +105,20 @@ def fitted(kind: str, cfg: ModelConfig, tree: TreeConfig) -> TreeConfig:
 
 
 def weights(
-    cfg: ModelConfig, ids: np.ndarray | None = None, seed: int = 0, kind: str = "eagle", int8: bool = False
+    cfg: ModelConfig,
+    ids: np.ndarray | None = None,
+    seed: int = 0,
+    kind: str = "eagle",
+    int8: bool = False,
+    slots: int = 0,
 ) -> tuple[engine.Weights, Any]:
-    """A target with a draft whose head keeps `ids` (all of them by default)."""
+    """A target with a draft whose head keeps `ids` (all of them by default), and so many slots."""
     params = target(cfg, seed)
     shape, draft_params = DRAFTS[kind](cfg, seed + 1)
     ids = np.arange(cfg.vocab_size) if ids is None else ids
-    drafter, draft_weights = shape.assemble(Target(cfg, params), draft_params, ids, kernels=AUTO, int8=int8)
+    drafter, draft_weights = shape.assemble(
+        Target(cfg, params), draft_params, ids, kernels=AUTO, int8=int8, slots=slots
+    )
     return engine.Weights(params, draft_weights), drafter
 
 
@@ -123,7 +130,12 @@ def plan(
 
 
 def paced(
-    cfg: ModelConfig, kind: str | None, settings: Sampling = Sampling(), ids: np.ndarray | None = None, **changes: Any
+    cfg: ModelConfig,
+    kind: str | None,
+    settings: Sampling = Sampling(),
+    ids: np.ndarray | None = None,
+    slots: int = 0,
+    **changes: Any,
 ) -> tuple[engine.Plan, engine.Weights]:
     """A plan with a pace for a kind of draft (None: only what stands in the text), and weights with usual tables.
 
@@ -133,7 +145,7 @@ def paced(
     if kind is None:
         w, drafter = engine.Weights(target(cfg), NO_WEIGHTS), Vanilla()
     else:
-        w, drafter = weights(cfg, ids, kind=kind)
+        w, drafter = weights(cfg, ids, kind=kind, slots=slots)
         pace = DRAFTS[kind](cfg)[0].fit_pace(pace, cfg.vocab_size if ids is None else len(ids))
     one = dataclasses.replace(plan(cfg, drafter, tree, settings), pace=pace)
     return one, dataclasses.replace(w, pace=tables_of(pace, tree, DEFAULT))
