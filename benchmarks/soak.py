@@ -56,6 +56,13 @@ class Server:
             time.sleep(0.1)
         self.seconds_to_ready = round(time.perf_counter() - begun, 1)
 
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+
     def _ready(self) -> bool:
         with contextlib.suppress(httpx2.TransportError):
             return httpx2.get(f"{self.url}/ready").status_code == 200
@@ -208,17 +215,19 @@ def main() -> None:
     with reported():
         name = Path(args.ckpt).resolve().name
         flags = ["--ckpt", args.ckpt, "--name", name, "--slots", str(args.slots), "--context", "512", *rest]
-        server = Server([*flags, "--dtype", "float32"])
-        figures: dict[str, Any] = {"model": name, "slots": args.slots, "seconds_to_ready": server.seconds_to_ready}
-        with progress_bar() as progress:
-            figures |= asyncio.run(soak(server, name, args.requests, args.connections, progress))
-        os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait()
-        again = Server([*flags, "--dtype", "float32"])
-        figures["seconds_to_ready_after_kill"] = again.seconds_to_ready
-        figures["drain"] = drained(again, name)
-        print(json.dumps({k: v for k, v in figures.items() if k != "resident_mb_by_request"}, indent=2))
-        save(args.json, figures)
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Server([*flags, "--dtype", "float32"]))
+            figures: dict[str, Any] = {"model": name, "slots": args.slots, "seconds_to_ready": server.seconds_to_ready}
+            with progress_bar() as progress:
+                figures |= asyncio.run(soak(server, name, args.requests, args.connections, progress))
+            print(json.dumps({k: v for k, v in figures.items() if k != "resident_mb_by_request"}, indent=2), flush=True)
+            save(args.json, figures)
+            os.kill(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+            again = stack.enter_context(Server([*flags, "--dtype", "float32"]))
+            after = {"seconds_to_ready_after_kill": again.seconds_to_ready, "drain": drained(again, name)}
+            print(json.dumps(after, indent=2), flush=True)
+            save(args.json, figures | after)
 
 
 if __name__ == "__main__":
