@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -26,13 +26,16 @@ from frspec_jax.config import Sampling
 from frspec_jax.defaults import has_amx
 from frspec_jax.engine import RUNNING, Chunk
 from frspec_jax.errors import UserError
-from frspec_jax.generator import Generator, Request, Result, asked_of
 from frspec_jax.likelihood import Likely
 from frspec_jax.pace import Costs, Pace
 from frspec_jax.penalties import Bearing, Penalties
+from frspec_jax.request import Request, Result, asked_of
 from frspec_jax.sampling import argument
 from frspec_jax.writer import Writer
 from pallas_kernels import device
+
+if TYPE_CHECKING:
+    from frspec_jax.generator import Generator
 
 # Nodes that texts of a batch have together where it may still pay to verify several of each: beyond so many rows a CPU
 # takes as long for every further one. And of one text at most: each size that may be verified is compiled.

@@ -17,7 +17,7 @@ from tests.support.folders import VOCAB_SIZE, checkpoint_folder
 
 KEYS = {
     "text", "tokens", "prompt_tokens", "finish_reason", "method", "draft_vocab", "rounds", "accepted_length",
-    "accepted_histogram", "prefill_seconds", "decode_seconds",
+    "accepted_histogram", "prefill_seconds", "decode_seconds", "context_slots",
 }  # fmt: skip
 
 

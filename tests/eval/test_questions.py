@@ -88,7 +88,7 @@ def test_accepted_length_is_pooled_over_rounds():
     assert found["average"] == 1.75
     assert found["histogram"] == [3, 4, 1]
     assert found["acceptance_by_depth"] == [0.625, 0.2]
-    assert found["coverage"] == round(13 / 16, 4)
+    assert found["coverage"] == round(14 / 17, 4)
 
 
 def test_tables_in_a_pipe_are_whole(monkeypatch, capsys):

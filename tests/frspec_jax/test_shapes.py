@@ -37,13 +37,11 @@ def test_of_a_round(kind, tree, settings):
     chunk = engine.Chunk(np.zeros(9, np.int32), np.int32(0), np.int32(8), np.bool_(True))
     asked = engine.Asked.of(settings, seed=3, limit=20)
     caches = jax.eval_shape(lambda: engine.new_caches(plan, capacity, jnp.float32))
-    prefill = functools.partial(engine.prefill.__wrapped__, plan)
+    prefill = functools.partial(engine.prefill_chunk, plan)
     state = jax.eval_shape(prefill, w, caches, chunk, asked)
     proposed, memory = jax.eval_shape(functools.partial(engine.draft, plan), w, state)
-    verdict, cache = jax.eval_shape(
-        functools.partial(engine.verify, plan), w, state.caches.target, proposed, state.length, asked.draw
-    )
-    taken, cache = jax.eval_shape(functools.partial(engine.take, plan), proposed, verdict, cache, state.length)
+    verdict, cache = jax.eval_shape(functools.partial(engine.verify, plan), w, state.caches.target, proposed, state)
+    taken, cache = jax.eval_shape(functools.partial(engine.take, plan), proposed, verdict, cache, state)
     after = jax.eval_shape(
         functools.partial(engine.emit, plan),
         state,

@@ -64,7 +64,7 @@ def test_ten_requests_of_a_model_are_two_programs(tmp_path, requests):
     model = api.load(checkpoint, Draft(tree=TREE), dtype="float32", chunk=64)
     with programs() as made:
         model.warm_up(requests[0].sampling)
-    assert sum(name in ("prefill", "jit(prefill)") for name in made) == 1
+    assert sum(name in ("prefill_chunk", "jit(prefill_chunk)") for name in made) == 1
     assert sum("decode_rounds" in name for name in made) == 1
     prompts = [np.arange(1, 6 + 11 * n) % 250 for n in range(10)]
     alone = model.generate_ids(prompts[3], requests[3]).tokens

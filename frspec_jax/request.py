@@ -1,0 +1,112 @@
+"""What is asked of a model, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from frspec_jax import engine
+from frspec_jax.config import Sampling
+from frspec_jax.errors import UserError
+from frspec_jax.likelihood import MOST as MOST_LOGPROBS
+from frspec_jax.likelihood import Likely
+from frspec_jax.writer import Writer
+
+Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What may differ from one prompt to the next."""
+
+    max_new_tokens: int = 512
+    sampling: Sampling = Sampling()
+    seed: int = 0  # of 64 bits: -2^63 to 2^63 - 1
+    raw: bool = False  # no chat template
+    system: str | None = None  # the system message of a chat
+    sequence: int = 0  # tells apart answers of one seed to one prompt: 0, 1, 2, ...
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these that it would hold
+    logprobs: int | None = None  # give each token's log-probability, and so many of the likeliest beside it; None: none
+
+    def __post_init__(self) -> None:
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise UserError(f"--stop {self.stop!r} must be texts that are not empty")
+        if self.logprobs is not None and not (_is_int(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
+            raise UserError(f"--logprobs {self.logprobs} must be 0 to {MOST_LOGPROBS} of the likeliest tokens")
+        if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {self.max_new_tokens} must be a whole number of at least 1")
+        if not _is_int(self.seed) or not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed!r} must be a whole number from -2^63 to 2^63 - 1")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One answer, and how it came about."""
+
+    text: str
+    tokens: list[int]  # the stop id included, where one ended the answer
+    prompt_tokens: int
+    finish_reason: str | None  # "stop" or "length"; None while the answer goes on
+    method: str  # `Method.name`: "vanilla", "eagle", "eagle+fr" (cropped), "eagle+fr+copying"
+    draft_vocab: int | None  # V'; None where nothing drafts
+    rounds: int
+    accepted_length: float | None  # tokens a round, the bonus token counted; the first token is the prefill's
+    accepted_histogram: list[int]  # rounds that emitted 1, 2, ... D+1 tokens
+    prefill_seconds: float
+    decode_seconds: float
+    context_slots: int = 0  # M, ids of the text so far that could be proposed besides V'
+    logprobs: tuple[Likely, ...] | None = None  # of each token, where the request wants them
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second of decoding; the first token is the prefill's."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    def ended_by(self, writer: Writer) -> Result:
+        """The answer up to a stop text, where its writer met one: the tokens that say it, and the text before it."""
+        if not writer.stopped:
+            return self
+        count = writer.taken
+        logprobs = None if self.logprobs is None else self.logprobs[:count]
+        tokens = self.tokens[:count]
+        return dataclasses.replace(self, tokens=tokens, text=writer.text, finish_reason="stop", logprobs=logprobs)
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        if self.logprobs is None:
+            del data["logprobs"]
+        return data
+
+    def summary(self) -> str:
+        """One line for people."""
+        line = (
+            f"{len(self.tokens)} tokens ({self.finish_reason}); prefill {self.prefill_rate:.1f} tokens/s, "
+            f"decode {self.decode_rate:.1f} tokens/s"
+        )
+        if self.draft_vocab is not None and self.accepted_length is not None:
+            line += f"; accepted length {self.accepted_length:.2f} with bonus, V' = {self.draft_vocab:,}"
+            line += f" + {self.context_slots:,} slots" if self.context_slots else ""
+        return f"{line} [{self.method}]"
+
+
+def asked_of(request: Request, limit: int) -> engine.Asked:
+    """What a request asks of the rounds, which may emit no more than `limit` tokens."""
+    return engine.Asked.of(
+        request.sampling,
+        seed=request.seed,
+        limit=limit,
+        sequence=request.sequence,
+        likelihood=request.logprobs is not None,
+    )
