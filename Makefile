@@ -18,16 +18,16 @@ ASSETS := assets/smollm2-135m
 demo: $(CKPT)/.complete
 	$(RUN) -m eval demo --ckpt $(CKPT) --draft eagle --json results/demo.json
 
-# Tests that compare roundings or read compiled programs run as users do, with every kind of draft among them (compiled
-# in one piece each, which is the same program: two workers fill two cores). For the rest it is enough that a program is
-# right, and one that is hardly optimised is compiled in a quarter of the time.
+# Tests that compare roundings or read compiled programs run as users do, with every kind of draft among them. For the
+# rest it is enough that a program is right, and one that is hardly optimised is compiled in a quarter of the time.
+# All are compiled in one piece each, which is the same program: two workers fill two cores.
 test: $(VENV)/.test $(CKPT)/.complete
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	XLA_FLAGS="--xla_cpu_parallel_codegen_split_count=1 $(XLA_FLAGS)" \
+	XLA_FLAGS="$(IN_ONE_PIECE) $(XLA_FLAGS)" \
 	$(RUN) -m pytest -n 2 --dist worksteal --durations 12 -m as_shipped
-	XLA_FLAGS="$(LIGHTLY) $(XLA_FLAGS)" \
+	XLA_FLAGS="$(IN_ONE_PIECE) $(LIGHTLY) $(XLA_FLAGS)" \
 	$(RUN) -m pytest -n 2 --dist worksteal --durations 12 -m "not as_shipped"
 
 # On a machine with a GPU, and with JAX and the rest installed: no network, no .venv, five minutes and seven at most.
@@ -54,6 +54,7 @@ gpu-compile: .venv-gpu-compile/.run
 	  "jax[cuda12]==$(GPU_JAX)" -e . "pytest>=8" "hypothesis>=6.100" "pytest-xdist>=3.6"
 	touch $@
 
+IN_ONE_PIECE = --xla_cpu_parallel_codegen_split_count=1
 # JAX 0.11 knows the second no longer, and ends at a flag that it does not know.
 LIGHTLY = --xla_backend_optimization_level=0 $(shell $(RUN) -c "import jaxlib; print( \
   '--xla_cpu_use_fusion_emitters=false' if jaxlib.__version__ < '0.11' else '')")

@@ -9,13 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Most of the suite's time is XLA's compiler. What one test has compiled serves the other worker and the commands that
-# tests start, through a cache for this run of the suite alone: it is gone with the process that made it.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="frspec-jax-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    # What asks the run to end is taken as Ctrl-C, which leaves time to clear up.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+# Most of the suite's time is XLA's compiler. What one test has compiled, or measured of a round's costs, serves the
+# other worker and the commands that tests start, through folders for this run of the suite alone: they are gone with
+# the process that made them, and nothing of a toy's is kept among what the user has measured.
+for folder in ("JAX_COMPILATION_CACHE_DIR", "FRSPEC_JAX_CACHE"):
+    if folder not in os.environ:
+        os.environ[folder] = tempfile.mkdtemp(prefix="frspec-jax-tests-")
+        atexit.register(shutil.rmtree, os.environ[folder], ignore_errors=True)
+        # What asks the run to end is taken as Ctrl-C, which leaves time to clear up.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 for threshold in ("MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"):  # small programs are kept too
     os.environ.setdefault(f"JAX_PERSISTENT_CACHE_{threshold}", "0")
 
@@ -42,6 +44,11 @@ defaults.has_amx = lambda: False
 
 ROOT = Path(__file__).parent.parent
 MATERIAL = ROOT / "material" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model's tests go first, and so to one worker, which alone loads it and compiles for it."""
+    items.sort(key=lambda item: "material" not in item.keywords)
 
 
 def memory_maps() -> int:

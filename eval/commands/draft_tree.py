@@ -12,6 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
@@ -95,13 +96,17 @@ def run(args: argparse.Namespace) -> None:
         print(f"{one.title}: accepted {path}, then the target's own {one.bonus!r}")
 
 
+# One program each, and not one for each of their operations.
+_accepted, _mask = jax.jit(accepted_path, static_argnums=2), jax.jit(Sees.dense, static_argnums=1)
+
+
 def grown(model: Generator, text: np.ndarray) -> Drawn:
     """The tree that a model drafts after a text [T], and the path that the target accepts."""
     with model.begin(text, Request(model.tree.depth + 2)) as after:
         tree, after.state = stages.draft_step(after.plan, model.weights, after.state)
         verdict, after.state = stages.verify_step(after.plan, model.weights, after.state, tree)
-        path, drafts = accepted_path(tree, verdict.chosen, model.tree.depth)
-    mask = np.asarray(Sees(jnp.int32(0), tree.ancestors).dense(len(tree.tokens)))
+        path, drafts = _accepted(tree, verdict.chosen, model.tree.depth)
+    mask = np.asarray(_mask(Sees(jnp.int32(0), tree.ancestors), len(tree.tokens)))
     accepted = np.asarray(path)[: int(drafts) + 1].tolist()
     decode = model.checkpoint.tokenizer.decode
     return Drawn(

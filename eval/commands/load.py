@@ -119,7 +119,7 @@ def show(figures: dict[str, Any]) -> None:
         "between chunks",
     )
     for heading in (*headings, "errors"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading in ("rate", "answered"))
     for row in figures["rates"]:
         table.add_row(
             "at once" if row["rate"] is None else f"{row['rate']:g}/s",

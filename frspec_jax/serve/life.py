@@ -57,22 +57,30 @@ def serve(args: argparse.Namespace, flags: DraftFlags, keys: tuple[bytes, ...]) 
         control_tokens=args.control_tokens == "control",
         compare=args.compare == "on",
     )
-    write_log()
-    served = Served(checkpoint, load, settings)
-    listener = bound(args.host, args.port)
-    asyncio.run(live(served, listener, args.drain_seconds))
+    with written_log():
+        served = Served(checkpoint, load, settings)
+        listener = bound(args.host, args.port)
+        asyncio.run(live(served, listener, args.drain_seconds))
     if served.engine.slots == 0 and served.engine.error is not None:  # nothing was ever served
         raise served.engine.error
 
 
-def write_log() -> None:
-    """One line of JSON a record, to standard error."""
+@contextlib.contextmanager
+def written_log() -> Iterator[None]:
+    """One line of JSON a record, to standard error, as long as the server lives."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("frspec_jax", "uvicorn.error"):
-        logger = logging.getLogger(name)
+    loggers = {logging.getLogger("frspec_jax"): logging.INFO, logging.getLogger("uvicorn.error"): logging.WARNING}
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for logger, level in loggers.items():
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO if name == "frspec_jax" else logging.WARNING)
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, handlers, propagate, level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 def bound(host: str, port: int) -> socket.socket:

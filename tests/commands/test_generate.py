@@ -13,7 +13,7 @@ import pytest
 import frspec_jax
 from frspec_jax import Request, Sampling, TreeConfig, api, defaults, generate
 from tests import conftest
-from tests.support.folders import VOCAB_SIZE, checkpoint_folder
+from tests.support.folders import VOCAB_SIZE
 
 KEYS = {
     "text", "tokens", "prompt_tokens", "finish_reason", "method", "draft_vocab", "rounds", "accepted_length",
@@ -22,8 +22,8 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return checkpoint_folder(tmp_path_factory.mktemp("generate") / "toy")
+def checkpoint(toy_folder):
+    return toy_folder
 
 
 def answers(capsys, checkpoint, *flags) -> list[dict]:
@@ -31,23 +31,34 @@ def answers(capsys, checkpoint, *flags) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.mark.parametrize("sampled", [(), ("--temperature", "1", "--seed", "4", "--top-k", "40", "--top-p", "0.9")])
-def test_the_draft_changes_nothing(checkpoint, capsys, sampled):
+FIXED, QUARTER = ("--pace", "fixed"), VOCAB_SIZE // 4
+SAMPLED = ("--temperature", "1", "--seed", "4", "--top-k", "40", "--top-p", "0.9")
+# What is asked to draft: the method, and the size of its vocabulary.
+DRAFTS = {
+    ("--draft", "none"): ("vanilla", None),
+    ("--draft-vocab", "full", *FIXED): ("eagle", VOCAB_SIZE),
+    ("--copying", "on", *FIXED): ("eagle+fr+copying", QUARTER),
+    (): ("eagle+fr+copying+auto", QUARTER),
+}
+OTHERS = {
+    ("--draft-vocab", "32", *FIXED): ("eagle+fr", 32),
+    FIXED: ("eagle+fr", QUARTER),
+    ("--tree-size", "1"): ("vanilla", None),
+    ("--copying", "off"): ("eagle+fr+auto", QUARTER),
+    ("--draft", "none", "--copying", "on"): ("vanilla+copying+auto", None),
+}
+
+
+# How tokens are drawn and what proposes them meet in the target's choice alone: a few drafts show that flags of both go
+# together, and tests/promises has every pair.
+@pytest.mark.parametrize(("drafts", "sampled"), [({**DRAFTS, **OTHERS}, ()), (DRAFTS, SAMPLED)], ids=["all", "drawn"])
+def test_the_draft_changes_nothing(checkpoint, capsys, drafts, sampled):
     found = {}
-    fixed = ("--pace", "fixed")
-    drafts = (("--draft", "none"), ("--draft-vocab", "full", *fixed), ("--draft-vocab", "32", *fixed), fixed,
-              ("--copying", "on", *fixed), ("--tree-size", "1"), (), ("--copying", "off"),
-              ("--draft", "none", "--copying", "on"))  # fmt: skip
     for flags in drafts:
         (found[flags],) = answers(capsys, checkpoint, "--prompt", "the end", *flags, *sampled)
     assert all(set(answer) == KEYS for answer in found.values())
     assert len({tuple(answer["tokens"]) for answer in found.values()}) == 1
-    methods = ["vanilla", "eagle", "eagle+fr", "eagle+fr", "eagle+fr+copying", "vanilla", "eagle+fr+copying+auto",
-               "eagle+fr+auto", "vanilla+copying+auto"]  # fmt: skip
-    quarter = VOCAB_SIZE // 4
-    sizes = [None, VOCAB_SIZE, 32, quarter, quarter, None, quarter, quarter, None]
-    assert [answer["method"] for answer in found.values()] == methods
-    assert [answer["draft_vocab"] for answer in found.values()] == sizes
+    assert {flags: (answer["method"], answer["draft_vocab"]) for flags, answer in found.items()} == drafts
     for answer in found.values():
         assert answer["rounds"] == sum(answer["accepted_histogram"])
         lengths = sum(n * (i + 1) for i, n in enumerate(answer["accepted_histogram"]))

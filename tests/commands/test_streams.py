@@ -17,19 +17,19 @@ from frspec_jax import api
 from frspec_jax.commands import dispatch, results_console
 from frspec_jax.errors import UserError, in_python
 from frspec_jax.vocabulary import Ranking
-from tests.support.folders import checkpoint_folder
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return checkpoint_folder(tmp_path_factory.mktemp("streams") / "toy").path
+def ckpt(toy_folder):
+    return toy_folder.path
 
 
 def generate(ckpt, *flags, shell="", **how):
-    """`python -m frspec_jax.generate`, with redirections as a shell writes them."""
-    command = [sys.executable, "-m", "frspec_jax.generate", "--ckpt", str(ckpt), "--max-new-tokens", "12", *flags]
+    """`python -m frspec_jax.generate`, with redirections as a shell writes them; what drafts is of no account."""
+    command = [sys.executable, "-m", "frspec_jax.generate", "--ckpt", str(ckpt), "--draft", "none"]
+    command += ["--max-new-tokens", "12", *flags]
     if shell:
         command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
     return subprocess.run(command, cwd=ROOT, capture_output=True, **how)

@@ -49,13 +49,13 @@ def test_an_imported_draft_changes_nothing_and_its_vocabulary_is_cropped_further
         model = api.load(ckpt, api.Draft(vocab=size, pace="fixed"))
         result = model.generate_ids(prompt, Request(24))
         assert result.tokens == expected
-        assert api.load(ckpt, api.Draft(vocab=size)).generate_ids(prompt, Request(24)).tokens == expected
         assert (result.method, result.draft_vocab) == (method, kept)
         ids = np.asarray(model.weights.draft.head.ids)
         always = np.intersect1d(control_ids(ckpt.tokenizer, ckpt.stop_ids, 160), IDS)
         assert set(always) <= set(ids) <= set(IDS) and len(set(ids.tolist())) == kept
         best = [i for i in ranking.order if i in set(IDS)][: kept - len(always)]
         assert set(best) <= set(ids)
+    assert api.load(ckpt).generate_ids(prompt, Request(24)).tokens == expected  # with a pace, as it comes
     with pytest.raises(UserError, match=r"Draft.vocab 61 is larger than the draft's own vocabulary \(60 tokens\)"):
         api.load(ckpt, api.Draft(vocab=61))
 
@@ -215,7 +215,7 @@ def test_a_draft_of_speculators_stands_for_the_ids_of_its_map_and_changes_nothin
         spec, params = imported(folder, ckpt, name, command="eagle3")
         assert np.array_equal(params.ids, ids) and spec.draft_vocab_size == 40
         assert spec.norms.residual == entries.get("norm_before_residual", False)
-        model = api.load(ckpt, api.Draft(name, vocab="full"))
+        model = api.load(ckpt, api.Draft(name, vocab="full", pace="fixed"))
         assert model.generate_ids(np.array([5, 80, 33, 9], np.int32), Request(24)).tokens == expected
 
 
@@ -226,7 +226,7 @@ def test_a_trained_embedding_is_kept_and_told(ckpt, tmp_path, capsys):
     spec, params = imported(folder, ckpt, "eagle3", command="eagle3")
     assert "differs from the target's in 160 of 160 rows; the draft keeps its own" in capsys.readouterr().err
     assert spec.own_embedding and np.array_equal(params.embedding, rows.numpy())
-    model = api.load(ckpt, api.Draft("eagle3", vocab="full"))
+    model = api.load(ckpt, api.Draft("eagle3", vocab="full", pace="fixed"))
     assert np.array_equal(model.weights.draft.embedding, rows.numpy())
     prompt = np.array([5, 80, 33, 9], np.int32)
     assert model.generate_ids(prompt, Request(24)).tokens == (

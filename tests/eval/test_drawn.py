@@ -13,12 +13,12 @@ from eval.commands.draft_tree import PLAIN, grown, heights
 from frspec_jax import Request, TreeConfig, api
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import Ranking
-from tests.support.folders import VOCAB_SIZE, checkpoint_folder
+from tests.support.folders import VOCAB_SIZE
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return checkpoint_folder(tmp_path_factory.mktemp("figures") / "toy").path
+def ckpt(toy_folder):
+    return toy_folder.path
 
 
 def evaluate(*argv):

@@ -28,14 +28,13 @@ from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import Ranking
 from tests.eval.test_report import LINES, MANIFEST, answer, line, write
-from tests.support.folders import checkpoint_folder
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return checkpoint_folder(tmp_path_factory.mktemp("faults") / "toy").path
+def ckpt(toy_folder):
+    return toy_folder.path
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from eval.data.questions import read_questions
 from eval.sandbox import inside, judge
 from frspec_jax.api import Generator
 from frspec_jax.errors import UserError
-from tests.support.folders import checkpoint_folder
 
 STUB = 'import math\n\n\ndef helper(x):\n    return x\n\n\ndef area(r: float) -> float:\n    """Of a circle.\n    """\n'
 TEST = "def check(candidate):\n    assert abs(candidate(1) - 3.14159) < 1e-3\n"
@@ -25,8 +24,8 @@ AREA = Problem("HumanEval/0", "HumanEval", "", stub=STUB, entry="area", test=TES
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return checkpoint_folder(tmp_path_factory.mktemp("quality") / "toy").path
+def ckpt(toy_folder):
+    return toy_folder.path
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import os
 import random
 import shutil
 import signal
@@ -30,16 +29,9 @@ from tests.support.folders import VOCAB_SIZE, checkpoint_folder
 METHODS = ["vanilla", "EAGLE-2", "FR-Spec 68"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_compile_cache():
-    os.environ["FRSPEC_JAX_CACHE"] = "off"
-    yield
-    del os.environ["FRSPEC_JAX_CACHE"]
-
-
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return checkpoint_folder(tmp_path_factory.mktemp("run") / "toy").path
+def ckpt(toy_folder):
+    return toy_folder.path
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +251,7 @@ def test_answers_are_held_against_vanilla(ckpt):
 
 
 def reference_logits(model, ids):
+    import jax
     import jax.numpy as jnp
 
     from frspec_jax import kv_cache, llama
@@ -267,7 +260,7 @@ def reference_logits(model, ids):
     config = model.checkpoint.config
     cache = kv_cache.empty(config, 256, jnp.float32)
     where = Placement.chain(jnp.int32(0), len(ids))
-    features, _ = llama.forward(model.weights.target, config, jnp.asarray(ids), where, cache)
+    features, _ = jax.jit(llama.forward, static_argnums=1)(model.weights.target, config, ids, where, cache)
     return np.asarray(llama.logits(model.weights.target, features))[-1]
 
 

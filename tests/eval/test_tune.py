@@ -16,7 +16,7 @@ from frspec_jax import TreeConfig, api, defaults, generate, tuned
 from frspec_jax.api import Result
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.errors import UserError
-from tests.support.folders import VOCAB_SIZE, checkpoint_folder
+from tests.support.folders import VOCAB_SIZE
 from train.__main__ import main as train
 
 SPACE = {"draft_vocab": [64, 32, 16, 8], "size": [4, 8, 16], "depth": [2, 3, 4], "top_k": [2, 4]}
@@ -25,8 +25,8 @@ FIXED = api.Draft(pace="fixed")
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return checkpoint_folder(tmp_path_factory.mktemp("tune") / "toy").path
+def ckpt(toy_folder):
+    return toy_folder.path
 
 
 @pytest.fixture

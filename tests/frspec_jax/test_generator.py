@@ -20,15 +20,15 @@ from frspec_jax.api import NO_DRAFT, Draft, Request
 from frspec_jax.config import VANILLA, Sampling, TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.vocabulary import control_ids
-from tests.support.folders import VOCAB_SIZE, checkpoint_folder
+from tests.support.folders import VOCAB_SIZE
 
 PROMPT = np.arange(1, 30, dtype=np.int32)
 TREE = TreeConfig(6, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return checkpoint_folder(tmp_path_factory.mktemp("generator") / "toy")
+def checkpoint(toy_folder):
+    return toy_folder
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_a_token_map_is_a_ranking(checkpoint, model, tmp_path):
     control = set(control_ids(checkpoint.tokenizer, checkpoint.stop_ids, VOCAB_SIZE))
     expected = model.generate_ids(PROMPT, Request(16)).tokens
     for vocab, size in ((None, 40), (20, 20), (40, 40)):
-        mapped = api.load(checkpoint, Draft(vocab=vocab, ranking=file))
+        mapped = api.load(checkpoint, Draft(vocab=vocab, ranking=file, tree=TREE))
         assert mapped.draft_vocab == size and mapped.generate_ids(PROMPT, Request(16)).tokens == expected
         best = [number for number in ids if number not in control][: size - len(control)]
         assert set(mapped.weights.draft.head.ids.tolist()) == control | set(best)

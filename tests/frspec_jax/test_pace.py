@@ -81,11 +81,14 @@ def test_a_chain_and_beams_are_one_tree(candidates, tokens, seed):
         assert parent[number] < 0 or scores[number] <= scores[parent[number]]
 
 
+ordered_of, reranked = (jax.jit(function, static_argnums=0) for function in (best_first, rerank))
+
+
 @settings(max_examples=40, deadline=None)
 @given(drafted())
 def test_best_first_holds_the_same_nodes_and_every_beginning_of_it_is_a_tree(candidates):
-    ordered, kept = best_first(TREE, candidates, jnp.int32(7))
-    proposed = rerank(TREE, candidates, jnp.int32(7))
+    ordered, kept = ordered_of(TREE, candidates, jnp.int32(7))
+    proposed = reranked(TREE, candidates, jnp.int32(7))
 
     def nodes(tree):
         return sorted(zip(np.asarray(tree.depth).tolist(), np.asarray(tree.tokens).tolist(), strict=True))
@@ -97,7 +100,7 @@ def test_best_first_holds_the_same_nodes_and_every_beginning_of_it_is_a_tree(can
         part = ordered.first(size)
         assert (np.asarray(part.parent) <= np.arange(size)).all()
         if size > 1:
-            assert nodes(part) == nodes(rerank(dataclasses.replace(TREE, size=size), candidates, jnp.int32(7)))
+            assert nodes(part) == nodes(reranked(dataclasses.replace(TREE, size=size), candidates, jnp.int32(7)))
 
 
 def test_the_size_that_pays_is_chosen():

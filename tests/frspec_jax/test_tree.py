@@ -175,7 +175,7 @@ def trees(draw) -> tuple[DraftTree, np.ndarray]:
     for n in range(1, size):  # with some luck the target chooses one of a node's children
         if rng.random() < likely:
             chosen[parent[n]] = tokens[n]
-    return DraftTree(tokens, parent, depth, bit_words(jnp.asarray(line))), chosen
+    return DraftTree(tokens, parent, depth, jax.jit(bit_words)(line)), chosen
 
 
 @settings(max_examples=150, deadline=None)

@@ -41,7 +41,7 @@ def test_a_path_of_any_length_moves(how, sizes, layers, seed, place):
     path, start = path_of(entries, nodes, length, rng), round(place * (CAPACITY - nodes))
     before = filled(layers, head_dim)
     after = moved[how](before, jnp.int32(start), path)
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    for old, new in zip(*(map(np.asarray, jax.tree.leaves(caches)) for caches in (before, after)), strict=True):
         for k in range(length):
             assert np.array_equal(new[:, start + k], old[:, start + path[k]])
         assert np.array_equal(new[:, :start], old[:, :start])

@@ -150,18 +150,18 @@ def test_the_head_on_a_gpu(num_warps, num_stages, size):
 # The round with kernels inside -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", toy.DRAFTS)
 @pytest.mark.parametrize(
-    ("settings", "int8", "kernels"),
+    ("kind", "settings", "int8", "kernels"),
     [
-        (Sampling(), False, INTERPRET),
-        (Sampling(1.0), False, dataclasses.replace(INTERPRET, product="xla")),
-        (Sampling(), True, Kernels("xla", "interpret", "xla")),
+        *((kind, Sampling(), False, INTERPRET) for kind in toy.DRAFTS),
+        *((kind, Sampling(), True, Kernels("xla", "interpret", "xla")) for kind in toy.DRAFTS),
+        # What is drawn is the target's affair, and how its logits are multiplied: any draft will do.
+        ("eagle", Sampling(1.0), False, dataclasses.replace(INTERPRET, product="xla")),
     ],
 )
 def test_a_round_with_kernels_emits_the_same_tokens(kind, settings, int8, kernels):
-    """And makes the same proposals: as many rounds, unless the head was rounded."""
-    cfg, ids = toy.config(), np.array([5, 1, 9, 3, 11, 0, 7, 20, 21, 2, 4])
+    """And makes the same proposals: as many rounds, unless the head was rounded. Layers are alike, and one will do."""
+    cfg, ids = toy.config(num_layers=1), np.array([5, 1, 9, 3, 11, 0, 7, 20, 21, 2, 4])
     w, drafter = toy.weights(cfg, ids, kind=kind)
     prompt = np.arange(9) % cfg.vocab_size
     plan = dataclasses.replace(toy.plan(cfg, drafter, TreeConfig(8, 2, 4), settings), kernels=Kernels.all("xla"))
@@ -189,10 +189,10 @@ def test_a_round_on_a_gpu_emits_the_same_tokens(settings):
 
 @pytest.mark.material
 def test_kernels_on_the_real_model(real_checkpoint):
-    """SmolLM2's first six layers (all thirty, interpreted, compile for minutes): the same text in the same rounds."""
+    """SmolLM2's first two layers (all thirty, interpreted, compile for minutes): the same text in the same rounds."""
     whole = real_checkpoint.params(jnp.float32)
-    short = dataclasses.replace(real_checkpoint, config=dataclasses.replace(real_checkpoint.config, num_layers=6))
-    target = whole.replace(layers=whole.layers[:6])
+    short = dataclasses.replace(real_checkpoint, config=dataclasses.replace(real_checkpoint.config, num_layers=2))
+    target = whole.replace(layers=whole.layers[:2])
 
     def decoded(kernels):
         draft = api.Draft("eagle", pace="fixed")
@@ -249,7 +249,7 @@ def test_kernels_lower_at_the_shapes_of(name, dtype):
     for tokens in (1, 10, 60, 256):
         attend = functools.partial(tree_attention.tree_attention, implementation="pallas")
         assert kernels_in(lowered(attend, *attention_cases.arguments(shape, tokens, 8192, dtype))) == 2
-    for rows, vocabulary in itertools.product((1, 10), (8192, 10_000, None)):
+    for rows, vocabulary in ((1, 8192), (10, 10_000), (10, None)):
         head = functools.partial(subvocab_top_k, k=10, implementation="pallas")
         assert kernels_in(lowered(head, *head_cases.arguments(shape, rows, vocabulary, dtype))) == 2
     x, head_rows = head_cases.arguments(shape, 10, 8193, jnp.int8)

@@ -28,9 +28,13 @@ SHAPES = [(8, 2, 3, 64, 256), (70, 2, 1, 80, 256), (5, 1, 3, 8, 512), (70, 2, 3,
 GARBAGE = 3e30  # finite, as everything is that stands in a cache; larger than any real entry
 
 
+# One program for each shape, not one for each of their operations.
+words_of, dense_of = jax.jit(bit_words), jax.jit(Sees.dense, static_argnums=1)
+
+
 def sees(committed, line) -> Sees:
     """line: [T, T] booleans, which rows of the tree behind the committed ones each query sees."""
-    return Sees(jnp.int32(committed), bit_words(jnp.asarray(line)))
+    return Sees(jnp.int32(committed), words_of(jnp.asarray(line)))
 
 
 def reference(q, keys, values, committed, line) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +42,7 @@ def reference(q, keys, values, committed, line) -> tuple[np.ndarray, np.ndarray]
 
     Returns what it gives [T, heads, head_dim], and what it would give if all values were positive.
     """
-    dense = np.asarray(sees(committed, line).dense(keys.shape[1]))
+    dense = np.asarray(dense_of(sees(committed, line), keys.shape[1]))
     q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
     tokens, heads, head_dim = q.shape
     group = heads // keys.shape[0]

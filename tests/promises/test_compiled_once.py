@@ -15,7 +15,6 @@ from frspec_jax.api import Draft, Request
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.engine import Chunks
 from tests.support import toy
-from tests.support.folders import checkpoint_folder
 
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
 TREE = TreeConfig(8, 3, 4)
@@ -58,10 +57,9 @@ def test_a_second_prompt_compiles_nothing(kind):
 
 
 @pytest.mark.parametrize("requests", [GREEDY, SAMPLED])
-def test_ten_requests_of_a_model_are_two_programs(tmp_path, requests):
+def test_ten_requests_of_a_model_are_two_programs(toy_folder, requests):
     """Prefill and rounds: the first request is warmed up for, and finds both."""
-    checkpoint = checkpoint_folder(tmp_path / "toy")
-    model = api.load(checkpoint, Draft(tree=TREE), dtype="float32", chunk=64)
+    model = api.load(toy_folder, Draft(tree=TREE), dtype="float32", chunk=64)
     with programs() as made:
         model.warm_up(requests[0].sampling)
     assert sum(name in ("prefill_chunk", "jit(prefill_chunk)") for name in made) == 1
@@ -74,11 +72,11 @@ def test_ten_requests_of_a_model_are_two_programs(tmp_path, requests):
     assert texts[3] == alone and len({tuple(tokens) for tokens in texts}) > 5
 
 
-def test_long_prompts_are_one_program_more(tmp_path, monkeypatch):
+def test_long_prompts_are_one_program_more(toy_folder, monkeypatch):
     """It is made when the first of them comes, outside the time that is taken of it; `warm_up` makes it beforehand."""
     monkeypatch.setitem(defaults.DEFAULTS, "cpu", dataclasses.replace(defaults.DEFAULTS["cpu"], chunks=Chunks(8, 32)))
-    checkpoint, long = checkpoint_folder(tmp_path / "toy"), np.arange(1, 60)
-    model = api.load(checkpoint, Draft(tree=TREE), dtype="float32")
+    long = np.arange(1, 60)
+    model = api.load(toy_folder, Draft(tree=TREE), dtype="float32")
     with programs() as made:
         model.generate_ids(np.arange(1, 9), Request(4))
     assert sum("prefill" in name for name in made) == 1
@@ -88,7 +86,7 @@ def test_long_prompts_are_one_program_more(tmp_path, monkeypatch):
         name for name in made if "prefill" in name
     ]
     assert sum("prefill" in name for name in made) == 1
-    ready = api.load(checkpoint, Draft(tree=TREE), dtype="float32")
+    ready = api.load(toy_folder, Draft(tree=TREE), dtype="float32")
     ready.warm_up()
     with programs() as made:
         assert ready.generate_ids(long, Request(4)).tokens == text
@@ -96,8 +94,8 @@ def test_long_prompts_are_one_program_more(tmp_path, monkeypatch):
     assert made == []
 
 
-def test_settings_that_are_figures_make_no_other_plan(tmp_path):
-    model = api.load(checkpoint_folder(tmp_path / "toy"), Draft(tree=TREE))
+def test_settings_that_are_figures_make_no_other_plan(toy_folder):
+    model = api.load(toy_folder, Draft(tree=TREE))
     plans = {model.plan(request.sampling) for request in SAMPLED}
     assert len(plans) == 1 and model.plan() not in plans
     lossy = model.plan(dataclasses.replace(SAMPLED[0].sampling, typical=0.1))

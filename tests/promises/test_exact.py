@@ -66,13 +66,15 @@ def test_drafting_changes_nothing(kind, tree, settings):
     """Promises 1 and 2: whatever drafts, the tokens are vanilla's, greedy and sampled, seed for seed."""
     tree = toy.fitted(kind, CFG, tree)
     full, drafter = toy.weights(CFG, kind=kind)
-    cropped, _ = toy.weights(CFG, np.array([5, 1, 9, 3, 11, 0, 7]), kind=kind)
+    cropped, _ = toy.weights(CFG, toy.CROPPED, kind=kind)
+    # A head of another size is another program: what the full one could do amiss, it would with the first of these.
+    tried = (full, cropped) if (tree, settings) == (toy.fitted(kind, CFG, TREE), SAMPLINGS[0]) else (cropped,)
     vanilla, plan = toy.vanilla_plan(CFG, settings), toy.plan(CFG, drafter, tree, settings)
     drafts = 0
     for seed in range(4):
         prompt = np.random.default_rng(seed).integers(0, 12, 9 + seed)
         expected, _ = toy.decode(vanilla, full, prompt, 24, settings, seed=seed)
-        for w in (full, cropped):
+        for w in tried:
             tokens, state = toy.decode(plan, w, prompt, 24, settings, seed=seed)
             assert tokens == expected
             lengths = np.arange(1, tree.depth + 2)

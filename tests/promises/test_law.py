@@ -18,7 +18,8 @@ from frspec_jax.sampling import SamplingArrays
 from tests.support import toy
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "count"))
+# So many rounds that a program which is hardly optimised, as in `make test`, would take longer than optimising it does.
+@functools.partial(jax.jit, static_argnames=("plan", "count"), compiler_options={"xla_backend_optimization_level": 1})
 def decoded(plan, w, read, asked, count):
     """Three tokens of each of `count` sequences after a prompt, [count, 3]: one program whatever the settings."""
     feature = read.accepted.features[0]

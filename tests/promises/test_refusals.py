@@ -16,8 +16,8 @@ from tests.support.folders import VOCAB_SIZE, checkpoint_folder, tokenizer
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return checkpoint_folder(tmp_path_factory.mktemp("refusals") / "toy").path
+def ckpt(toy_folder):
+    return toy_folder.path
 
 
 def copy(ckpt, tmp_path):

@@ -26,7 +26,8 @@ from frspec_jax.tree import DraftTree
 from pallas_kernels.dispatch import AUTO
 from pallas_kernels.visibility import causal
 
-PACE = Pace((1, 2, 4, 8), TreeConfig(8, 3, 4))
+PACE = Pace((1, 3, 8), TreeConfig(8, 3, 4))
+CROPPED = np.array([5, 1, 9, 3, 11, 0, 7])  # a sub-vocabulary of twelve tokens
 
 
 def config(vocab_size: int = 24, **changes: Any) -> ModelConfig:
