@@ -35,7 +35,9 @@ SIZES = {
 
 def model_of(family: str = "Llama", seed: int = 0, **changes):
     """A random model (transformers, float32) whose every tensor matters: no bias is zero, no norm is one."""
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(
+        **{**SIZES, **changes}
+    )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -92,7 +94,7 @@ def ours(checkpoint: Checkpoint, tokens: np.ndarray, chunks: tuple[int, ...] = (
         done += length
     assert done == len(tokens)
     joined = np.concatenate(features)
-    return joined, np.asarray(llama.logits(params, joined))
+    return joined, np.asarray(llama.logits(params, config, joined))
 
 
 def theirs(model, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
