@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.gguf_names import FREQUENCY_FACTORS, PAIRS_NEIGHBOURS, hf_name, unpermute
+from convert.gguf_names import ARCHITECTURES, FREQUENCY_FACTORS, PAIRS_NEIGHBOURS, hf_name, unpermute
 from convert.gguf_tokenizer import save_tokenizer
 from convert.progress import tensor_progress
 from convert.weights import DTYPES, fill, model_parts, tensor_count
@@ -51,10 +51,9 @@ class GgufFile:
 
     def _refuse_unsupported(self) -> None:
         """Refuse what would otherwise be converted to something else than the model."""
-        if self.architecture not in BY_NAME:
-            raise UserError(
-                f"{self.label} holds a model of architecture {self.architecture!r}; {', '.join(BY_NAME)} are supported"
-            )
+        if self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"{self.label} holds a model of architecture {self.architecture!r}; {known} are supported")
         if (parts := self.get("split.count", 1)) > 1:
             raise UserError(
                 f"{self.label} is one of {parts} parts; join them first: llama-gguf-split --merge FIRST_PART OUT.gguf"

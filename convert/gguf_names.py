@@ -33,6 +33,7 @@ NAMES_AROUND = {
 }
 # Rotation pairs neighbours in these, and halves in the others: for that their rows of Q and K are stored in its order.
 PAIRS_NEIGHBOURS = ("llama", "smollm3")
+ARCHITECTURES = tuple(name for name in BY_NAME if name != "mistral")  # whose models are of architecture llama here
 FREQUENCY_FACTORS = "rope_freqs.weight"  # what each rotary frequency is divided by; read into the config
 
 

@@ -103,9 +103,26 @@ def model_folder(path: Path) -> Path:
         raise UserError(
             f"{path} is no folder; download a model of the Hub first: hf download {path} --local-dir {path.name}"
         )
+    if (path / "snapshots").is_dir():
+        return of_hub_cache(path)
     if (path / "params").is_dir():
         raise UserError(f"{path} is a folder that python -m convert has written; give it to --ckpt as it is")
     return path
+
+
+def of_hub_cache(path: Path) -> Path:
+    """The folder of a model in the Hub's cache, models--OWNER--NAME: the snapshot that its main branch points to.
+
+    Raises:
+      UserError: there is no such snapshot, but none or several others.
+    """
+    main = path / "refs" / "main"
+    if main.is_file() and (path / "snapshots" / main.read_text().strip()).is_dir():
+        return path / "snapshots" / main.read_text().strip()
+    snapshots = [folder for folder in sorted((path / "snapshots").iterdir()) if folder.is_dir()]
+    if len(snapshots) != 1:
+        raise UserError(f"{path} holds {len(snapshots)} snapshots of a model; give one of them: {path}/snapshots/NAME")
+    return snapshots[0]
 
 
 def _leftover(name: str, config: ModelConfig, source: TensorFolder) -> bool:

@@ -110,13 +110,10 @@ def read_config(hf: Mapping[str, Any], source: str = "config.json") -> ModelConf
     text = hf.get("text_config")
     data = {**family.defaults, **(text if isinstance(text, Mapping) else hf)}
     entries = Entries(data, source)
-    activation = (
-        data.get("hidden_activation")
-        or data.get("hidden_act")
-        or {"gelu": "gelu_pytorch_tanh"}.get(family.activation, "silu")
-    )
-    if {"gelu_pytorch_tanh": "gelu"}.get(activation, activation) != family.activation:
-        raise UserError(f"{source}: activation {activation!r} is not supported; {family.name} has {family.activation}")
+    wanted = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[family.activation]  # in Hugging Face's words
+    entry = "hidden_activation" if family.activation == "gelu" else "hidden_act"  # Gemma's hidden_act is not read
+    if (activation := data.get(entry) or wanted) != wanted:
+        raise UserError(f"{source}: {entry} {activation!r} is not supported; {family.name} has {wanted}")
     if data.get("use_bidirectional_attention"):
         raise UserError(f"{source}: use_bidirectional_attention is set; such a model is no language model")
     heads, hidden = entries.whole("num_attention_heads"), entries.whole("hidden_size")

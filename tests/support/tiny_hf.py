@@ -85,7 +85,11 @@ forward = jax.jit(llama.forward, static_argnums=1)
 
 def ours(checkpoint: Checkpoint, tokens: np.ndarray, chunks: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Features [T, H] and logits [T, V] by our target, run in one pass or in chunks of the given lengths."""
-    config, params = checkpoint.config, checkpoint.params()
+    return ours_of(checkpoint.config, checkpoint.params(), tokens, chunks)
+
+
+def ours_of(config, params, tokens: np.ndarray, chunks: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """The same of weights in memory."""
     cache, done, features = empty(config, 256, np.float32), 0, []
     for length in chunks or (len(tokens),):
         part = np.asarray(tokens[done : done + length], np.int32)
