@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from frspec_jax import compile_cache, engine, pace_tables
+from frspec_jax import compile_cache, engine, pace_tables, sharding
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.defaults import CONTEXT, defaults
@@ -51,6 +52,7 @@ def load(
     chunk: int | None = None,
     kernels: Kernels = AUTO,
     target: LlamaParams | None = None,
+    mesh: Mesh | None = None,
 ) -> Generator:
     """Open a checkpoint folder and make it ready to generate.
 
@@ -65,6 +67,7 @@ def load(
         most 4096).
       kernels: implementations of attention and of the draft's head.
       target: the weights, if they are loaded already: several models may share them.
+      mesh: over whose devices the target is divided (`sharding.mesh_of`); None: one device has all of it.
 
     Raises:
       UserError: with one sentence that says what to mend.
@@ -72,13 +75,15 @@ def load(
     compile_cache.enable()
     checkpoint = ckpt if isinstance(ckpt, Checkpoint) else Checkpoint.open(ckpt)
     draft = draft if isinstance(draft, Draft) else Draft(draft)
-    runtime = runtime_of(checkpoint.config, dtype, context, chunk, kernels)
+    runtime = dataclasses.replace(runtime_of(checkpoint.config, dtype, context, chunk, kernels), mesh=mesh)
     draft_folder(checkpoint, draft)  # what is not there is refused before weights are read
     with jax.enable_x64(False):
-        params = checkpoint.params(runtime.dtype) if target is None else target
+        params = checkpoint.params(runtime.dtype, mesh) if target is None else target
         drafting, weights = assembled(checkpoint, Target(checkpoint.config, params), draft, kernels)
+        weights = sharding.everywhere(weights, mesh)
     pace = drafting.pace
     tables = None if pace is None else pace_tables.tables_of(pace, drafting.tree, drafting.odds)
+    tables = sharding.everywhere(tables, mesh)
     return Generator(checkpoint, drafting, engine.Weights(params, weights, tables), runtime)
 
 

@@ -104,8 +104,9 @@ class Batch:
         self._spare = slots  # the slot of nobody, for programs of more texts than there are
         with jax.enable_x64(False):
             # Bound to the device, as the states that a program returns are: for others it would be compiled once more.
-            state = programs.new_state(self._plan, model.weights, model.capacity, slots + 1, model.runtime.dtype)
-            self._state = jax.device_put(state, jax.local_devices()[0])
+            plan = self._plan
+            state = programs.new_state(plan, model.weights, model.capacity, slots + 1, model.runtime.dtype)
+            self._state = engine.bound(plan, state, engine.state_on(state.caches))
         self._weights = {size: self._guessed(size) for size in self._ladder}
         self._texts: dict[int, _Text] = {}
         self._places = [_Slot() for _ in range(slots)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -22,6 +23,7 @@ from frspec_jax.kv_cache import LayerKV
 from frspec_jax.likelihood import Likelihood
 from frspec_jax.pace import Pulse
 from frspec_jax.penalties import Bearing, Penalties
+from frspec_jax.sharding import WHOLE, on_mesh
 from frspec_jax.together import Together
 
 AXIS = "texts"  # of vmap
@@ -62,7 +64,7 @@ def new_state(plan: Plan, weights: Weights, capacity: int, slots: int, dtype: An
         caches, asked = engine.new_caches(plan, capacity, dtype), Asked.of(engine.Sampling(), seed=0, limit=1)
         bearing = Bearing.on_nothing(1, plan.config.vocab_size)
         penalties = Penalties.of(engine.Sampling(), jax.tree.map(lambda x: x[0], bearing)) if plan.adjusts else None
-        return engine.prefill_chunk(plan, weights, caches, chunk, asked, penalties)
+        return engine.prefill(plan, weights, caches, chunk, asked, penalties)
 
     def many(x: Any) -> Any:
         return jnp.zeros((slots, *x.shape), x.dtype)
@@ -102,8 +104,7 @@ def _report(state: DecodeState, count: Array) -> Report:
     return Report(state.output, count, state.origins, state.finished, state.rounds, state.histogram, state.likelihood)
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("state",))
-def read(plan: Plan, weights: Weights, state: DecodeState, reading: Reading) -> tuple[DecodeState, Report]:
+def read_chunk(plan: Plan, weights: Weights, state: DecodeState, reading: Reading) -> tuple[DecodeState, Report]:
     """Read a chunk of a prompt into its slot. With the last one the text begins, and its first token is reported."""
     slot = reading.slot
     mine = _at(slot, state)
@@ -116,6 +117,21 @@ def read(plan: Plan, weights: Weights, state: DecodeState, reading: Reading) -> 
     new = dataclasses.replace(_at(None, new), pulse=state.pulse)
     after = _map(lambda rows, row: _put(rows, row, slot), state, new, shared=lambda _, x: x)
     return after, jax.tree.map(lambda x: x[None], _report(new, jnp.int32(1)))
+
+
+def _on_mesh(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program of a plan, weights, a batch's state and more, on the plan's mesh."""
+
+    @functools.wraps(program)
+    def run(plan: Plan, weights: Weights, state: DecodeState, more: Any) -> Any:
+        where = engine.state_on(state.caches)
+        given = (engine.weights_on(weights), where, WHOLE)
+        return on_mesh(functools.partial(program, plan), plan.mesh, given, (where, WHOLE))(weights, state, more)
+
+    return jax.jit(run, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("state",))
+
+
+read = _on_mesh(read_chunk)
 
 
 def decode_slots(plan: Plan, weights: Weights, state: DecodeState, slots: Array) -> tuple[DecodeState, Report]:
@@ -144,7 +160,7 @@ def decode_slots(plan: Plan, weights: Weights, state: DecodeState, slots: Array)
     return every, _report(after, after.emitted - mine.emitted)
 
 
-decode = jax.jit(decode_slots, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("state",))
+decode = _on_mesh(decode_slots)
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
-from frspec_jax import drafters, files
+from frspec_jax import drafters, files, sharding
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError, quoted
@@ -127,8 +129,8 @@ def _read_config(folder: Path, formats: tuple[str, ...], what: str) -> dict[str,
 
 def _load_params(folder: Path, shapes: Any) -> Any:
     """Restore a pytree of weights into the shapes and dtypes of `shapes`."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
     try:
         with _checkpointer() as checkpointer:
             return checkpointer.restore(folder.resolve(), args=ocp.args.StandardRestore(wanted))
@@ -136,6 +138,47 @@ def _load_params(folder: Path, shapes: Any) -> Any:
         if interrupted(error):
             raise KeyboardInterrupt from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{quoted(folder)} is damaged or incomplete ({reason[:200]}); convert it again") from None
+
+
+class _OnDisk:
+    """A stored weight, of which parts can be read (`sharding.Rows`)."""
+
+    def __init__(self, array: Any) -> None:
+        self._array, self.shape = array, tuple(array.shape)
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        read: np.ndarray = self._array[at].read().result()
+        return read
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[Callable[[tuple[str, ...]], _OnDisk | None]]:
+    """The stored weights of a folder, by the names that lead to them; None for one that is not there.
+
+    Raises:
+      UserError: the folder is damaged.
+    """
+    import tensorstore
+
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
+
+    def stored(names: tuple[str, ...]) -> _OnDisk | None:
+        array = {"driver": "zarr", "kvstore": store, "path": ".".join(names) + "/"}
+        if (
+            names == ("lm_head",)
+            and not tensorstore.KvStore.open(store)
+            .result()
+            .list(tensorstore.KvStore.KeyRange("lm_head/", "lm_head0"))
+            .result()
+        ):  # tied: the embedding serves as the head
+            return None
+        return _OnDisk(tensorstore.open(array, open=True).result())
+
+    try:
+        yield stored
+    except ValueError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{quoted(folder)} is damaged or incomplete ({reason[:200]}); convert it again") from None
 
 
@@ -191,9 +234,18 @@ class Checkpoint:
             )
         return cls(path, config, data["fingerprint"])
 
-    def params(self, dtype: Any = jnp.float32) -> LlamaParams:
-        """The target's weights, in `dtype`, on the default device."""
-        return _load_params(self.path / "params", model_shapes(self.config, dtype))
+    def params(self, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> LlamaParams:
+        """The target's weights, in `dtype`: on the default device, or divided among those of a mesh.
+
+        Of a divided weight each device's part is read by itself: no host and no device ever holds a whole one.
+
+        Raises:
+          UserError: the folder is damaged, or the target cannot be divided so.
+        """
+        if mesh is None:
+            return _load_params(self.path / "params", model_shapes(self.config, dtype))
+        with orbax_refusals(), _opened(self.path / "params") as stored:
+            return sharding.placed(self.config, mesh, stored, dtype)
 
     @functools.cached_property
     def tokenizer(self) -> Any:

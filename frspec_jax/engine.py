@@ -10,23 +10,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from frspec_jax import kv_cache, llama, lookup, pace, penalties, sampling
 from frspec_jax.config import ModelConfig, Sampling, TreeConfig
 from frspec_jax.drafters.base import Accepted, Drafter, DraftMemory, DraftWeights, Turn
-from frspec_jax.kv_cache import KVCache
+from frspec_jax.kv_cache import KVCache, LayerKV
 from frspec_jax.likelihood import Likelihood
 from frspec_jax.llama import LlamaParams
 from frspec_jax.pace import Growing, Pace, PaceTables, Pulse, Trust
 from frspec_jax.penalties import Penalties
 from frspec_jax.placement import Placement
 from frspec_jax.sampling import Draw, Rule, argument
+from frspec_jax.sharding import AXIS, COLUMNS, ROWS, WHOLE, Split, on_devices, on_mesh, weight_specs
 from frspec_jax.together import ALONE, Together
 from frspec_jax.tree import Candidates, DraftTree, accepted_path, best_first
 from pallas_kernels.dispatch import AUTO, Kernels
@@ -55,6 +58,10 @@ class Plan:
     adjusts: bool = False  # whether penalties and biases are looked at
     logprobs: bool = False  # whether log-probabilities of what is emitted are kept
     keeps: bool = True  # whether the state keeps the whole answer, and not only what the last round emitted
+    mesh: Mesh | None = None  # over whose devices the target is divided (`sharding`); None: one device has all of it
+
+    def __post_init__(self) -> None:
+        assert self.kernels.axis == (None if self.mesh is None else AXIS), "the target's layers go by the mesh"
 
     @property
     def reads_text(self) -> bool:
@@ -65,6 +72,11 @@ class Plan:
         """The same for as long as a text fits `rows` rows of the caches."""
         kernels = dataclasses.replace(self.kernels, rows=rows)
         return dataclasses.replace(self, kernels=kernels, drafter=self.drafter.within(rows))
+
+    @property
+    def only_best(self) -> bool:
+        """Whether nothing is asked of the target's logits but which is the largest."""
+        return self.rule == "greedy" and not self.adjusts and not self.logprobs
 
     @property
     def margin(self) -> int:
@@ -136,7 +148,12 @@ class DecodeState:
 def new_caches(plan: Plan, capacity: int, dtype: jnp.dtype) -> Caches:
     """Caches for `capacity` positions (a multiple of `kv_cache.BLOCK`)."""
     text = jnp.full(capacity + 1, -1, jnp.int32) if plan.reads_text else None
-    return Caches(kv_cache.empty(plan.config, capacity, dtype), plan.drafter.new_memory(capacity, dtype), text)
+    kv_heads = None
+    if plan.mesh is not None:
+        split = Split(plan.config, plan.mesh.devices.size)
+        kv_heads = split.kv_heads * split.count
+    target = kv_cache.empty(plan.config, capacity, dtype, kv_heads)
+    return Caches(target, plan.drafter.new_memory(capacity, dtype), text)
 
 
 # Prefill -----------------------------------------------------------------------------------------
@@ -194,8 +211,9 @@ def prefill_chunk(
     feature, length = features[chunk.count - 1], chunk.start + chunk.count
 
     def first_token(feature: Array) -> tuple[Array, Likelihood | None]:
-        logits = llama.logits(weights.target, plan.config, feature[None])
-        scores = logits
+        if plan.kernels.axis is not None and plan.only_best:
+            return llama.likeliest(weights.target, plan.config, feature[None], plan.kernels.axis)[0], None
+        logits = scores = llama.logits(weights.target, plan.config, feature[None], plan.kernels.axis)
         if penalties is not None:
             scores = adjusted(logits, penalties, DraftTree.of_root(jnp.int32(0)))
         token = sampling.choose(scores, plan.rule, asked.draw, length[None], jnp.zeros(1, jnp.int32))
@@ -219,7 +237,47 @@ def prefill_chunk(
     return state
 
 
-prefill = jax.jit(prefill_chunk, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
+def weights_on(weights: Weights) -> Weights:
+    """Where the parts of the weights stand on a mesh: the target's are divided, and each device has all others."""
+    return Weights(weight_specs(weights.target), WHOLE, WHOLE)  # type: ignore[arg-type]
+
+
+def caches_on(caches: Caches) -> Caches:
+    """Where the parts of caches stand on a mesh: the target's keys and values are divided by heads."""
+
+    def layer(kv: LayerKV) -> LayerKV:
+        spec = ROWS if kv.slot is None and kv.keys.ndim == 3 else COLUMNS  # of a pool heads are the second axis
+        return LayerKV(spec, spec, WHOLE)  # type: ignore[arg-type]
+
+    return Caches(tuple(map(layer, caches.target)), WHOLE, WHOLE)  # type: ignore[arg-type]
+
+
+def state_on(caches: Caches) -> DecodeState:
+    """Where the parts of a state with such caches stand on a mesh."""
+    parts: dict[str, Any] = {field.name: WHOLE for field in dataclasses.fields(DecodeState)}
+    return DecodeState(**(parts | {"caches": caches_on(caches)}))
+
+
+def bound(plan: Plan, arrays: Any, where: Any) -> Any:
+    """Arrays put where the results of this plan's programs stand: on others its programs would be compiled once more.
+
+    where: `caches_on` or `state_on` of them.
+    """
+    if plan.mesh is None:
+        return jax.device_put(arrays, jax.local_devices()[0])
+    return jax.device_put(arrays, on_devices(plan.mesh, arrays, where))
+
+
+@functools.wraps(prefill_chunk)
+def _prefill_on_mesh(
+    plan: Plan, weights: Weights, caches: Caches, chunk: Chunk, asked: Asked, penalties: Penalties | None = None
+) -> DecodeState:
+    program = functools.partial(prefill_chunk, plan)
+    given = (weights_on(weights), caches_on(caches), WHOLE, WHOLE, WHOLE)
+    return on_mesh(program, plan.mesh, given, state_on(caches))(weights, caches, chunk, asked, penalties)
+
+
+prefill = jax.jit(_prefill_on_mesh, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
 
 
 def adjusted(logits: Array, by: Penalties, tree: DraftTree, together: Together = ALONE) -> Array:
@@ -353,7 +411,10 @@ def verify(
             kernels=plan.kernels,
             taps=plan.drafter.taps,
         )
-        logits = scores = llama.logits(weights.target, plan.config, features)
+        if plan.kernels.axis is not None and plan.only_best:
+            chosen = llama.likeliest(weights.target, plan.config, features, plan.kernels.axis)
+            return Verdict(features, chosen, None, None), cache
+        logits = scores = llama.logits(weights.target, plan.config, features, plan.kernels.axis)
     if state.penalties is not None:
         scores = adjusted(logits, state.penalties, tree, together)
     following = length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)
@@ -569,4 +630,11 @@ def decode_rounds(plan: Plan, weights: Weights, state: DecodeState, rounds: Arra
 # What advances a state: `run` with a number of rounds, or a driver of one's own (`python -m eval loops` has three).
 Step = Callable[[Plan, Weights, DecodeState], DecodeState]
 
-run = jax.jit(decode_rounds, static_argnames=("plan",), donate_argnames=("state",), compiler_options=EXACT)
+
+@functools.wraps(decode_rounds)
+def _rounds_on_mesh(plan: Plan, weights: Weights, state: DecodeState, rounds: Array) -> DecodeState:
+    program, where = functools.partial(decode_rounds, plan), state_on(state.caches)
+    return on_mesh(program, plan.mesh, (weights_on(weights), where, WHOLE), where)(weights, state, rounds)
+
+
+run = jax.jit(_rounds_on_mesh, static_argnames=("plan",), donate_argnames=("state",), compiler_options=EXACT)

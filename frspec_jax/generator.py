@@ -17,6 +17,7 @@ from typing import Any, Self, cast, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from frspec_jax import engine, pace_tables
 from frspec_jax.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from frspec_jax.likelihood import Likelihood, Likely
 from frspec_jax.penalties import Bearing, Penalties
 from frspec_jax.request import Prompt, Request, Result, asked_of
 from frspec_jax.sampling import rule_of
+from frspec_jax.sharding import AXIS, agreed
 from frspec_jax.writer import Writer
 from pallas_kernels.dispatch import AUTO, Kernels
 
@@ -43,11 +45,17 @@ class Runtime:
     context: int  # tokens of prompt and answer together, at most
     chunks: engine.Chunks  # of a prompt
     kernels: Kernels = AUTO
+    mesh: Mesh | None = None  # over whose devices the target is divided
 
     def __post_init__(self) -> None:
         short = self.chunks.short
         if not 1 <= short <= BLOCK or BLOCK % short:
             raise UserError(f"--chunk {short} must divide {BLOCK}: 1, 2, 4, ... or {BLOCK} prompt tokens a pass")
+
+    @property
+    def of_target(self) -> Kernels:
+        """The kernels of the target, whose layers may be divided; a drafter's never are."""
+        return self.kernels if self.mesh is None else dataclasses.replace(self.kernels, axis=AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +117,11 @@ class Generator:
             drafting.tree,
             stop_ids,
             rule_of(sampling),
-            self.runtime.kernels,
+            self.runtime.of_target,
             drafting.pace,
             adjusts=sampling.adjusts,
             logprobs=logprobs,
+            mesh=self.runtime.mesh,
         )
 
     def plan_for(self, request: Request) -> engine.Plan:
@@ -204,6 +213,7 @@ class Generator:
                 state = pace_tables.measuring_state(plan, self.weights, caches, chunks)
                 costs, caches = pace_tables.measured(plan, self.weights, state)
             self.give_back(caches)
+            costs = agreed(costs)
             pace_tables.keep_costs(name, plan.pace, costs)
         if costs is not None:  # else the context has no room to measure in, and the guess stays
             tables = dataclasses.replace(self.weights.pace, costs=costs)
@@ -346,7 +356,7 @@ class Generator:
     def _new_caches(self, plan: engine.Plan) -> engine.Caches:
         # Bound to the device, as the caches that a program returns are: for others it would be compiled once more.
         caches = engine.new_caches(plan, self.capacity, self.runtime.dtype)
-        return jax.device_put(caches, jax.local_devices()[0])
+        return engine.bound(plan, caches, engine.caches_on(caches))
 
     def _take_caches(self) -> engine.Caches | None:
         with self._lock:

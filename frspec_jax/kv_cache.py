@@ -54,11 +54,14 @@ def stored(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.uint16) if bits else dtype
 
 
-def empty(config: ModelConfig, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """A zeroed cache of `capacity` rows (a multiple of `BLOCK`) for every layer; dtype: of the weights."""
+def empty(config: ModelConfig, capacity: int, dtype: jnp.dtype, kv_heads: int | None = None) -> KVCache:
+    """A zeroed cache of `capacity` rows (a multiple of `BLOCK`) for every layer.
+
+    dtype: of the weights. kv_heads: of all devices together, where that is not the model's number.
+    """
     if capacity % BLOCK:
         raise ValueError(f"capacity {capacity} is not a multiple of {BLOCK}")
-    shape, dtype = (config.num_kv_heads, capacity, config.head_dim), stored(dtype)
+    shape, dtype = (kv_heads or config.num_kv_heads, capacity, config.head_dim), stored(dtype)
     return tuple(LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
 

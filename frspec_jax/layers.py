@@ -154,9 +154,14 @@ def decoder_layer(
 
     def added(y: Array, weight: Array, bias: Array | None, x: Array, out_norm: Array | None) -> Array:
         """x, and the product of y beside it, which goes through a norm first where the family has one there."""
-        if out_norm is None:
+        if out_norm is None and kernels.axis is None:
             return product(y, weight, bias, residual=x)
-        return x + here.norm(out_norm)(product(y, weight, bias))
+        if kernels.axis is None:
+            y = product(y, weight, bias)
+        else:
+            y = lax.psum(product(y, weight), kernels.axis)
+            y = y if bias is None else y + bias
+        return x + (y if out_norm is None else here.norm(out_norm)(y))
 
     with jax.named_scope("attention"):
         norm = None

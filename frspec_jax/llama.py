@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
@@ -65,8 +65,29 @@ def forward(
     return jnp.concatenate([features, *(streams[tap] for tap in taps)], axis=-1), tuple(updated)
 
 
-def logits(params: LlamaParams, config: ModelConfig, features: Array) -> Array:
-    """Full-vocabulary logits [T, V], float32, of features [T, H], which may have taps beside them."""
+def logits(params: LlamaParams, config: ModelConfig, features: Array, axis: str | None = None) -> Array:
+    """Full-vocabulary logits [T, V], float32, of features [T, H], which may have taps beside them.
+
+    axis: of a mesh, over whose devices the head's rows are divided; all of them get all logits.
+    """
+    with jax.named_scope("lm_head"):
+        scores = capped(rows_f32(features[:, : params.head.shape[1]], params.head), config.logits_cap)
+        if axis is None:
+            return scores
+        return lax.all_gather(scores, axis, axis=1, tiled=True)[:, : config.vocab_size]
+
+
+def likeliest(params: LlamaParams, config: ModelConfig, features: Array, axis: str) -> Array:
+    """The greedy next token after each of features [T, H]: int32 [T]. Of each device one candidate goes to the others.
+
+    Of equal logits the lowest id wins, as it does among all logits in one place.
+    """
     with jax.named_scope("lm_head"):
         scores = rows_f32(features[:, : params.head.shape[1]], params.head)
-        return capped(scores, config.logits_cap)
+        first = lax.axis_index(axis) * scores.shape[1]
+        real = first + jnp.arange(scores.shape[1], dtype=jnp.int32) < config.vocab_size
+        scores = jnp.where(real, scores, -jnp.inf)
+        best = lax.argmax(scores, 1, jnp.int32)
+        mine = jnp.take_along_axis(scores, best[:, None], 1)[:, 0]
+        values, ids = lax.all_gather((mine, first.astype(jnp.int32) + best), axis)
+        return jnp.take_along_axis(ids, lax.argmax(values, 0, jnp.int32)[None], 0)[0]

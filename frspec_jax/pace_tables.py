@@ -216,6 +216,7 @@ def name_of(plan: engine.Plan, dtype: Any, vocab: int | None, texts: int | None 
     facts: tuple[Any, ...]
     facts = (tuned.key(dtype), device.current(), plan.config, plan.drafter, plan.tree, plan.pace, plan.kernels, vocab)
     facts = facts if texts is None else (*facts, texts)
+    facts = facts if plan.mesh is None else (*facts, plan.mesh.devices.size)
     return hashlib.sha256(repr((*facts, jax.__version__)).encode()).hexdigest()[:20]
 
 

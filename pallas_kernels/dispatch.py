@@ -34,6 +34,7 @@ class Kernels:
     product: Implementation = "auto"  # of a few rows with a layer's weight, with norm, gate and residual
     rows: int | None = None  # XLA's attention on a GPU looks at so many rows of a cache; None: at all of them
     steady: bool = True  # a token's attention rounds alike alone and in a tree (bfloat16 on a CPU; costs time)
+    axis: str | None = None  # of a mesh, over whose devices the layers are divided; None: they are on each device
 
     def __post_init__(self) -> None:
         for name in ("attention", "head", "product"):

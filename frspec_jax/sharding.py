@@ -1,0 +1,209 @@
+"""A target over several devices: which part of each weight a device holds, and how programs run on all of them.
+
+Every device runs the same program on its own part of the target: some of the heads, some of the MLP's columns, some of
+the head's rows. What attention and MLP add is a sum over the devices, two a layer; everything else, the draft among it,
+each device works out for itself. So the code of a layer is the code of one device, kernels included, and one device
+(`mesh` is None) is the case without sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from frspec_jax.config import ModelConfig
+from frspec_jax.errors import UserError
+from frspec_jax.llama import LlamaParams
+
+AXIS = "model"  # of a mesh: heads, columns of the MLP and rows of the head are divided along it
+WHOLE, ROWS, COLUMNS = PartitionSpec(), PartitionSpec(AXIS), PartitionSpec(None, AXIS)
+
+# Where the parts of a weight stand. What is not here, each device has whole.
+PARTITION = {
+    "qkv": ROWS,  # by heads, see `Split.pieces`
+    "qkv_bias": ROWS,
+    "output": COLUMNS,
+    "gate_up": ROWS,
+    "gate_up_bias": ROWS,
+    "down": COLUMNS,
+    "lm_head": ROWS,
+}
+
+
+def mesh_of(devices: int) -> Mesh | None:
+    """A mesh of so many devices, those of all hosts in their order; None for one.
+
+    Raises:
+      UserError: there are not so many.
+    """
+    there = jax.devices()
+    if not 1 <= devices <= len(there):
+        raise UserError(f"--tensor-parallel {devices}: JAX found {len(there)} devices; give 1 to {len(there)}")
+    return None if devices == 1 else Mesh(np.array(there[:devices]), (AXIS,))
+
+
+class Rows(Protocol):
+    """A stored weight, of which parts can be read: an array, or one on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, at: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A target of these sizes, divided among `count` devices.
+
+    Raises:
+      UserError: it cannot be divided so.
+    """
+
+    config: ModelConfig
+    count: int
+
+    def __post_init__(self) -> None:
+        heads, kv_heads, inner = self.config.num_heads, self.config.num_kv_heads, self.config.intermediate_size
+        shared = kv_heads % self.count == 0 or self.count % kv_heads == 0
+        if heads % self.count or inner % self.count or not shared:
+            raise UserError(
+                f"--tensor-parallel {self.count}: the target's {heads} heads, {kv_heads} KV heads and {inner} columns "
+                "of the MLP cannot be divided so; give a number that divides the first and the last, and divides the "
+                "KV heads or is a multiple of them"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads a device. Where there are fewer of them than devices, several devices hold the same one."""
+        return max(1, self.config.num_kv_heads // self.count)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head, rounded up so that they can be divided."""
+        return -(-self.config.vocab_size // self.count) * self.count
+
+    def pieces(self, name: str, device: int) -> list[tuple[int, int]]:
+        """The rows (or columns) of a stored weight that a device holds, in its order: ranges, from and to.
+
+        Of Q, K and V each device holds its own heads of all three, of gate and up its own columns of both.
+        """
+        config, count = self.config, self.count
+        if name.startswith("qkv"):
+            width, heads = config.head_dim, config.num_heads // count
+            first = device * config.num_kv_heads // count  # the same for devices that share one
+            runs = [(device * heads, heads)]
+            runs += [(config.num_heads + part * config.num_kv_heads + first, self.kv_heads) for part in (0, 1)]
+            return [(start * width, (start + some) * width) for start, some in runs]
+        if name.startswith("gate_up"):
+            some = config.intermediate_size // count
+            return [(start + device * some, start + (device + 1) * some) for start in (0, config.intermediate_size)]
+        size = {
+            "output": config.num_heads * config.head_dim,
+            "down": config.intermediate_size,
+            "lm_head": self.vocabulary,
+        }[name]
+        return [(device * size // count, (device + 1) * size // count)]
+
+    def part(self, name: str, stored: Rows, device: int) -> np.ndarray:
+        """What a device holds of a weight; rows of the head beyond the vocabulary are zeros."""
+        axis = PARTITION[name].index(AXIS)
+        ranges = self.pieces(name, device)
+        rows = [stored[(slice(None),) * axis + (slice(a, min(b, stored.shape[axis])),)] for a, b in ranges]
+        whole = np.concatenate([np.asarray(row) for row in rows], axis)
+        wanted = sum(b - a for a, b in ranges)
+        spare = [(0, wanted - whole.shape[axis] if dim == axis else 0) for dim in range(whole.ndim)]
+        return np.pad(whole, spare) if any(after for _, after in spare) else whole
+
+
+def placed(
+    config: ModelConfig, mesh: Mesh, stored: Callable[[tuple[str, ...]], Rows | None], dtype: Any
+) -> LlamaParams:
+    """A target's weights on a mesh, each device's part read by itself.
+
+    stored: a weight, by the names that lead to it in `LlamaParams` ("layers", "3", "qkv"); None where there is none.
+    """
+    from frspec_jax.shapes import model_shapes
+
+    split = Split(config, mesh.devices.size)
+
+    def place(path: Sequence[Any], like: Any) -> Array:
+        names = tuple(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
+        name = names[-1]
+        source = stored(names)
+        if name == "lm_head" and source is None:  # tied: a device's rows of it are a copy
+            source = stored(("embedding",))
+        assert source is not None
+        spec = PARTITION.get(name, WHOLE)
+        if spec == WHOLE:
+            whole = functools.cache(lambda: np.asarray(source[...]).astype(dtype, copy=False))
+            return jax.make_array_from_callback(like.shape, NamedSharding(mesh, spec), lambda _: whole())
+        axis = spec.index(AXIS)
+        width = sum(b - a for a, b in split.pieces(name, 0))
+        shape = (*like.shape[:axis], width * split.count, *like.shape[axis + 1 :])
+
+        def part(at: Any) -> np.ndarray:
+            return split.part(name, source, (at[axis].start or 0) // width).astype(dtype, copy=False)
+
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+    shapes = model_shapes(dataclasses.replace(config, tied_head=False), dtype)
+    params: LlamaParams = jax.tree_util.tree_map_with_path(place, shapes)
+    return params
+
+
+def spread(params: LlamaParams, config: ModelConfig, mesh: Mesh) -> LlamaParams:
+    """A target's weights that are in memory, divided among the devices of a mesh."""
+
+    def stored(names: tuple[str, ...]) -> Any:
+        found: Any = params
+        for name in names:
+            found = found[int(name)] if name.isdecimal() else getattr(found, name)
+        return None if found is None else np.asarray(found)
+
+    return placed(config, mesh, stored, params.embedding.dtype)
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that each device of a mesh has whole; no mesh: as they are."""
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
+
+
+def on_devices(mesh: Mesh, arrays: Any, specs: Any) -> Any:
+    """The sharding of each array, in their structure, by specs of which one may stand for several."""
+    every = jax.tree.broadcast(specs, arrays, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), every, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def agreed(arrays: Any) -> Any:
+    """Arrays as the first of several hosts has them: what a device measures differs, and hosts must decide alike."""
+    if jax.process_count() == 1:
+        return arrays
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(arrays)
+
+
+def weight_specs(params: LlamaParams) -> Any:
+    """Where the parts of a target's weights stand, in its structure."""
+
+    def spec(path: Sequence[Any], _: Any) -> PartitionSpec:
+        return PARTITION.get(str(getattr(path[-1], "name", path[-1])), WHOLE)
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def on_mesh(program: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """A program of arrays, run by every device of a mesh on its own parts; no mesh: the program."""
+    if mesh is None:
+        return program
+    # What is the same on all devices is so since all work it out alike: nothing there is to be proved to JAX.
+    return jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
