@@ -53,7 +53,7 @@ class Process:
 
     def wait(self):
         """Until it is ready; what it says before."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while time.monotonic() < end:
             try:
                 ready = HTTP.get(f"{self.url}/ready")
@@ -63,7 +63,8 @@ class Process:
                 continue
             if ready.status_code == 200:
                 return self
-            chat = HTTP.post(f"{self.url}/v1/completions", json=BODY)
+            # Of what is compiled before it is ready: others would wait for the compiler.
+            chat = HTTP.post(f"{self.url}/v1/completions", json={"model": "toy", "prompt": "x", "max_tokens": 2})
             self.seen.append((HTTP.get(f"{self.url}/health").status_code, ready.status_code, chat.status_code))
             assert ready.json()["progress"]
             time.sleep(0.05)
