@@ -265,7 +265,8 @@ def bound(plan: Plan, arrays: Any, where: Any) -> Any:
     """
     if plan.mesh is None:
         return jax.device_put(arrays, jax.local_devices()[0])
-    return jax.device_put(arrays, on_devices(plan.mesh, arrays, where))
+    put: Any = jax.jit(lambda arrays: arrays, out_shardings=on_devices(plan.mesh, arrays, where))
+    return put(jax.tree.map(np.asarray, arrays))
 
 
 @functools.wraps(prefill_chunk)

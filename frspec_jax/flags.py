@@ -220,6 +220,13 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
         help="prompt tokens a pass, always as many, a divisor of 256 (default: what suits)",
     )
     group.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide the target among N devices; each has the draft whole (default: 1)",
+    )
+    group.add_argument(
         "--kernels",
         choices=IMPLEMENTATIONS,
         default="auto",

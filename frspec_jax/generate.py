@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frspec_jax import flags, prompts
+from frspec_jax import flags, hosts, prompts
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError, reported
 
@@ -66,6 +66,9 @@ def arguments() -> argparse.ArgumentParser:
     flags.add_penalty_flags(parser)
     flags.add_draft_flags(parser)
     flags.add_device_flags(parser)
+    hosts.add_host_flags(
+        parser, "the same command on each; --tensor-parallel counts the devices of all, and the first one prints"
+    )
     return parser
 
 
@@ -105,6 +108,7 @@ def _unicode(text: str, source: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     with reported():
+        hosts.join(args)
         # Everything that can be refused without a model is refused before one is loaded.
         sampling = flags.sampling_of(args)
         _unicode(args.system or "", "--system")
@@ -123,6 +127,7 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
     from frspec_jax import api
     from frspec_jax.batch import SLOTS
     from frspec_jax.checkpoint import Checkpoint
+    from frspec_jax.sharding import mesh_of
     from pallas_kernels.dispatch import Kernels
 
     request = api.Request(
@@ -144,6 +149,7 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
             context=args.context,
             chunk=args.chunk,
             kernels=Kernels.all(args.kernels),
+            mesh=mesh_of(args.tensor_parallel),
         )
     every = [model.encode(prompt, request) for prompt in asked]
     for ids in every:  # a prompt that does not fit is refused before any is answered
@@ -157,7 +163,7 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
     for prompt in asked:
         stream = model.stream(prompt, request)
         for piece in stream:
-            if not args.json:
+            if not args.json and hosts.first_process():
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         assert stream.result is not None
@@ -182,6 +188,8 @@ def together(args: argparse.Namespace, model: Generator, asked: list[Asked], slo
 
 def show(args: argparse.Namespace, answer: Result, text: str) -> None:
     """One answer, of which `text` is not out yet."""
+    if not hosts.first_process():
+        return
     if args.json:
         print(json.dumps(answer.to_json(), ensure_ascii=False), flush=True)
     else:

@@ -174,7 +174,16 @@ def everywhere(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays that each device of a mesh has whole; no mesh: as they are."""
     if mesh is None:
         return tree
-    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
+    there = NamedSharding(mesh, WHOLE)
+
+    def put(x: Any) -> Array:
+        if isinstance(x, Array) and len(x.sharding.device_set) > 1:  # of the target's: from device to device
+            moved: Array = jax.jit(lambda x: x, out_shardings=there)(x)
+            return moved
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, there, lambda _: whole)
+
+    return jax.tree.map(put, tree)
 
 
 def on_devices(mesh: Mesh, arrays: Any, specs: Any) -> Any:

@@ -6,7 +6,6 @@ program and one function, whatever it runs on, and its figures differ by the ord
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
@@ -19,39 +18,6 @@ from frspec_jax.errors import UserError
 from pallas_kernels.products import einsum_f32
 
 ROWS = "rows"  # the mesh's only axis: the rows of a batch
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    hosts = parser.add_argument_group(
-        "several hosts",
-        "the same command on each, which must see the same files; all devices of a host are always used",
-    )
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of the first process, which keeps the run")
-    hosts.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
-    hosts.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
-
-
-def join(args: argparse.Namespace) -> None:
-    """Join the other hosts, if the flags name any. Must come before JAX is first used.
-
-    Raises:
-      UserError: some of the flags are missing, make no sense, or the others cannot be reached.
-    """
-    given = [args.coordinator, args.processes, args.process]
-    if all(value is None for value in given):
-        return
-    if any(value is None for value in given) or not 0 <= args.process < args.processes:
-        raise UserError("--coordinator, --processes N and --process I go together, with I from 0 to N - 1")
-    try:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--coordinator {args.coordinator} cannot be joined ({reason}); check the address") from None
-
-
-def first_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return jax.process_index() == 0
 
 
 def meet(what: str) -> None:

@@ -30,6 +30,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
 from frspec_jax.files import folder_lock, write_json, writing
+from frspec_jax.hosts import first_process
 from frspec_jax.llama import LlamaParams
 from frspec_jax.placement import Placement
 from train import devices
@@ -187,7 +188,7 @@ def open_corpora(
     if files or plain:
         length = max(LENGTH, row)
         sequences = texts(files, [FeatureStore(path, checkpoint) for path in plain], checkpoint)
-        if devices.first_process():  # hosts that see one folder would write over each other
+        if first_process():  # hosts that see one folder would write over each other
             with folder_lock(cache, f"--work {cache}"):
                 _made_of(cache, [*files, *plain], length)
                 with FeatureWriter(cache, checkpoint, taps) as writer:

@@ -15,7 +15,8 @@ from flax.training.train_state import TrainState
 
 from frspec_jax.errors import UserError
 from frspec_jax.files import write_json, writing
-from train import curves, devices
+from frspec_jax.hosts import first_process
+from train import curves
 
 
 class Run:
@@ -66,7 +67,7 @@ class Run:
 
     def _clear(self) -> None:
         """Remove what an interrupted or refused write has left; only one process may be in the folder."""
-        if devices.first_process():
+        if first_process():
             for part in self.folder.glob("*/*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(part, ignore_errors=True)
 
@@ -114,7 +115,7 @@ class Run:
 
     def log(self, row: dict[str, Any]) -> None:
         """Add a row to the metrics, on a line of its own even where a full disk or a kill has cut one short."""
-        if devices.first_process():
+        if first_process():
             with self._writing(), open(self.folder / "metrics.jsonl", "a+b") as file:
                 whole = True
                 if file.tell():
@@ -124,7 +125,7 @@ class Run:
 
     def draw(self) -> None:
         """The curves of what was logged, as WORK/curves.png."""
-        if devices.first_process():
+        if first_process():
             curves.draw([self.folder], self.folder / "curves.png")
 
     def close(self) -> None:

@@ -14,10 +14,10 @@ from frspec_jax.defaults import defaults
 from frspec_jax.drafters.base import DraftSpec, Target
 from frspec_jax.drafting import Drafting
 from frspec_jax.generator import Generator, Request, Runtime
+from frspec_jax.hosts import first_process
 from frspec_jax.llama import LlamaParams
 from frspec_jax.method import Method
 from pallas_kernels.dispatch import AUTO
-from train import devices
 from train.batches import Packing
 
 PROMPTS, LONGEST, TOKENS = 8, 200, 48  # prompts, tokens of each at most, and tokens of each answer
@@ -52,7 +52,7 @@ class Probe:
 
     def accepted_length(self, params: Any) -> float | None:
         """Tokens a round, the bonus token counted, pooled over all prompts; None from all processes but the first."""
-        if not devices.first_process() or not self._prompts:
+        if not first_process() or not self._prompts:
             return None
         draft = self._finished(_on_one_device(params))
         known = self._spec.vocabulary(draft)

@@ -21,6 +21,7 @@ from rich.console import Console
 from frspec_jax.checkpoint import Checkpoint, write_draft
 from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable, folder_lock, new_folder
+from frspec_jax.hosts import first_process
 from frspec_jax.llama import LlamaParams
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
 from train import answers, devices
@@ -57,7 +58,7 @@ def train(
     if settings.out.exists():
         raise UserError(f"--name {settings.name}: {settings.out} exists already; remove it or choose another name")
     with contextlib.ExitStack() as held:
-        if devices.first_process():  # which writes for all
+        if first_process():  # which writes for all
             held.enter_context(folder_lock(settings.work, f"--work {settings.work}"))
             check_writable(settings.out, f"--ckpt {settings.ckpt}: its folder drafts")
         opened = open_run(settings, checkpoint, task_of, taps, unchanging, held)
@@ -95,7 +96,7 @@ def open_run(
     task = task_of(target, packing)
     # On the devices for good, as the target's weights are: otherwise the second step would compile anew.
     state = folder.restore(devices.everywhere(new_state(task.params, recipe), mesh))
-    console = Console(stderr=True, quiet=not devices.first_process())
+    console = Console(stderr=True, quiet=not first_process())
     resumed = f"; resumed at step {int(state.step)}" if int(state.step) else ""
     console.print(
         f"{_tokens(stores):,} tokens in {sum(sequences):,} sequences, {packing.steps_per_epoch:,} steps an epoch, "
@@ -118,7 +119,7 @@ def write(opened: Opened, state: TrainState) -> None:
     weights = task.finished(params["draft"])  # on all hosts, whose arrays these are
     folder.draw()
     folder.close()
-    if not devices.first_process():
+    if not first_process():
         return
     about = {
         "recipe": dataclasses.asdict(settings.recipe),

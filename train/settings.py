@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from frspec_jax import hosts
 from frspec_jax.checkpoint import check_draft_name
 from frspec_jax.errors import UserError
-from train import devices
 from train.optimiser import Optimisation
 
 Recipe = TypeVar("Recipe", bound=Optimisation)
@@ -118,7 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str, presets: Mapping[s
         choices = typing.get_args(hints[field.name])  # of a Literal; nothing of other types
         what = {"choices": choices} if choices else {"type": type(default), "metavar": type(default).__name__.upper()}
         recipe.add_argument(flag, help=f"default: {default}", **what)
-    devices.add_arguments(parser)
+    hosts.add_host_flags(
+        parser, "the same command on each, which must see the same files; all devices of a host are always used"
+    )
 
 
 def settings_of(args: argparse.Namespace, presets: Mapping[str, Recipe]) -> RunSettings[Recipe]:
@@ -129,7 +131,7 @@ def settings_of(args: argparse.Namespace, presets: Mapping[str, Recipe]) -> RunS
     Raises:
       UserError: figures that make no sense, by their flags.
     """
-    devices.join(args)
+    hosts.join(args)
     flags = vars(args)
     preset = presets[flags.get("preset", "default")]
     given = {field.name: flags[field.name] for field in dataclasses.fields(preset)}

@@ -23,6 +23,7 @@ from frspec_jax.flags import DraftFlags
 from frspec_jax.serve.app import application
 from frspec_jax.serve.guard import JsonLines
 from frspec_jax.serve.served import Served, Settings
+from frspec_jax.sharding import mesh_of
 from pallas_kernels.dispatch import Kernels
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,15 @@ def serve(args: argparse.Namespace, flags: DraftFlags, keys: tuple[bytes, ...]) 
     api.runtime_of(checkpoint.config, args.dtype, args.context, args.chunk, kernels)  # refused before all else
 
     def load() -> api.Generator:
-        return api.load(checkpoint, draft, dtype=args.dtype, context=args.context, chunk=args.chunk, kernels=kernels)
+        return api.load(
+            checkpoint,
+            draft,
+            dtype=args.dtype,
+            context=args.context,
+            chunk=args.chunk,
+            kernels=kernels,
+            mesh=mesh_of(args.tensor_parallel),
+        )
 
     settings = Settings(
         names=tuple(dict.fromkeys(args.name or [checkpoint.path.resolve().name])),

@@ -89,6 +89,7 @@ class Served:
                     context=runtime.context,
                     kernels=runtime.kernels,
                     target=model.weights.target,
+                    mesh=runtime.mesh,
                 )
                 return _batch(plain, 1)
 

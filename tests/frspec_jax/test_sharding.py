@@ -1,0 +1,96 @@
+"""A target divided over several devices says what one device says.
+
+Sums over devices add up in another order than on one, so float32 rounds their last bits differently: a token can only
+differ where the target's two best lie closer together than that. These targets' do not, in any of these texts.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from frspec_jax.errors import UserError
+from frspec_jax.sharding import PARTITION, Split, mesh_of
+from tests.support import toy
+
+ROOT = Path(__file__).parents[2]
+CFG = toy.config(num_heads=8, num_kv_heads=2, vocab_size=30)
+
+
+def run(*command: str, devices: int = 8, **how) -> subprocess.Popen:
+    """A process that sees so many devices."""
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def said(process: subprocess.Popen) -> str:
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error[-2000:]
+    return out
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_the_parts_of_a_weight_are_all_of_it(count):
+    """Each row of a stored weight is on one device, or, of KV heads that several share, on each of those."""
+    split = Split(CFG, count)
+    sizes = {"qkv": 8 * (8 + 2 * 2), "gate_up": 2 * CFG.intermediate_size, "output": 64, "down": CFG.intermediate_size}
+    for name, size in sizes.items():
+        rows = [row for device in range(count) for a, b in split.pieces(name, device) for row in range(a, b)]
+        assert set(rows) == set(range(size))
+        if name != "qkv" or count <= CFG.num_kv_heads:
+            assert len(rows) == size
+    for device in range(count):
+        queries, keys, values = split.pieces("qkv", device)
+        first_query, first_key = queries[0] // CFG.head_dim, keys[0] // CFG.head_dim - CFG.num_heads
+        assert first_query // CFG.queries_per_kv == first_key, "a device's queries read its own keys"
+        assert values[0] - keys[0] == CFG.num_kv_heads * CFG.head_dim
+    stored = np.arange(CFG.vocab_size * 3).reshape(-1, 3)
+    parts = np.concatenate([split.part("lm_head", stored, device) for device in range(count)])
+    assert parts.shape[0] == split.vocabulary >= CFG.vocab_size and not parts[CFG.vocab_size :].any()
+    assert np.array_equal(parts[: CFG.vocab_size], stored) and set(PARTITION) == set(sizes) | {
+        "qkv_bias", "gate_up_bias", "lm_head"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"), [({"num_heads": 6, "num_kv_heads": 3}, 2), ({"intermediate_size": 50}, 4)]
+)
+def test_what_cannot_be_divided_is_refused(changes, count):
+    with pytest.raises(UserError, match=rf"tensor.parallel {count}: the target's \d+ heads, "):
+        Split(toy.config(**changes), count)
+    with pytest.raises(UserError, match=r"tensor.parallel 99: JAX found \d+ devices; give 1 to"):
+        mesh_of(99)
+
+
+def test_text_on_two_four_and_eight_devices_is_that_of_one():
+    """EAGLE-2 with a fixed tree and a pace, EAGLE-3, Medusa, copying, vanilla; greedy and sampled; a batch."""
+    found = json.loads(said(run("tests.support.sharded")).splitlines()[-1])
+    assert len(found) >= 9 and all(found.values()), [name for name, same in found.items() if not same]
+
+
+def test_two_processes_are_one_run(toy_folder, tmp_path):
+    """Two of four devices each: the first prints what one device says, the second nothing."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{one.getsockname()[1]}"
+    asked = ["frspec_jax.generate", "--ckpt", str(toy_folder.path), "--prompt", "the end", "--json"]
+    asked += ["--dtype", "float32", "--max-new-tokens", "24", "--pace", "fixed", "--context", "512"]
+    alone = json.loads(said(run(*asked, devices=1)))
+    together = ["--coordinator", address, "--processes", "2", "--tensor-parallel", "4"]
+    both = [run(*asked, *together, "--process", str(number), devices=2) for number in range(2)]
+    # What joins CPUs says so on standard output, by itself.
+    first, second = (re.sub(r"^\[Gloo\].*\n", "", said(one), flags=re.M) for one in both)
+    assert second == "" and json.loads(first)["tokens"] == alone["tokens"] and len(alone["tokens"]) > 5
+
+
+def test_one_device_is_the_code_without_a_mesh():
+    assert mesh_of(1) is None

@@ -1,0 +1,80 @@
+"""`python -m tests.support.sharded`: texts on one device, and on several, as JSON: by name whether they are the same.
+
+A process of its own, since the number of devices is fixed when JAX begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from frspec_jax import engine, sharding
+from frspec_jax.config import Sampling, TreeConfig
+from frspec_jax.pace import Pace
+from pallas_kernels.dispatch import AUTO
+from tests.support import toy
+
+CFG = toy.config(num_heads=8, num_kv_heads=2, vocab_size=30)
+GEMMA = {"windows": (7, 0), "norms": "around", "head_norms": True, "norm_offset": 1.0}
+BIASES = {"attention_bias": True, "output_bias": True, "mlp_bias": True}
+PROMPT = np.random.default_rng(0).integers(0, 30, 21)
+TREE = TreeConfig(8, 3, 4)
+
+
+def divided(plan: engine.Plan, weights: engine.Weights, devices: int) -> tuple[engine.Plan, engine.Weights]:
+    """The same plan and weights, on so many devices."""
+    mesh = sharding.mesh_of(devices)
+    assert mesh is not None
+    plan = dataclasses.replace(plan, mesh=mesh, kernels=dataclasses.replace(AUTO, axis=sharding.AXIS))
+    others = sharding.everywhere((weights.draft, weights.pace), mesh)
+    return plan, engine.Weights(sharding.spread(weights.target, plan.config, mesh), *others)
+
+
+def cases() -> dict[str, tuple[engine.Plan, engine.Weights, Sampling, tuple[int, ...]]]:
+    """What is decoded: plan, weights, settings, on how many devices."""
+    found: dict[str, Any] = {}
+    greedy, sampled = Sampling(), Sampling(1.0, top_p=0.9)
+    for kind, settings, counts in (
+        ("eagle", greedy, (2, 8)),
+        ("eagle3", sampled, (4,)),
+        ("medusa", greedy, (4,)),
+        ("copying", sampled, (2,)),
+    ):
+        weights, drafter = toy.weights(CFG, np.arange(0, 30, 2), kind=kind)
+        plan = toy.plan(CFG, drafter, toy.fitted(kind, CFG, TREE), settings)
+        found[f"{kind}, {'greedy' if settings.greedy else 'sampled'}"] = plan, weights, settings, counts
+    found["vanilla"] = toy.vanilla_plan(CFG, sampled), toy.weights(CFG)[0], sampled, (8,)
+    paced, weights = toy.paced(CFG, "eagle")
+    found["eagle with a pace"] = paced, weights, Sampling(), (4,)
+    gemma = toy.config(num_heads=8, num_kv_heads=4, vocab_size=30, **GEMMA)
+    weights, drafter = toy.weights(gemma)
+    found["like Gemma 3"] = toy.plan(gemma, drafter, TREE), weights, Sampling(), (8,)
+    qwen = toy.config(num_heads=8, num_kv_heads=4, vocab_size=30, tied_head=True, **BIASES)
+    weights, drafter = toy.weights(qwen)
+    found["tied, with biases"] = toy.plan(qwen, drafter, TREE), weights, Sampling(), (4,)
+    return found
+
+
+def main() -> None:
+    same: dict[str, bool] = {}
+    assert isinstance(toy.PACE, Pace) and jax.device_count() >= 8
+    for name, (plan, weights, settings, counts) in cases().items():
+        expected = toy.decode(plan, weights, PROMPT, 30, settings, seed=1)[0]
+        for devices in counts:
+            there = divided(plan, weights, devices)
+            tokens, state = toy.decode(*there, PROMPT, 30, settings, seed=1)
+            keys = state.caches.target[0].keys
+            whole = max(1, plan.config.num_kv_heads // devices)
+            shown = keys.sharding.shard_shape(keys.shape)[0] == whole  # each device holds its own heads alone
+            same[f"{name}, {devices} devices"] = tokens == expected and shown
+            print(f"{name}, {devices} devices: {tokens == expected}, {shown}", file=sys.stderr)
+    print(json.dumps(same))
+
+
+if __name__ == "__main__":
+    main()
