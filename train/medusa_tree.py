@@ -26,6 +26,7 @@ from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable
 from frspec_jax.vocabulary import crop
 from train.batches import Batch, Packing
+from train.corpus import Tally
 from train.features import open_corpora
 from train.medusa import rank_hits
 from train.task import draft_to_fit
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
     check_writable(folder, f"--draft {folder}")
     target = checkpoint.params()
     work = args.work or args.ckpt / "training" / "medusa-tree"
-    stores = open_corpora(args.corpus, checkpoint, target, work, args.row)
+    tally = Tally()
+    stores = open_corpora(args.corpus, checkpoint, target, work, args.row, tally=tally)
     held_out = Packing(tuple(stores), args.rows, args.row, seed=0).held_out(args.batches)
     accuracy = measured(params, target.head, ids, held_out, args.ranks)
     choices, value = most_valuable(accuracy, args.nodes)
@@ -74,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
         f"wrote the tree of {folder}: {len(choices)} nodes below the root, {max(map(len, choices))} levels; "
         f"{1 + value:.2f} tokens a round are expected of it (bonus counted, heads taken as independent)"
     )
+    if tally.read:
+        tally.tell()
 
 
 def measured(params: MedusaParams, head: Array, ids: np.ndarray, batches: list[Batch], ranks: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from frspec_jax.llama import LlamaParams
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
 from train import answers, devices
 from train.batches import HELD_OUT, Packing
-from train.corpus import corpus_files
+from train.corpus import Tally, corpus_files
 from train.features import FeatureStore, Taps, open_corpora, stored_taps
 from train.folder import Run
 from train.loop import Loop, Opened
@@ -62,6 +62,8 @@ def train(
             check_writable(settings.out, f"--ckpt {settings.ckpt}: its folder drafts")
         opened = open_run(settings, checkpoint, task_of, taps, unchanging, held)
         write(opened, Loop(opened).run())
+        if opened.tally.read and devices.first_process():
+            opened.tally.tell()
 
 
 def open_run(
@@ -77,7 +79,8 @@ def open_run(
     if settings.own_answers is not None:
         corpora = [own_answers(settings, checkpoint)]
     target = checkpoint.params()
-    stores = open_corpora(corpora, checkpoint, recipe.cast(target), settings.work / "features", settings.row, taps)
+    tally, work = Tally(), settings.work / "features"
+    stores = open_corpora(corpora, checkpoint, recipe.cast(target), work, settings.row, taps, tally=tally)
     sequences = [len(store) for store in stores]
     mesh = devices.mesh_for(settings.rows, recipe.accumulate)
     same = settings.resumed() | {"target": checkpoint.fingerprint, "sequences": sequences}
@@ -105,7 +108,9 @@ def open_run(
     probe = None
     if settings.accept_every:
         probe = Probe(checkpoint, task.spec, target, held_out_prompts(packing), task.finished)
-    return Opened(settings, checkpoint, stores, packing, mesh, task, folder, held_out, ranked, probe, console, state)
+    return Opened(
+        settings, checkpoint, stores, packing, mesh, task, folder, held_out, ranked, probe, console, state, tally
+    )
 
 
 def write(opened: Opened, state: TrainState) -> None:
@@ -142,7 +147,7 @@ def own_answers(settings: RunSettings[Any], checkpoint: Checkpoint) -> Path:
         raise UserError("--own-answers works on one host; make the store with python -m train answers, and name that")
     if stored := next((path for path in settings.corpora if stored_taps(path) is not None), None):
         raise UserError(f"--own-answers takes conversations, and {stored} is a store of answers; leave the flag out")
-    if next(answers.first_turns(corpus_files(settings.corpora)), None) is None:
+    if next(answers.first_prompts(corpus_files(settings.corpora), Tally()), None) is None:
         raise UserError(f"--own-answers {limit}: the corpora hold no prompt of a user; give conversations")
     if not (settings.work / "settings.json").exists():  # once training has begun, more answers would be another run
         answers.make_store(answers.AnswerSettings(settings.corpora, store, limit_tokens=limit), checkpoint)
