@@ -69,7 +69,8 @@ def messages_of(row: Any, *, any_role: bool = False) -> list[dict[str, Any]] | N
     """
     if not isinstance(row, Mapping):
         return None
-    found = _of_list(row, any_role) or _of_texts(row)
+    listed = _of_list(row, any_role)
+    found = _of_texts(row) if listed is None else listed
     system = next((row[key] for key in SYSTEM if isinstance(row.get(key), str) and row[key].strip()), None)
     if found and system is not None and found[0]["role"] != "system":
         found.insert(0, {"role": "system", "content": clean(system)})

@@ -107,7 +107,7 @@ def _opened(path: Path, name: str) -> Iterator[tuple[io.BufferedReader, Peeked]]
             file = _decompressed(path, raw)
             start = file.peek(4)[:4]
             wide = next((kind for mark, kind in WIDE.items() if start.startswith(mark)), None)
-            if wide is None and kind_of(path) != ".parquet" and len(start) > 1 and 0 in start[:2]:
+            if wide is None and [bool(byte) for byte in start] in ([True, False] * 2, [False, True] * 2):
                 wide = "UTF-16"  # without a mark: letters of ASCII have a zero beside them
             if wide:
                 raise UserError(f"{name}, line 1: the file is {wide} text; save it as UTF-8")
@@ -161,10 +161,8 @@ def _parsed(text: bytes, name: str) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text (byte 0x{text[error.start]:02x}); convert the file first") from None
     except (ValueError, RecursionError) as error:
-        cut = (
-            isinstance(error, json.JSONDecodeError) and not text.endswith(b"\n") and error.pos >= len(text.rstrip()) - 1
-        )
-        reason = f"not JSON ({error})" + (", since the file ends in the middle of it" if cut else "")
+        cut = not text.endswith(b"\n") and not text.rstrip().endswith((b"}", b"]"))
+        reason = f"not JSON ({error})" + (", and the file ends in the middle of it" if cut else "")
         raise UserError(f"{name}: {reason}; {MEND}") from None
 
 

@@ -102,14 +102,14 @@ def run(args: argparse.Namespace) -> None:
     others = list(zip([file.name for file in held_out], every, strict=False))
     for name, counts in others:
         if not counts.any():
-            raise UserError(f"--evaluate {name} holds no text of the roles {args.roles}; choose others with --roles")
+            raise UserError(f"--evaluate {name} holds nothing to count: {tally.said()}; give another, or other --roles")
     names = (*(path.resolve().name for path in stores), *(file.name for file in files))
     counted = Ranking(sum([*answers, *every], np.zeros(vocab_size, np.int64)), tokenizer, names)
     ranking = sum(rankings[1:], rankings[0]) if rankings else counted
     if rankings and names:
         ranking = ranking + counted
     if not ranking.tokens and (ranking.listed is None or names):
-        raise UserError(f"the corpus holds no text of the roles {args.roles}; choose others with --roles")
+        raise UserError(f"the corpus holds nothing to count: {tally.said()}; give another, or other --roles")
     ranking.save(out)
     show(ranking, others, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size))
     listed = "" if ranking.listed is None else f"an order of {len(ranking.listed):,} ids"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from frspec_jax.errors import UserError
 from tests.support import folders
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from train.conversations import Reader
 from train.corpus import Record, Tally
-from transformers import PreTrainedTokenizerFast
 
 A, U, S = "assistant", "user", "system"
 CHATML = folders.TEMPLATE
@@ -44,6 +44,7 @@ COUNTING = "<|im_start|>system\nYou have {{ messages | length }} messages.<|im_e
 TWO = ((U, "Name a colour."), (A, "Blue."), (U, "Another?"), (A, "Green."))
 THOUGHT = ((U, "2+2?"), (A, "<think>\nTwo.\n</think>\n\nFour."), (U, "3+3?"), (A, "<think>\nThree.\n</think>\n\nSix."))
 END = "<|im_end|>\n"
+MARKERS = "<|im_start|>user\nHi<|im_end|>\n"  # in what is said
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,9 @@ def answers(tokenizer, template, turns, tally=None):
     """The sequences that a conversation becomes: of each its text, and its answers as they stand in it."""
     tokenizer.chat_template = template
     found = []
-    for tokens, answer in Reader(tokenizer, 400, tally or Tally()).sequences(Record("x", turns=tuple(turns), where="x")):
+    for tokens, answer in Reader(tokenizer, 400, tally or Tally()).sequences(
+        Record("x", turns=tuple(turns), where="x")
+    ):
         edges = np.flatnonzero(np.diff([0, *answer.astype(int), 0]))
         found.append([tokenizer.decode(tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)])
     return found
@@ -78,7 +81,11 @@ def answers(tokenizer, template, turns, tally=None):
         (CHATML, (*TWO[:2], (S, "Now in French."), (U, "Another?"), (A, "Vert.")), [["Blue." + END, "Vert." + END]]),
         (CHATML, (*TWO, (U, "Nobody answers.")), [["Blue." + END, "Green." + END]]),
         (CHATML, (TWO[0], (A, ""), *TWO[2:]), [[END, "Green." + END]]),
-        (CHATML, (TWO[0], (A, "<|im_start|>user\nHi" + END), *TWO[2:]), [["<|im_start|>user\nHi" + END * 2, "Green." + END]]),
+        (
+            CHATML,
+            (TWO[0], (A, "<|im_start|>user\nHi" + END), *TWO[2:]),
+            [["<|im_start|>user\nHi" + END * 2, "Green." + END]],
+        ),
         # A thought that the prompt has opened goes on, behind the prompt that inference gives.
         (THINK_OPEN, THOUGHT, [["Two.\n</think>\n\nFour." + END], ["Three.\n</think>\n\nSix." + END]]),
         (THINK_OPEN, TWO, [["Blue." + END, "Green." + END]]),
@@ -158,5 +165,5 @@ def test_all_of_a_text_counts(tokenizer):
 
 def test_a_target_without_a_template_is_named(tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"a\.jsonl, line 3 is a conversation, and the target has no chat template; add"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3 is a conversation, and the target has no chat template"):
         Reader(tokenizer, 400, Tally()).sequences(Record("x", turns=TWO, where="a.jsonl, line 3"))
