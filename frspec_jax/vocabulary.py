@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from frspec_jax import files, token_maps
 from frspec_jax.errors import UserError, quoted
 from pallas_kernels.products import take_rows
 from pallas_kernels.subvocab_head import quantised
+
+SPARE = re.compile(r"unused|reserved|placeholder|extra_id", re.IGNORECASE)  # added tokens that no text holds
 
 
 @struct.dataclass
@@ -193,9 +196,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def control_ids(tokenizer: Any, stop_ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
-    """The ids that every sub-vocabulary holds: terminators, and the special tokens that steer a chat."""
-    special = [n for n, token in tokenizer.added_tokens_decoder.items() if token.special]
-    return tuple(sorted(n for n in {*special, *tokenizer.all_special_ids, *stop_ids} if 0 <= n < vocab_size))
+    """The ids that every sub-vocabulary holds: terminators, and the added tokens that steer a chat.
+
+    Some of these are not marked special (`<think>`, `<tool_call>`): they are added tokens all the same. Of those, ones
+    that stand for nothing yet (`<unused12>`) are left out; there can be thousands.
+    """
+    added = [
+        n for n, token in tokenizer.added_tokens_decoder.items() if token.special or not SPARE.search(token.content)
+    ]
+    return tuple(sorted(n for n in {*added, *tokenizer.all_special_ids, *stop_ids} if 0 <= n < vocab_size))
 
 
 def sub_vocabulary(

@@ -345,9 +345,9 @@ def test_the_hash_survives_saving_and_sees_added_tokens(tmp_path):
     assert tokenizer_hash(tokenizer) != name
 
 
-def test_control_ids_are_terminators_and_special_tokens():
+def test_control_ids_are_terminators_and_added_tokens():
     tokenizer = fast_tokenizer("<unk>", "<s>", "</s>", "a", "b", "<|end|>", bos_token="<s>", eos_token="</s>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|im_start|>"]})
-    tokenizer.add_tokens(["<tool>"])  # added, but not special
-    assert control_ids(tokenizer, [4], 100) == (1, 2, 4, 5, 6)
+    tokenizer.add_tokens(["<tool_call>", "<unused7>"])  # they steer, or wait for a meaning; neither is marked special
+    assert control_ids(tokenizer, [4], 100) == (1, 2, 4, 5, 6, 7)
     assert control_ids(tokenizer, [4, 4, 200], 6) == (1, 2, 4, 5)  # ids outside the vocabulary are left out
