@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from eval.runs import output, provenance
 from eval.runs.provenance import save
 from eval.show import plots, tune_plots
 from frspec_jax import api, compile_cache, tuned
-from frspec_jax.api import NO_DRAFT, Draft, Request
+from frspec_jax.api import NO_DRAFT, Draft, Prompt, Request
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.commands import results_console
 from frspec_jax.config import VANILLA
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     output.check_folder(folder, "--draft")  # where the setting goes
     dtype = defaults().dtype if args.dtype is None else jnp.dtype(args.dtype)
     space = space_of(args, checkpoint)
-    texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]
+    texts = [question.first for question in spread(read_questions(args.data), args.questions)]
     bench = Bench(checkpoint, args.draft, dtype, request, texts)
     if (damage := tuned.forget_damaged(folder, dtype)) is not None:
         print(f"note: {damage.on_the_command_line}; this run replaces it", file=sys.stderr)
@@ -178,7 +179,7 @@ class Bench:
     """A checkpoint and prompts to measure settings with; the target's weights are loaded once."""
 
     def __init__(
-        self, checkpoint: Checkpoint, draft: str | None, dtype: Any, request: Request, texts: list[str]
+        self, checkpoint: Checkpoint, draft: str | None, dtype: Any, request: Request, texts: Sequence[Prompt]
     ) -> None:
         self.checkpoint, self.draft, self.dtype, self.request = checkpoint, draft, dtype, request
         self.vanilla = api.load(checkpoint, NO_DRAFT, dtype=dtype)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval.data.questions import CODE_PROMPT, PUBLISHED, read_text
+from eval.data.questions import CODE_PROMPT, PUBLISHED
 from eval.data.verdicts import code_of, defines, number_of
-from frspec_jax import json_lines
+from frspec_jax import records
 from frspec_jax.errors import UserError
 
 BENCHMARKS = ("HumanEval", "GSM8K")
@@ -62,11 +61,12 @@ def read_problems(folder: Path) -> list[Problem]:
 
 def _parse(file: Path, parse: Callable[[int, Any], Problem]) -> list[Problem]:
     found = []
-    for number, line in json_lines.numbered(read_text(file)):
+    for row in records.read_rows(file, "--data"):
         try:
-            found.append(parse(number, json.loads(line)))
+            found.append(parse(row.number, row.value))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--data {file}, line {number}: not of the published format ({error})") from None
+            where = f"{records.named(file, '--data')}, {row.where}"
+            raise UserError(f"{where}: not of the published format ({error})") from None
     return found
 
 
