@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from frspec_jax.commands import results_console
-from frspec_jax.errors import UserError
+from frspec_jax.errors import UserError, quoted
 from frspec_jax.files import check_writable
 from frspec_jax.prompts import ROLES
 from train.corpus import NO_EMBEDDING, Tally, corpus_files, read_corpus
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="add up these rankings, and what CORPUS gives; "
-        "of a token map (ids, most frequent first: .pt, .json, .txt, .safetensors) the order is kept, before the rest",
+        "of a token map (ids, most frequent first: .pt, .json, .txt, .npy, .safetensors) the order comes first",
     )
     parser.add_argument(
         "--evaluate", nargs="+", type=Path, metavar="TEXT", help="also print the coverage of text that was not counted"
@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from frspec_jax import token_maps
     from frspec_jax.checkpoint import Checkpoint
     from frspec_jax.vocabulary import Ranking, control_ids, tokenizer_hash
     from train.features import FeatureStore, stored_taps
@@ -84,6 +85,11 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
     vocab_size, tokenizer = checkpoint.config.vocab_size, tokenizer_hash(checkpoint.tokenizer)
     out = args.out or args.ckpt / "ranking.npz"
+    if token_maps.is_map(out):
+        raise UserError(
+            f"--out {quoted(out)} would be no token map but a ranking with counts, an .npz file; name one, and write "
+            "maps with python -m convert export --draft-vocab N --map FORM"
+        )
     if out.exists() and not args.force:
         raise UserError(f"{out} exists already; replace it with --force, or name another file with --out")
     if not out.parent.is_dir():

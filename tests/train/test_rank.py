@@ -279,6 +279,8 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(tmp_path, ckpt, capfd):
         assert not (tmp_path / "out.npz").exists()
     assert "does not exist; make it first" in refusal(capfd, good, "--ckpt", ckpt, "--out", tmp_path / "no" / "r.npz")
     assert "--ckpt" in refusal(capfd, good, "--ckpt", tmp_path / "absent")
+    said = refusal(capfd, good, "--ckpt", ckpt, "--out", tmp_path / "freq.json")
+    assert "would be no token map but a ranking with counts, an .npz file; name one" in said
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.jsonl", "empty.txt", "good.txt", "other.npz"]
 
 
