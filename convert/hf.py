@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     folder = model_folder(args.source)
     source = TensorFolder(folder)
     if kind := draft_kind(source):
-        raise UserError(f"{folder} is an EAGLE draft; run: python -m convert {kind} {folder} --target CKPT --name NAME")
+        raise UserError(f"{folder} is a draft; run: python -m convert {kind} {folder} --target CKPT --name NAME")
     config = ModelConfig.from_hf(source.config, f"{folder / 'config.json'}")
     shapes, parts = model_shapes(config), model_parts(config)
     dtype = source.lossless_dtype if args.dtype == "auto" else DTYPES[args.dtype]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.draft import FC_BIAS_KEY, TARGET_KEY
 from convert.eagle3 import OUR_TAPS_KEY, TAPS_KEY, TRAINED_EMBEDDING_KEY, eagle3_parts, tap_norm_tensors
+from convert.importing import FC_BIAS_KEY, TARGET_KEY
 from convert.medusa import CHOICES_KEY, medusa_parts
 from convert.weights import draft_parts, spread
 from frspec_jax.checkpoint import Checkpoint

@@ -16,28 +16,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convert import draft
+from convert import importing
 from convert.folder import WEIGHT_FILES, TensorFolder
 from convert.hf import model_folder
+from convert.kinds import HEAD_FILES, MEDUSA_HEAD, TITLES, draft_kind
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.medusa import MedusaConfig, as_choices, published_choices
 from frspec_jax.errors import UserError
 
-HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
-HEAD = re.compile(r"(?:^|\.)medusa_heads?\.(\d+)\.(?:medusa_layers\.)?(.+)")  # a head's number, and the rest
 TARGETS = "target:"  # before the name of a tensor that is no head's
 CHOICES_KEY = "medusa_choices"  # the tree, where config.json has one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    draft.add_arguments(parser, MedusaConfig.kind)
+    importing.add_arguments(parser, MedusaConfig.kind)
 
 
 def run(args: argparse.Namespace) -> None:
-    target = draft.open_target(args)
+    target = importing.open_target(args)
     source = open_heads(args.source)
     spec = read_draft_config(source, target)
-    draft.import_draft(args, source, target, spec, medusa_parts(spec, target), ignore=_is_targets)
+    importing.import_draft(args, source, target, spec, medusa_parts(spec, target), ignore=_is_targets)
 
 
 def _is_targets(name: str) -> bool:
@@ -47,7 +46,11 @@ def _is_targets(name: str) -> bool:
 def open_heads(path: Path) -> TensorFolder:
     """A folder of Medusa heads, its tensors under FasterDecoding's names; those of a target beside them marked so."""
     source = TensorFolder(model_folder(path), (*HEAD_FILES, *WEIGHT_FILES))
-    names = {name: HEAD.search(name) for name in source.names()}
+    if (kind := draft_kind(source)) not in (None, MedusaConfig.kind):
+        raise UserError(
+            f"{source.label} is {TITLES[str(kind)]}; run: python -m convert {kind} {source.label} --target CKPT"
+        )
+    names = {name: MEDUSA_HEAD.search(name) for name in source.names()}
     if not any(names.values()):
         return source
     blocks = [int(found[1]) for m in names.values() if m and (found := re.match(r"(\d+)\.linear\.", m[2]))]

@@ -4,6 +4,7 @@ What FR-Spec and SGLang pass round (`freq_32768.pt`), as torch or pickle stores 
 safetensors or numpy. And the maps of EAGLE-3 drafts, which SGLang reads for such a draft in their place: `d2t` (what is
 added to a row's number to have its id) or `t2d` (which ids have a row), out of a file that holds them under these
 names, or is called so. They name ids too, but in no order.
+A map may stand among the tensors of a draft (vLLM's `token_map`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 from frspec_jax.errors import UserError, quoted
 
+MAPS = ("token_map", "d2t", "t2d")  # how maps are called in files that hold several tensors
 MEND = "give a list of token ids, most frequent first, or count a ranking with python -m train rank"
 
 
@@ -78,6 +80,8 @@ def _ids(found: Any, stem: str) -> tuple[np.ndarray | None, bool]:
     named = {stem: found} if not isinstance(found, dict) else found
     if (offsets := _numbers(named.get("d2t"))) is not None:
         return offsets + np.arange(len(offsets)), False
+    if (listed := _numbers(named.get("token_map"))) is not None:
+        return listed, True
     mask = named.get("t2d")
     if mask is not None and np.asarray(mask).ndim == 1:
         return np.flatnonzero(np.asarray(mask)), False
@@ -130,9 +134,13 @@ def _read_text(path: Path) -> list[int]:
 
 
 def _read_safetensors(path: Path) -> Any:
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
-    return load_file(path)
+    with safe_open(path, framework="numpy") as file:
+        names = list(file.keys())
+        # Out of a whole draft, whose weights are no ids and may be of a kind that numpy does not know.
+        wanted = [name for name in names if name.rpartition(".")[2] in MAPS] or names
+        return {name.rpartition(".")[2]: file.get_tensor(name) for name in wanted}
 
 
 def _write_torch(path: Path, ids: list[int]) -> None:

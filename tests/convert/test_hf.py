@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import hf
 from convert.__main__ import main
-from convert.draft import target_embedding
+from convert.importing import target_embedding
 from frspec_jax.checkpoint import Checkpoint
 from tests.support.tiny_hf import converted, edit_json, model_of, refusal, same, save
 
