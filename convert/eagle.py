@@ -43,9 +43,7 @@ def run(args: argparse.Namespace) -> None:
         beside.add("fc.bias")
     importing.import_draft(args, source, target, spec, parts, ignore=beside.__contains__)
     if MAP in beside:
-        print(
-            f"note: its {MAP} names the ids that its head kept; --ranking {source.label}/model.safetensors reads them"
-        )
+        print(f"note: its {MAP} names the ids that its head kept; --ranking {source.label}/model.safetensors reads it")
 
 
 def check_head(source: TensorFolder, target: Checkpoint) -> tuple[str, ...]:

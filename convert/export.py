@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft", metavar="NAME", help="a draft's name or folder, or none: the ranking alone (default: the only one)"
     )
     parser.add_argument("--format", choices=FORMATS, help="whose layout (default: the one of the draft's publishers)")
+    parser.add_argument(
+        "--verifier",
+        metavar="NAME",
+        help="with --format speculators: the target, by the name or folder that vLLM shall load it from "
+        "(default: the name of what CKPT was converted from)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the tensors (default: bfloat16)")
     parser.add_argument("--draft-vocab", type=int, metavar="N", help="write the N most frequent ids too, in both forms")
     parser.add_argument(
@@ -56,12 +62,16 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.ckpt} holds no draft to export; name one with --draft, or give none and --draft-vocab")
     if args.map and args.draft_vocab is None:
         raise UserError("--map writes the ids of a sub-vocabulary; say how many with --draft-vocab, or drop the flag")
+    if args.verifier is not None and args.format != "speculators":
+        raise UserError("--verifier stands in drafts of --format speculators alone; add that, or drop the flag")
     with new_folder(args.out) as out:
         if folder is not None:
             tensors, config = published(checkpoint, folder, args.format, DTYPES[args.dtype])
             # Not save_file, whose files only their owner may read: another account may serve them.
             (out / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
             config |= {"torch_dtype": args.dtype}
+            if args.verifier is not None:
+                config["speculators_config"]["verifier"]["name_or_path"] = args.verifier
             (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if (odds := pace_tables.read_odds(folder)) is not pace_tables.DEFAULT:
                 pace_tables.write_odds(out, odds)
