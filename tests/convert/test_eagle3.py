@@ -267,7 +267,7 @@ def test_a_draft_of_speculators_comes_back_bit_for_bit(name, ckpt, tmp_path, cap
             assert "ignore; use --format vllm or speculators" in said and not out.exists()
             continue
         main(["export", *map(str, flags), "--format", form, "--out", str(out), "--draft", "eagle"])
-        again = imported(out, ckpt, form, command="draft")
+        again = imported(out, ckpt, f"from-{form}", command="draft")
         assert again[0] == first[0] and same(again[1], first[1]), form
 
 
