@@ -22,6 +22,7 @@ from frspec_jax.config import check_layer
 from frspec_jax.drafters.base import DraftSpec
 from frspec_jax.errors import UserError
 from frspec_jax.files import new_folder
+from frspec_jax.locks import folder_lock
 from frspec_jax.schema import Entries
 
 EMBEDDING = "embed_tokens.weight"
@@ -114,7 +115,7 @@ def import_draft(
     shapes = spec.shapes(target.config).replace(**dict.fromkeys(given))
     dtype = source.lossless_dtype if args.dtype == "auto" else DTYPES[args.dtype]
     out = args.target / "drafts" / args.name
-    with new_folder(out, "--name") as part:
+    with folder_lock(args.target, f"--target {args.target}"), new_folder(out, "--name") as part:
         with tensor_progress(tensor_count(shapes, parts)) as progress:
             params = fill(shapes, parts, source, dtype, ignore, progress).replace(**given)
         if EMBEDDING in source.names() and "embedding" not in parts:

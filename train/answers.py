@@ -29,9 +29,9 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig, Sampling
 from frspec_jax.defaults import defaults
 from frspec_jax.errors import UserError
-from frspec_jax.files import folder_lock
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
+from frspec_jax.locks import folder_lock
 from frspec_jax.placement import Placement
 from frspec_jax.sampling import Draw, Rule, argument
 from pallas_kernels.dispatch import Kernels

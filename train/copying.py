@@ -31,6 +31,7 @@ from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable
 from frspec_jax.llama import LlamaParams
+from frspec_jax.locks import folder_lock
 from train.batches import Batch
 from train.corpus import Tally
 from train.features import FeatureStore, open_corpora
@@ -76,6 +77,12 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
     folder, spec, params = draft_to_fit(checkpoint, args.draft, EagleConfig, "which does not copy; give an EAGLE-2 one")
     check_writable(folder, f"--draft {folder}")
+    with folder_lock(folder, f"--draft {folder}"):
+        fit(args, checkpoint, folder, spec, params)
+
+
+def fit(args: argparse.Namespace, checkpoint: Checkpoint, folder: Path, spec: EagleConfig, params: EagleParams) -> None:
+    """Fit how a draft copies to corpora, and write it into its config.json."""
     target = checkpoint.params()
     tally = Tally()
     work = args.work or args.ckpt / "training" / "copying"

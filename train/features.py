@@ -28,8 +28,9 @@ from frspec_jax import kv_cache, llama
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
-from frspec_jax.files import folder_lock, write_json, writing
+from frspec_jax.files import write_json, writing
 from frspec_jax.llama import LlamaParams
+from frspec_jax.locks import folder_lock
 from frspec_jax.placement import Placement
 from train import devices
 from train.conversations import Reader
@@ -50,7 +51,7 @@ def _meta(checkpoint: Checkpoint, taps: Taps) -> dict[str, object]:
 class FeatureWriter:
     """Appends sequences to a store, which it makes, or reopens after an interruption; as a context, it closes it.
 
-    The caller keeps other processes out, with `files.folder_lock`.
+    The caller keeps other processes out, with `locks.folder_lock`.
 
     Raises:
       UserError: the folder is another target's store, or cannot be written.
@@ -70,8 +71,11 @@ class FeatureWriter:
     def __enter__(self) -> FeatureWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if kind is not None and not self.sources:  # stopped before there was anything: as if it had never begun
+            for name in ("meta.json", "index.i64", *(name for name, _ in _COLUMNS)):
+                (self._folder / name).unlink(missing_ok=True)
 
     def _open(self, width: int) -> None:
         """Open the files behind their last whole sequence; width: columns of a feature."""
@@ -201,11 +205,14 @@ def open_corpora(
             with folder_lock(cache, f"--work {cache}"):
                 _made_of(cache, [*files, *plain], length)
                 sequences = texts(files, [FeatureStore(path, checkpoint) for path in plain], checkpoint, tally)
-                with FeatureWriter(cache, checkpoint, taps) as writer:
-                    compute_features(sequences, checkpoint, target, writer, length=length, tally=tally, taps=taps)
-                    some = bool(writer.sources)
-            if not some:
-                raise UserError(f"the corpora hold nothing to train on: {tally.said()}; give others")
+                try:
+                    with FeatureWriter(cache, checkpoint, taps) as writer:
+                        compute_features(sequences, checkpoint, target, writer, length=length, tally=tally, taps=taps)
+                        if not writer.sources:
+                            raise UserError(f"the corpora hold nothing to train on: {tally.said()}; give others")
+                finally:
+                    if not (cache / "meta.json").exists():
+                        (cache / "made_of.json").unlink(missing_ok=True)
             tally.tell()
         devices.meet("features")
         stores.append(FeatureStore(cache, checkpoint, taps))

@@ -24,6 +24,7 @@ from frspec_jax.drafters.medusa import Choices, MedusaConfig, MedusaParams
 from frspec_jax.drafting import Draft, draft_ids
 from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable
+from frspec_jax.locks import folder_lock
 from frspec_jax.vocabulary import crop
 from train.batches import Batch, Packing
 from train.corpus import Tally
@@ -63,6 +64,19 @@ def run(args: argparse.Namespace) -> None:
     if not 1 <= args.ranks <= len(ids):
         raise UserError(f"--ranks {args.ranks} is out of range: 1 to {len(ids)}, the vocabulary of the draft")
     check_writable(folder, f"--draft {folder}")
+    with folder_lock(folder, f"--draft {folder}"):
+        fit(args, checkpoint, folder, (spec, params), ids)
+
+
+def fit(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    folder: Path,
+    draft: tuple[MedusaConfig, MedusaParams],
+    ids: np.ndarray,
+) -> None:
+    """Choose the tree of some heads that may propose `ids` [V'], and write it into their config.json."""
+    spec, params = draft
     target = checkpoint.params()
     work = args.work or args.ckpt / "training" / "medusa-tree"
     tally = Tally()

@@ -28,6 +28,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.base import Accepted, DraftMemory, Turn
 from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable
+from frspec_jax.locks import folder_lock
 from frspec_jax.pace import GRID
 from frspec_jax.pace_tables import Fitted
 from frspec_jax.placement import Placement
@@ -62,6 +63,12 @@ def run(args: argparse.Namespace) -> None:
     if folder is None:
         raise UserError(f"{args.ckpt} holds no draft; name one with --draft")
     check_writable(folder, f"--draft {folder}")
+    with folder_lock(folder, f"--draft {folder}"):
+        fit(args, checkpoint, folder)
+
+
+def fit(args: argparse.Namespace, checkpoint: Checkpoint, folder: Path) -> None:
+    """Look at the answers to prompts, and write what was found beside a draft."""
     model = api.load(checkpoint, Draft(str(folder), args.draft_vocab, pace="auto", context_slots=0))
     request = Request(args.max_new_tokens)
     tally = Tally()

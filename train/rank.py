@@ -32,11 +32,13 @@ from rich.text import Text
 from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError, quoted
 from frspec_jax.files import check_writable
+from frspec_jax.locks import folder_lock, name_lock
 from frspec_jax.prompts import ROLES
 from train.corpus import NO_EMBEDDING, Tally, corpus_files, read_corpus
 
 # Worker processes import this module, and should not pay for JAX: `run` and `show` import what needs it.
 if TYPE_CHECKING:
+    from frspec_jax.checkpoint import Checkpoint
     from frspec_jax.vocabulary import Ranking
     from train.features import FeatureStore
 
@@ -78,12 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from frspec_jax import token_maps
     from frspec_jax.checkpoint import Checkpoint
-    from frspec_jax.vocabulary import Ranking, control_ids, tokenizer_hash
-    from train.features import FeatureStore, stored_taps
 
     roles = _checked(args)
     checkpoint = Checkpoint.open(args.ckpt)
-    vocab_size, tokenizer = checkpoint.config.vocab_size, tokenizer_hash(checkpoint.tokenizer)
     out = args.out or args.ckpt / "ranking.npz"
     if token_maps.is_map(out):
         raise UserError(
@@ -95,6 +94,18 @@ def run(args: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     check_writable(out.parent, f"--out {out}")
+    # What stands in a checkpoint is the checkpoint's; elsewhere the file alone is held.
+    inside = out.parent.resolve() == args.ckpt.resolve()
+    with folder_lock(args.ckpt, f"--ckpt {args.ckpt}") if inside else name_lock(out, f"--out {out}"):
+        make(args, checkpoint, out, roles)
+
+
+def make(args: argparse.Namespace, checkpoint: Checkpoint, out: Path, roles: tuple[str, ...]) -> None:
+    """Count what is asked for, and write it to `out`, which nobody else writes meanwhile."""
+    from frspec_jax.vocabulary import Ranking, control_ids, tokenizer_hash
+    from train.features import FeatureStore, stored_taps
+
+    vocab_size, tokenizer = checkpoint.config.vocab_size, tokenizer_hash(checkpoint.tokenizer)
     rankings = [Ranking.read(path, tokenizer, vocab_size) for path in args.merge or ()]
     stores = {path: taps for path in args.corpus if (taps := stored_taps(path)) is not None}
     files = corpus_files(path for path in args.corpus if path not in stores)

@@ -20,8 +20,9 @@ from rich.console import Console
 
 from frspec_jax.checkpoint import Checkpoint, write_draft
 from frspec_jax.errors import UserError
-from frspec_jax.files import check_writable, folder_lock, new_folder
+from frspec_jax.files import check_writable, new_folder
 from frspec_jax.llama import LlamaParams
+from frspec_jax.locks import folder_lock, name_lock
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
 from train import answers, devices
 from train.batches import HELD_OUT, Packing
@@ -34,6 +35,8 @@ from train.probe import Probe, held_out_prompts
 from train.rank import answer_counts
 from train.settings import RunSettings
 from train.task import Task
+
+PATIENCE = 3600.0  # seconds that a finished run waits for whoever writes to the checkpoint before it does
 
 
 def train(
@@ -60,6 +63,7 @@ def train(
         if devices.first_process():  # which writes for all
             held.enter_context(folder_lock(settings.work, f"--work {settings.work}"))
             check_writable(settings.out, f"--ckpt {settings.ckpt}: its folder drafts")
+            held.enter_context(name_lock(settings.out, f"--name {settings.name}: {settings.out}"))
         opened = open_run(settings, checkpoint, task_of, taps, unchanging, held)
         write(opened, Loop(opened).run())
         if opened.tally.read and devices.first_process():
@@ -133,10 +137,11 @@ def write(opened: Opened, state: TrainState) -> None:
     }
     if lengths:
         about["accepted_length"] = lengths[-1]
-    if settings.own_answers is not None:  # before the draft: where that stands, the command has no more to do
-        rank_answers(settings, opened.stores, opened.checkpoint)
-    with new_folder(settings.out, "--name") as part:
-        write_draft(part, task.spec, weights, opened.checkpoint.fingerprint, about)
+    with folder_lock(settings.ckpt, f"--ckpt {settings.ckpt}", patience=PATIENCE):
+        if settings.own_answers is not None:  # before the draft: where that stands, the command has no more to do
+            rank_answers(settings, opened.stores, opened.checkpoint)
+        with new_folder(settings.out, "--name") as part:
+            write_draft(part, task.spec, weights, opened.checkpoint.fingerprint, about)
     print(f"wrote {settings.out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
 
 

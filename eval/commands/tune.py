@@ -45,6 +45,7 @@ from frspec_jax.defaults import defaults
 from frspec_jax.drafting import preferred_tree
 from frspec_jax.errors import UserError
 from frspec_jax.flags import add_dtype_flag
+from frspec_jax.locks import folder_lock
 from frspec_jax.vocabulary import Ranking
 
 # What is tried where no flag says otherwise: a pass over many tokens is dear on a CPU, and nearly free on a GPU.
@@ -90,6 +91,12 @@ def run(args: argparse.Namespace) -> None:
     out: Path = args.out or folder
     output.check_folder(out)
     output.check_folder(folder, "--draft")  # where the setting goes
+    with folder_lock(folder, f"--draft {folder}"):
+        search(args, request, checkpoint, folder, out)
+
+
+def search(args: argparse.Namespace, request: Request, checkpoint: Checkpoint, folder: Path, out: Path) -> None:
+    """Climb to the fastest setting of the draft in `folder`, keep it there, and draw what was met in `out`."""
     dtype = defaults().dtype if args.dtype is None else jnp.dtype(args.dtype)
     space = space_of(args, checkpoint)
     texts = [question.first for question in spread(read_questions(args.data), args.questions)]

@@ -1,4 +1,4 @@
-"""What `convert export --format speculators` writes, as the package speculators reads it; skipped where it is missing."""
+"""What `convert export --format speculators` writes, as the package reads it; skipped where it is missing."""
 
 from __future__ import annotations
 
