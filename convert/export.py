@@ -89,7 +89,8 @@ def published(
       UserError: there is no such format of this kind of draft, or the draft does not fit it.
     """
     spec, params = checkpoint.draft(folder)
-    formats = LAYOUTS[spec.kind]
+    if (formats := LAYOUTS.get(spec.kind)) is None:
+        raise UserError(f"--draft: a draft of kind {spec.kind} has no form that other engines read")
     layout = formats.get(form or next(iter(formats)))
     if layout is None:
         raise UserError(f"--format {form}: a draft of kind {spec.kind} can be written as {', '.join(formats)}")

@@ -78,11 +78,26 @@ def write_model(folder: Path, config: ModelConfig, params: LlamaParams) -> None:
 def write_draft(folder: Path, draft: DraftSpec, params: Any, target: str, about: dict[str, Any]) -> None:
     """Fill `folder` (of `new_folder`) with a draft.
 
-    target: the `fingerprint` of its target. about: facts for the reader (source, training).
+    params: its weights; a pytree without arrays is not written. target: the `fingerprint` of its target. about: facts
+    for the reader (source, training).
     """
     config = {"format": DRAFT_FORMAT, "kind": draft.kind, "target": target, **draft.to_json(), "about": about}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_params(folder / "params", params)
+    if jax.tree.leaves(params):
+        save_params(folder / "params", params)
+
+
+def add_draft(checkpoint: Checkpoint, name: str, draft: DraftSpec, params: Any = None) -> Path:
+    """Put a draft of one's own into a checkpoint, as CKPT/drafts/NAME; params: its weights, if it has some.
+
+    Raises:
+      UserError: no draft can be called so, there is one already, or the folder cannot be written.
+    """
+    check_draft_name(name)
+    out = checkpoint.path / "drafts" / name
+    with files.new_folder(out, "--name") as folder:
+        write_draft(folder, draft, params, checkpoint.fingerprint, {"source": draft.kind})
+    return out
 
 
 def amend_draft(folder: Path, draft: DraftSpec, about: dict[str, Any]) -> None:
@@ -266,7 +281,9 @@ class Checkpoint:
         """
         data = _read_config(folder, (DRAFT_FORMAT, EAGLE_FORMAT), "draft (python -m convert makes one)")
         spec = drafters.spec_of(data, quoted(folder / "config.json"))
-        if spec.hidden_size != self.config.hidden_size or data.get("target") != self.fingerprint:
+        # What reads no features suits any target, and so does its folder.
+        fits = spec.hidden_size == self.config.hidden_size and data.get("target") == self.fingerprint
+        if spec.hidden_size is not None and not fits:
             raise UserError(
                 f"--draft {quoted(folder)} was made for another target than {quoted(self.path)}; "
                 "give the draft of this one, or convert it with --target"
@@ -285,4 +302,5 @@ class Checkpoint:
           UserError: the draft was made for another target, or is damaged.
         """
         spec = self.draft_spec(folder)
-        return spec, _load_params(folder / "params", spec.shapes(self.config, dtype))
+        shapes = spec.shapes(self.config, dtype)
+        return spec, _load_params(folder / "params", shapes) if jax.tree.leaves(shapes) else shapes
