@@ -97,8 +97,7 @@ def fit(args: argparse.Namespace, checkpoint: Checkpoint, folder: Path, spec: Ea
         f"wrote how {folder} copies: {said}; over {len(found.best):,} self-fed steps the target's best token has a "
         f"loss of {after:.3f}, with the figures before {before:.3f}, without copying {facts['loss_without']:.3f}"
     )
-    if tally.read:
-        tally.tell()
+    tally.tell()
 
 
 def places(

@@ -77,8 +77,9 @@ class Tally:
         return "; ".join(parts if len(parts) > 1 else [*parts, "none left out"])
 
     def tell(self) -> None:
-        """Say it on standard error."""
-        print(self.said(), file=sys.stderr)
+        """Say it on standard error; nothing where no corpus was read (a store holds what was kept already)."""
+        if self.read or self.left_out:
+            print(self.said(), file=sys.stderr)
 
 
 def _records(count: int) -> str:

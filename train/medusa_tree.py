@@ -90,8 +90,7 @@ def fit(
         f"wrote the tree of {folder}: {len(choices)} nodes below the root, {max(map(len, choices))} levels; "
         f"{1 + value:.2f} tokens a round are expected of it (bonus counted, heads taken as independent)"
     )
-    if tally.read:
-        tally.tell()
+    tally.tell()
 
 
 def measured(params: MedusaParams, head: Array, ids: np.ndarray, batches: list[Batch], ranks: int) -> np.ndarray:

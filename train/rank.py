@@ -132,8 +132,7 @@ def make(args: argparse.Namespace, checkpoint: Checkpoint, out: Path, roles: tup
     listed = "" if ranking.listed is None else f"an order of {len(ranking.listed):,} ids"
     seen = f"{ranking.tokens:,} tokens, {np.count_nonzero(ranking.counts):,} of {vocab_size:,} ids seen"
     print(f"wrote {out}: {', before '.join(filter(None, (listed, seen if ranking.tokens else '')))}")
-    if tally.read:
-        tally.tell()
+    tally.tell()
 
 
 def answer_counts(store: FeatureStore, vocab_size: int) -> np.ndarray:

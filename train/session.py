@@ -66,7 +66,7 @@ def train(
             held.enter_context(name_lock(settings.out, f"--name {settings.name}: {settings.out}"))
         opened = open_run(settings, checkpoint, task_of, taps, unchanging, held)
         write(opened, Loop(opened).run())
-        if opened.tally.read and devices.first_process():
+        if devices.first_process():
             opened.tally.tell()
 
 
