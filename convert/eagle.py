@@ -3,7 +3,9 @@
 The format of SafeAILab/EAGLE (`cnets1.py`): a Llama-style config.json, and pytorch_model.bin or
 model.safetensors with `fc` and one decoder layer; HASS (arXiv 2408.15766) only trains it otherwise. What
 the tensors say counts: a bias is there if its tensor is. The rotary embedding and the token embedding are
-the target's. The names may have `model.` before them (see published.py).
+the target's. The names may have `model.` before them, or be those of speculators, vLLM's trainers (see published.py).
+
+A head among the tensors must be the target's, whole or, with a `token_map` beside it (vLLM), those of its rows.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from convert import draft
-from convert.draft import EMBEDDING, FC_BIAS_KEY
+from convert import importing
 from convert.folder import TensorFolder
+from convert.importing import EMBEDDING, FC_BIAS_KEY
 from convert.published import open_draft
 from convert.weights import draft_parts
 from frspec_jax.checkpoint import Checkpoint
@@ -24,18 +26,49 @@ from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.errors import UserError
 from frspec_jax.schema import Entries
 
+HEAD, MAP = "lm_head.weight", "token_map"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    draft.add_arguments(parser, EagleConfig.kind)
+    importing.add_arguments(parser, EagleConfig.kind)
 
 
 def run(args: argparse.Namespace) -> None:
-    target = draft.open_target(args)
+    target = importing.open_target(args)
     source = open_draft(args.source, EagleConfig.kind, target)
     spec = read_draft_config(source, target)
     parts = draft_parts(spec.layer_of(target.config))
-    padding = {"fc.bias"} if source.config.get(FC_BIAS_KEY) is False else set()
-    draft.import_draft(args, source, target, spec, parts, ignore=({EMBEDDING} | padding).__contains__)
+    beside = {EMBEDDING, *check_head(source, target)}
+    if source.config.get(FC_BIAS_KEY) is False:  # put there for SGLang, by `convert export`
+        beside.add("fc.bias")
+    importing.import_draft(args, source, target, spec, parts, ignore=beside.__contains__)
+    if MAP in beside:
+        print(f"note: its {MAP} names the ids that its head kept; --ranking {source.label}/model.safetensors reads it")
+
+
+def check_head(source: TensorFolder, target: Checkpoint) -> tuple[str, ...]:
+    """See that a head among the tensors is the target's, which the draft shares; the names of what belongs to it.
+
+    Raises:
+      UserError: it is another one, or the map of its rows names no ids of the target.
+    """
+    names = set(source.names())
+    if HEAD not in names:
+        return ()
+    ours = importing.target_head(target)
+    if MAP in names:
+        ids = source.read_integers(MAP)
+        if ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= len(ours):
+            raise UserError(
+                f"{source.label}: {MAP} must name ids of --target, from 0 to {len(ours) - 1}; download the draft again"
+            )
+        ours = ours[ids]
+    if differing := importing.differing_rows(source, target, HEAD, ours):
+        raise UserError(
+            f"{source.label}: {HEAD} differs from the head of --target {target.path} in {differing} of {len(ours)} "
+            "rows; the draft belongs to another target, or has a head of its own, which EAGLE-2 drafts cannot have here"
+        )
+    return (HEAD, MAP) if MAP in names else (HEAD,)
 
 
 def read_draft_config(source: TensorFolder, target: Checkpoint) -> EagleConfig:
@@ -47,7 +80,7 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> EagleConfig:
     config, names, file = source.config, set(source.names()), f"{source.label}/config.json"
     if "fc.weight" not in names:
         raise UserError(f"{source.label} holds no fc.weight, so it is no EAGLE draft")
-    sizes = draft.layer_sizes(source, target)
+    sizes = importing.layer_sizes(source, target)
     if sizes["head_dim"] != target.config.head_dim:
         raise UserError(
             f"{file}: head_dim {sizes['head_dim']}, but that of --target {target.path}, whose rotary embedding "

@@ -5,7 +5,8 @@ pytorch_model.bin or model.safetensors with `midlayer`, a head of its own, and `
 what the head's rows stand for. The rotary embedding's base is the draft's; the token embedding is the target's.
 
 And the format of speculators, vLLM's trainers: the same layer under other names (see published.py), which may read
-other layers of the target, norm in further places, and have a token embedding that was trained.
+other layers of the target, norm in further places, and have a token embedding that was trained. EAGLE-3.1 norms in
+two of these places (`fc_norm`, `norm_output`), whoever trained it: speculators, SpecForge, AngelSlim.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from convert import draft
-from convert.draft import EMBEDDING
+from convert import importing
 from convert.folder import TensorFolder
+from convert.importing import EMBEDDING
 from convert.published import from_speculators, open_draft
 from convert.weights import layer_parts
 from frspec_jax.checkpoint import Checkpoint
@@ -30,15 +31,17 @@ from frspec_jax.schema import Entries
 TAPS_KEY = "eagle_aux_hidden_state_layer_ids"
 OUR_TAPS_KEY = "frspec_taps"  # our addition to config.json: the taps, numbered by the layer that reads them
 TRAINED_EMBEDDING_KEY = "embed_requires_grad"
+MEND = f', or, if it was trained with an embedding of its own, say "{TRAINED_EMBEDDING_KEY}": true in its config.json'
+INJECTION_KEY = "eagle_aux_injection_mode"  # AngelSlim: how the taps come to the draft
 OTHER_MODELS_MAP = "the map belongs to a head that was trained for another vocabulary"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    draft.add_arguments(parser, Eagle3Config.kind)
+    importing.add_arguments(parser, Eagle3Config.kind)
 
 
 def run(args: argparse.Namespace) -> None:
-    target = draft.open_target(args)
+    target = importing.open_target(args)
     source = open_draft(args.source, Eagle3Config.kind, target)
     spec = read_draft_config(source, target)
     ids = read_ids(source, target.config.vocab_size, spec.draft_vocab_size)
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     source = _folded(source, folded, spec)
     parts = eagle3_parts(spec, target.config)
     beside = {EMBEDDING, "d2t", "t2d", *folded}
-    draft.import_draft(args, source, target, spec, parts, ignore=beside.__contains__, given={"ids": ids})
+    importing.import_draft(args, source, target, spec, parts, ignore=beside.__contains__, given={"ids": ids}, mend=MEND)
 
 
 def eagle3_parts(spec: Eagle3Config, target: ModelConfig) -> dict[str, Any]:
@@ -102,6 +105,11 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> Eagle3Config:
         if name not in names:
             raise UserError(f"{source.label} holds no {name}, so it is no whole EAGLE-3 draft")
     entries = Entries(config, file)
+    if config.get(INJECTION_KEY, "fused_fc") != "fused_fc":
+        raise UserError(
+            f"{file}: {INJECTION_KEY} {config[INJECTION_KEY]!r} is not supported; a draft whose fc joins the target's "
+            "layers (fused_fc) can be converted"
+        )
     vocabulary = entries.whole("vocab_size", target.config.vocab_size)
     if vocabulary != target.config.vocab_size:
         raise UserError(
@@ -116,7 +124,7 @@ def read_draft_config(source: TensorFolder, target: Checkpoint) -> Eagle3Config:
         )
     rope = entries.inner("rope_parameters", "rope_scaling")
     return Eagle3Config(
-        **draft.layer_sizes(source, target),
+        **importing.layer_sizes(source, target),
         rope_theta=rope.number("rope_theta", entries.number("rope_theta", 10000.0)),
         rope_scaling=RopeScaling.from_hf(rope, entries.whole("max_position_embeddings", 2048)),
         draft_vocab_size=entries.whole("draft_vocab_size", source.shape("lm_head.weight")[0]),
@@ -138,7 +146,8 @@ def _norms(source: TensorFolder, entries: Entries) -> Norms:
         raise UserError(
             f"{entries.file} does not say norm_before_residual; write true or false there, as the draft was trained"
         )
-    joined, each = entries.flag("norm_before_fc"), entries.flag("fc_norm")
+    joined = entries.flag("norm_before_fc")
+    each = entries.flag("fc_norm") or entries.flag("use_aux_norm")  # SGLang's older name for it
     if joined and each:
         raise UserError(
             f"{entries.file} asks for norm_before_fc and fc_norm; a draft with one of them can be converted"
@@ -155,7 +164,7 @@ def _own_embedding(source: TensorFolder, target: Checkpoint) -> bool:
     may = from_speculators(source) or Entries(source.config, f"{source.label}/config.json").flag(TRAINED_EMBEDDING_KEY)
     if not may or EMBEDDING not in source.names():
         return False
-    rows = draft.differing_rows(source, target)
+    rows = importing.differing_rows(source, target)
     if rows:
         print(
             f"note: {source.label}: {EMBEDDING} differs from the target's in {rows:,} of {target.config.vocab_size:,} "
@@ -180,7 +189,9 @@ def _taps(source: TensorFolder, layers: int) -> tuple[int, ...]:
     if not 0 <= taps[2] <= layers:
         raise UserError(f"--target has {layers} layers; an EAGLE-3 draft reads the last but two, so it needs three")
     nested = source.config.get("eagle_config")
-    stated = source.config.get(TAPS_KEY) or (nested.get(TAPS_KEY) if isinstance(nested, dict) else None)
+    places = (source.config.get(key) for key in (TAPS_KEY, "aux_hidden_states_layer_ids"))  # the second: AngelSlim's
+    inner = nested.get(TAPS_KEY) if isinstance(nested, dict) else None
+    stated = next((one for one in (*places, inner) if one), None)
     if stated is not None and not isinstance(stated, list):
         raise UserError(f"{source.label}/config.json: {TAPS_KEY} is {stated!r}, and must be a list of layers")
     if stated is not None and tuple(stated) not in (taps, tuple(tap - 1 for tap in taps)):

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from convert.gguf_checks import check_is_model
 from convert.gguf_names import ARCHITECTURES, FREQUENCY_FACTORS, PAIRS_NEIGHBOURS, hf_name, unpermute
 from convert.gguf_tokenizer import save_tokenizer
+from convert.hf import note_larger_tokenizer
 from convert.progress import tensor_progress
 from convert.weights import DTYPES, fill, model_parts, tensor_count
 from frspec_jax.checkpoint import write_model
@@ -44,6 +46,7 @@ class GgufFile:
             reader = gguf.GGUFReader(path)
         except Exception as error:  # the package raises many kinds for a file that is cut short or none of its own
             raise UserError(f"{path} cannot be read as GGUF ({error}); download it again") from None
+        check_is_model(path, reader)
         self._meta = reader.fields
         self.architecture = self.get("general.architecture")
         self._refuse_unsupported()
@@ -197,6 +200,7 @@ def run(args: argparse.Namespace) -> None:
         save_tokenizer(folder, file)
         with tensor_progress(tensor_count(shapes, parts)) as progress:
             params = fill(shapes, parts, file, DTYPES[args.dtype], ignore=FREQUENCY_FACTORS.__eq__, progress=progress)
+        note_larger_tokenizer(folder, config)
         write_model(folder, config, params)
         (folder / "source.json").write_text(json.dumps({"format": "gguf", "file": args.source.name}) + "\n")
     print(f"wrote {args.out}: {file.architecture}, {config.num_layers} layers, vocabulary {config.vocab_size:,}")

@@ -41,7 +41,14 @@ def save_tokenizer(folder: Path, file: Metadata) -> None:
     if kind not in builders:
         raise UserError(f"{file.label}: tokenizer kind {kind!r} is not supported; gpt2 and llama are")
     types = token_types(file, len(tokens))
-    tokenizer = builders[kind](file, tokens)
+    try:
+        tokenizer = builders[kind](file, tokens)
+    except UserError:
+        raise
+    except Exception as error:  # the package raises plain Exception, for instance for a merge that names no token
+        raise UserError(
+            f"{file.label}: its tokenizer cannot be built ({error}); convert the model's Hugging Face folder instead"
+        ) from None
     for wanted, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
         of_kind = [t for t, k in zip(tokens, types, strict=True) if k == wanted]
         add([AddedToken(t, special=wanted == CONTROL, normalized=False) for t in of_kind])

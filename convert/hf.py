@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     folder = model_folder(args.source)
     source = TensorFolder(folder)
     if kind := draft_kind(source):
-        raise UserError(f"{folder} is an EAGLE draft; run: python -m convert {kind} {folder} --target CKPT --name NAME")
+        raise UserError(f"{folder} is a draft; run: python -m convert {kind} {folder} --target CKPT --name NAME")
     config = read_config(source.config, f"{folder / 'config.json'}")
     source, left_out = text_half(source)
     shapes, parts = model_shapes(config), model_parts(config)

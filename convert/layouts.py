@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.draft import FC_BIAS_KEY, TARGET_KEY
+from convert import speculators
 from convert.eagle3 import OUR_TAPS_KEY, TAPS_KEY, TRAINED_EMBEDDING_KEY, eagle3_parts, tap_norm_tensors
+from convert.importing import FC_BIAS_KEY, TARGET_KEY
 from convert.medusa import CHOICES_KEY, medusa_parts
 from convert.weights import draft_parts, spread
 from frspec_jax.checkpoint import Checkpoint
@@ -63,6 +64,24 @@ def eagle_vllm(spec: EagleConfig, params: EagleParams, target: Checkpoint, dtype
     return tensors, config | {"attention_bias": False, "qkv_bias": spec.attention_bias}
 
 
+def eagle_speculators(spec: EagleConfig, params: EagleParams, target: Checkpoint, dtype: Any) -> Published:
+    """EAGLE-2 as speculators wrote it until it dropped the kind (0.4); vLLM reads it.
+
+    Raises:
+      UserError: the draft's attention has biases, which that layer would have at its output too.
+    """
+    if spec.attention_bias:
+        raise UserError("--format speculators: the draft's attention has biases; use --format eagle, sglang or vllm")
+    tensors, config = eagle(spec, params, target, dtype)
+    config |= _rope(target.config.rope_scaling) | {"attention_bias": False, "model_type": "llama"}
+    entries = {
+        "transformer_layer_architecture": "LlamaDecoderLayer",
+        "layernorms": False,
+        "fusion_bias": spec.fc_bias,
+    }
+    return speculators.wrapped((tensors, config), "eagle", target, entries)
+
+
 def eagle3(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
     """EAGLE-3 as SafeAILab published it (`cnets.py`), with its maps.
 
@@ -72,7 +91,7 @@ def eagle3(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: 
     if not _as_published(spec, target):
         raise UserError(
             "--format: the draft norms in other places, reads other layers or has an embedding of its own, which "
-            "vLLM alone reads; use --format vllm"
+            "EAGLE's code would ignore; use --format vllm or speculators"
         )
     return _eagle3(spec, params, target, dtype)
 
@@ -93,13 +112,23 @@ def _eagle3(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype:
 
 
 def eagle3_sglang(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
-    """EAGLE-3 for SGLang: the published layout.
+    """EAGLE-3 for SGLang, as SpecForge writes it: the published layout, and the norms of EAGLE-3.1.
 
     Raises:
-      UserError: the draft has biases, or reads or norms otherwise than published.
+      UserError: the draft has biases, reads other layers, norms in places that EAGLE-3.1 does not, or has an embedding
+        of its own, which SGLang would replace by the target's.
     """
     _refuse_biases(spec)
-    return eagle3(spec, params, target, dtype)
+    bare = dataclasses.replace(spec.norms, taps="none" if spec.norms.taps == "each" else spec.norms.taps, output=False)
+    if not _as_published(dataclasses.replace(spec, norms=bare), target):
+        raise UserError(
+            "--format sglang: the draft norms in places that EAGLE-3.1 does not, reads other layers or has an "
+            "embedding of its own, which SGLang would ignore; use --format vllm or speculators"
+        )
+    tensors, config = _eagle3(spec, params, target, dtype)
+    if spec.norms != AS_PUBLISHED:
+        config |= {"fc_norm": spec.norms.taps == "each", "norm_output": spec.norms.output}
+    return tensors | tap_norm_tensors(spec, dtype), config
 
 
 def eagle3_vllm(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
@@ -112,16 +141,34 @@ def eagle3_vllm(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dt
     tensors, config = _eagle3(spec, params, target, dtype)
     if _as_published(spec, target):
         return tensors, config
-    config |= {
+    # In a config.json of this form others number the taps otherwise, so ours stand beside them.
+    config |= _speculators_entries(spec) | {OUR_TAPS_KEY: list(spec.taps)}
+    return tensors | tap_norm_tensors(spec, dtype), config
+
+
+def eagle3_speculators(spec: Eagle3Config, params: Eagle3Params, target: Checkpoint, dtype: Any) -> Published:
+    """EAGLE-3 as speculators writes it, whatever it reads and wherever it norms; vLLM reads it too.
+
+    Raises:
+      UserError: the draft has biases.
+    """
+    _refuse_biases(spec)
+    tensors, config = _eagle3(spec, params, target, dtype)
+    tensors = speculators.with_embedding(tensors | tap_norm_tensors(spec, dtype), target, dtype)
+    entries = _speculators_entries(spec) | {"draft_vocab_size": spec.draft_vocab_size}
+    return speculators.wrapped((tensors, config), "eagle3", target, entries)
+
+
+def _speculators_entries(spec: Eagle3Config) -> dict[str, Any]:
+    """Where a draft norms and what it reads, in the words of vLLM and its trainers."""
+    return {
         "norm_before_residual": spec.norms.residual,
         "norm_before_fc": spec.norms.taps == "joined",
         "fc_norm": spec.norms.taps == "each",
         "norm_output": spec.norms.output,
         TRAINED_EMBEDDING_KEY: spec.own_embedding,
         TAPS_KEY: list(spec.taps),
-        OUR_TAPS_KEY: list(spec.taps),  # in a config.json of this form others number them otherwise
     }
-    return tensors | tap_norm_tensors(spec, dtype), config
 
 
 def _refuse_biases(spec: Eagle3Config) -> None:
@@ -145,8 +192,8 @@ def medusa(spec: MedusaConfig, params: MedusaParams, target: Checkpoint, dtype: 
 
 # What each format makes of each kind of draft.
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "eagle": {"eagle": eagle, "sglang": eagle_sglang, "vllm": eagle_vllm},
-    "eagle3": {"eagle": eagle3, "sglang": eagle3_sglang, "vllm": eagle3_vllm},
+    "eagle": {"eagle": eagle, "sglang": eagle_sglang, "vllm": eagle_vllm, "speculators": eagle_speculators},
+    "eagle3": {"eagle": eagle3, "sglang": eagle3_sglang, "vllm": eagle3_vllm, "speculators": eagle3_speculators},
     "medusa": {"medusa": medusa},
 }
 

@@ -3,6 +3,9 @@
 The format of FasterDecoding/Medusa: a config.json, and medusa_lm_head.pt or .safetensors. Both layouts
 that it has had can be read: heads with an LM head each (`{i}.{j}.linear.*` and `{i}.{layers}.weight`), and
 the older ones that share the target's (`{i}.{j}.linear.*` alone). What the tensors say counts.
+
+Other trainers put names before these: `medusa_head.{i}.{j}...` (a whole Medusa-2 model, whose other tensors are the
+target's and stay there), and `medusa_heads.{i}.medusa_layers.{j}...` with `medusa_heads.{i}.lm_head` (NVIDIA's).
 """
 
 from __future__ import annotations
@@ -10,28 +13,54 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
-from convert import draft
+from convert import importing
 from convert.folder import WEIGHT_FILES, TensorFolder
 from convert.hf import model_folder
+from convert.kinds import HEAD_FILES, MEDUSA_HEAD, TITLES, draft_kind
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.medusa import MedusaConfig, as_choices, published_choices
 from frspec_jax.errors import UserError
 
-HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+TARGETS = "target:"  # before the name of a tensor that is no head's
 CHOICES_KEY = "medusa_choices"  # the tree, where config.json has one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    draft.add_arguments(parser, MedusaConfig.kind)
+    importing.add_arguments(parser, MedusaConfig.kind)
 
 
 def run(args: argparse.Namespace) -> None:
-    target = draft.open_target(args)
-    source = TensorFolder(model_folder(args.source), (*HEAD_FILES, *WEIGHT_FILES))
+    target = importing.open_target(args)
+    source = open_heads(args.source)
     spec = read_draft_config(source, target)
-    draft.import_draft(args, source, target, spec, medusa_parts(spec, target), ignore=lambda name: False)
+    importing.import_draft(args, source, target, spec, medusa_parts(spec, target), ignore=_is_targets)
+
+
+def _is_targets(name: str) -> bool:
+    return name.startswith(TARGETS)
+
+
+def open_heads(path: Path) -> TensorFolder:
+    """A folder of Medusa heads, its tensors under FasterDecoding's names; those of a target beside them marked so."""
+    source = TensorFolder(model_folder(path), (*HEAD_FILES, *WEIGHT_FILES))
+    if (kind := draft_kind(source)) not in (None, MedusaConfig.kind):
+        raise UserError(
+            f"{source.label} is {TITLES[str(kind)]}; run: python -m convert {kind} {source.label} --target CKPT"
+        )
+    names = {name: MEDUSA_HEAD.search(name) for name in source.names()}
+    if not any(names.values()):
+        return source
+    blocks = [int(found[1]) for m in names.values() if m and (found := re.match(r"(\d+)\.linear\.", m[2]))]
+    last = 1 + max(blocks, default=-1)  # the LM head stands behind the residual blocks
+
+    def name_of(name: str) -> str:
+        found = names[name]
+        return f"{found[1]}.{found[2].replace('lm_head.', f'{last}.')}" if found else TARGETS + name
+
+    return source.renamed(name_of)
 
 
 def read_draft_config(source: TensorFolder, target: Checkpoint) -> MedusaConfig:

@@ -117,11 +117,23 @@ def fill(
         if dataclasses.is_dataclass(wanted) and not _is_leaf(wanted):
             kind: Any = type(wanted)
             return kind(**{f.name: read(getattr(wanted, f.name), rows[f.name]) for f in _fields(wanted)})
-        tensors = [source.read(name).astype(dtype, copy=False) for name, _ in rows]
+        tensors = [_finite(source, name).astype(dtype, copy=False) for name, _ in rows]
         progress(len(tensors))
         return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
     return read(shapes, parts)
+
+
+def _finite(source: TensorSource, name: str) -> np.ndarray:
+    """A tensor, seen to hold numbers alone: with one that is none, every answer would be nonsense."""
+    tensor = source.read(name)
+    if tensor.dtype == ml_dtypes.bfloat16:  # by its exponent, which is much faster than numpy's own test
+        wrong = bool(((tensor.view(np.uint16) & 0x7F80) == 0x7F80).any())
+    else:
+        wrong = not np.isfinite(tensor).all()
+    if wrong:
+        raise UserError(f"{source.label}: {name} holds values that are no finite numbers; download the weights again")
+    return tensor
 
 
 def _is_leaf(value: Any) -> bool:

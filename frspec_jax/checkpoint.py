@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,26 @@ def write_model(folder: Path, config: ModelConfig, params: LlamaParams) -> None:
 def write_draft(folder: Path, draft: DraftSpec, params: Any, target: str, about: dict[str, Any]) -> None:
     """Fill `folder` (of `new_folder`) with a draft.
 
-    target: the `fingerprint` of its target. about: facts for the reader (source, training).
+    params: its weights; a pytree without arrays is not written. target: the `fingerprint` of its target. about: facts
+    for the reader (source, training).
     """
     config = {"format": DRAFT_FORMAT, "kind": draft.kind, "target": target, **draft.to_json(), "about": about}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_params(folder / "params", params)
+    if jax.tree.leaves(params):
+        save_params(folder / "params", params)
+
+
+def add_draft(checkpoint: Checkpoint, name: str, draft: DraftSpec, params: Any = None) -> Path:
+    """Put a draft of one's own into a checkpoint, as CKPT/drafts/NAME; params: its weights, if it has some.
+
+    Raises:
+      UserError: no draft can be called so, there is one already, or the folder cannot be written.
+    """
+    check_draft_name(name)
+    out = checkpoint.path / "drafts" / name
+    with files.new_folder(out, "--name") as folder:
+        write_draft(folder, draft, params, checkpoint.fingerprint, {"source": draft.kind})
+    return out
 
 
 def amend_draft(folder: Path, draft: DraftSpec, about: dict[str, Any]) -> None:
@@ -133,12 +148,43 @@ def _load_params(folder: Path, shapes: Any) -> Any:
     wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
     try:
         with _checkpointer() as checkpointer:
-            return checkpointer.restore(folder.resolve(), args=ocp.args.StandardRestore(wanted))
+            found = checkpointer.metadata(folder.resolve()).item_metadata
+            names = _by_name(wanted, getattr(found, "tree", None))
+            restored = checkpointer.restore(folder.resolve(), args=ocp.args.StandardRestore(names))
+            return _filled(wanted, restored)
     except (Exception, asyncio.CancelledError) as error:  # Orbax raises many kinds for a folder that is cut short
         if interrupted(error):
             raise KeyboardInterrupt from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{quoted(folder)} is damaged or incomplete ({reason[:200]}); convert it again") from None
+
+
+def _by_name(wanted: Any, found: Any) -> Any:
+    """Wanted weights as Orbax keeps them, by name; without fields that are None and that the folder does not know.
+
+    A folder may be older than a field of a weight that its model does not have.
+    """
+    if isinstance(wanted, tuple):
+        each = found if isinstance(found, list | tuple) and len(found) == len(wanted) else [None] * len(wanted)
+        return [_by_name(one, has) for one, has in zip(wanted, each, strict=True)]
+    if not dataclasses.is_dataclass(wanted) or hasattr(wanted, "shape"):
+        return wanted
+    known = found if isinstance(found, Mapping) else {}
+    values = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted)}
+    return {
+        name: _by_name(value, known.get(name)) for name, value in values.items() if value is not None or name in known
+    }
+
+
+def _filled(wanted: Any, restored: Any) -> Any:
+    """What was restored by name, in the structure of what was wanted."""
+    if isinstance(wanted, tuple):
+        return tuple(_filled(one, has) for one, has in zip(wanted, restored, strict=True))
+    if not dataclasses.is_dataclass(wanted) or hasattr(wanted, "shape"):
+        return restored
+    fields = dataclasses.fields(wanted)
+    kind: Any = type(wanted)
+    return kind(**{field.name: _filled(getattr(wanted, field.name), restored.get(field.name)) for field in fields})
 
 
 class _OnDisk:
@@ -318,7 +364,9 @@ class Checkpoint:
         """
         data = _read_config(folder, (DRAFT_FORMAT, EAGLE_FORMAT), "draft (python -m convert makes one)")
         spec = drafters.spec_of(data, quoted(folder / "config.json"))
-        if spec.hidden_size != self.config.hidden_size or data.get("target") != self.fingerprint:
+        # What reads no features suits any target, and so does its folder.
+        fits = spec.hidden_size == self.config.hidden_size and data.get("target") == self.fingerprint
+        if spec.hidden_size is not None and not fits:
             raise UserError(
                 f"--draft {quoted(folder)} was made for another target than {quoted(self.path)}; "
                 "give the draft of this one, or convert it with --target"
@@ -337,4 +385,5 @@ class Checkpoint:
           UserError: the draft was made for another target, or is damaged.
         """
         spec = self.draft_spec(folder)
-        return spec, _load_params(folder / "params", spec.shapes(self.config, dtype))
+        shapes = spec.shapes(self.config, dtype)
+        return spec, _load_params(folder / "params", shapes) if jax.tree.leaves(shapes) else shapes

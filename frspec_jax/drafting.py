@@ -123,6 +123,13 @@ def assembled(
     if draft.tree == VANILLA:
         return NOT_DRAFTING, NO_WEIGHTS
     spec, params = checkpoint.draft(folder, dtype)
+    if not spec.crops:
+        if asked and draft.vocab != "full":
+            raise UserError(
+                f"--draft-vocab {draft.vocab}: a draft of kind {spec.kind} has no head to crop; "
+                "drop the flag, or say full"
+            )
+        draft = dataclasses.replace(draft, vocab="full")
     known = spec.vocabulary(params)
     ids = draft_ids(checkpoint, draft, known, at_most=not asked)
     assert draft.tree is not None

@@ -1,4 +1,4 @@
-"""Files that a later run reads: written aside and renamed, and folders that one process at a time adds to.
+"""Files that a later run reads, and folders that appear whole: written aside and renamed.
 
 A reader finds a file whole, as it was, or not at all, whatever interrupts the writer. What a killed writer leaves,
 `.NAME.part-PID`, is told from the part of a living one by the kernel's lock on it, which ends with the process: a
@@ -22,12 +22,9 @@ from typing import Any
 
 from frspec_jax.errors import UserError
 
-if sys.platform == "win32":
-    import msvcrt
-else:
+if sys.platform != "win32":
     import fcntl
 
-LOCK = ".lock"  # of a folder that `folder_lock` holds; the process id of its holder stands in it
 SETTLE = 0.3  # seconds in which writes beside one that the system refused come to their end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -112,7 +109,7 @@ def part_of(out: Path, *, folder: bool = False, suffix: str = "") -> Iterator[Pa
         except (FileExistsError, BlockingIOError):
             continue
         # Between the making and the lock, a writer that clears may have taken it for a dead one's.
-        if held is None or _is_still(part, held):
+        if held is None or is_still(part, held):
             break
         os.close(held)
     try:
@@ -178,7 +175,7 @@ def _hold_part(part: Path) -> int | None:
     return held
 
 
-def _is_still(path: Path, held: int) -> bool:
+def is_still(path: Path, held: int) -> bool:
     """Whether a path leads to what a descriptor has open: it may have been removed, and made anew, meanwhile."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(held))
@@ -261,105 +258,6 @@ def new_folder(out: Path, flag: str = "--out") -> Iterator[Path]:
         with part_of(out, folder=True) as part:
             yield part
             put_in_place(part, out)
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path, what: object = None) -> Iterator[None]:
-    """Let this process alone add to a folder, which is made if need be; a dead process's lock does not hold.
-
-    If nothing was written, the folders that were made for it are removed at the end.
-
-    Args:
-      what: how to call the folder in a refusal: by its flag (default: the path).
-
-    Raises:
-      UserError: another process holds it, which is named; or the folder cannot be written.
-    """
-    folder, what = Path(folder), what or folder
-    with writing(what, "name another folder"):
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-        held = _locked(folder, what)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()  # while it is held: who waits for it will see that it is gone
-        os.close(held)
-        with contextlib.suppress(OSError):  # something stands there, as it should
-            for path in new:
-                path.rmdir()
-
-
-def _locked(folder: Path, what: object) -> int:
-    """A descriptor of the folder's lock file, locked, with our process id in it."""
-    file = folder / LOCK
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            held = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
-        except FileNotFoundError:  # its last holder has just removed the folder
-            continue
-        try:
-            if not _lock(held):
-                raise UserError(_held_by(file, what))
-            if _is_still(file, held):
-                with contextlib.suppress(OSError):  # a full disk: the lock holds, though it cannot say for whom
-                    os.ftruncate(held, 0)
-                    os.pwrite(held, str(os.getpid()).encode(), 0) if sys.platform != "win32" else _write_at_0(held)
-                return held
-        except BaseException:
-            os.close(held)
-            raise
-        os.close(held)
-
-
-def _write_at_0(held: int) -> None:
-    os.lseek(held, 0, os.SEEK_SET)
-    os.write(held, str(os.getpid()).encode())
-
-
-def _lock(held: int) -> bool:
-    """Take the kernel's lock on an open file; False where another process has it."""
-    if sys.platform == "win32":
-        os.lseek(held, 1 << 30, os.SEEK_SET)  # beyond the text: what is locked there cannot be read
-        try:
-            msvcrt.locking(held, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # A file system without locks (some network ones): the process id must do, where it is one of this machine.
-        return not _is_alive(_process_in(os.pread(held, 32, 0)))
-    return True
-
-
-def _process_in(text: bytes) -> int | None:
-    return int(text) if text.strip().isdigit() else None
-
-
-def _is_alive(process: int | None) -> bool:
-    if process is None or process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
-
-
-def _held_by(file: Path, what: object) -> str:
-    try:
-        process = _process_in(file.read_bytes()[:32])
-    except OSError:
-        process = None
-    holder = f"process {process}" if process else "another process"
-    return f"{what} is being written by {holder}; wait for it, or end it, or name another folder"
 
 
 def check_writable(folder: Path, what: object = None) -> None:

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING
 
 from frspec_jax import flags, hosts, prompts
 from frspec_jax.config import Sampling
-from frspec_jax.errors import UserError, reported
+from frspec_jax.errors import UserError, quoted, reported
+from frspec_jax.prompts import Asked
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.console import Console
 
-    from frspec_jax.api import Generator, Prompt, Request, Result
-
-    Asked = tuple[np.ndarray, Request]
+    from frspec_jax.api import Generator, Request, Result
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -39,7 +37,8 @@ def arguments() -> argparse.ArgumentParser:
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help='a file that is one prompt, or JSON Lines (.jsonl): each with "prompt", or chat "messages"',
+        help="a file that is one prompt, or records (.jsonl, .json, .parquet, plain or compressed): each with "
+        '"prompt", "messages", "conversations" or "instruction"; its "id" goes to the output of --json',
     )
     prompt.add_argument("--system", metavar="TEXT", help="the system message of a chat")
     prompt.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
@@ -72,13 +71,13 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+def read_prompts(args: argparse.Namespace) -> list[Asked]:
     """The prompts of the command line, of a file, or of standard input."""
     if args.prompt is not None:
-        return [_unicode(args.prompt, "--prompt")]
+        return [Asked(_unicode(args.prompt, "--prompt"))]
     if args.prompt_file is None:
-        return [_standard_input()]
-    return list(prompts.read_prompts(args.prompt_file))
+        return [Asked(_standard_input())]
+    return prompts.read_prompts(args.prompt_file)
 
 
 def _standard_input() -> str:
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         generate(args, read_prompts(args), sampling, draft)
 
 
-def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, draft: flags.DraftFlags) -> None:
+def generate(args: argparse.Namespace, asked: list[Asked], sampling: Sampling, draft: flags.DraftFlags) -> None:
     """Answer the prompts, to standard output."""
     from rich.console import Console
 
@@ -151,47 +150,62 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
             kernels=Kernels.all(args.kernels),
             mesh=mesh_of(args.tensor_parallel),
         )
-    every = [model.encode(prompt, request) for prompt in asked]
-    for ids in every:  # a prompt that does not fit is refused before any is answered
-        model.check(ids, request)
+    every = [model.encode(one.prompt, request, one.tools) for one in asked]
+    for one, ids in zip(asked, every, strict=True):  # a prompt that does not fit is refused before any is answered
+        _check(model, ids, request, args.prompt_file if one.where else None, one.where)
     slots = args.slots or (1 if sampling.typical else SLOTS)
     if len(asked) > 1 and slots > 1:
-        together(args, model, [(ids, request) for ids in every], slots, console)
+        together(args, model, asked, [(ids, request) for ids in every], slots)
         return
     with console.status("compiling"):
         model.warm_up(sampling, logprobs=request.logprobs is not None)
-    for prompt in asked:
-        stream = model.stream(prompt, request)
+    for one, ids in zip(asked, every, strict=True):
+        stream = api.Stream(model, ids, request)
         for piece in stream:
             if not args.json and hosts.first_process():
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         assert stream.result is not None
-        show(args, stream.result, text="")
+        show(args, one, stream.result, text="")
 
 
-def together(args: argparse.Namespace, model: Generator, asked: list[Asked], slots: int, console: Console) -> None:
-    """Answer prompts in a batch; what is said stands in their order."""
+def _check(model: Generator, ids: np.ndarray, request: Request, file: Path | None, where: str) -> None:
+    """See that a prompt can be answered; of one out of a file of records, a refusal says where it stands."""
+    try:
+        model.check(ids, request)
+    except UserError as error:
+        if file is None:
+            raise
+        raise UserError(f"--prompt-file {quoted(file)}, {where}: {error.on_the_command_line}") from None
+
+
+def together(
+    args: argparse.Namespace, model: Generator, asked: list[Asked], every: list[tuple[np.ndarray, Request]], slots: int
+) -> None:
+    """Answer prompts, given with their token ids, in a batch; what is said stands in their order."""
+    from rich.console import Console
+
     from frspec_jax.batch import answers
 
     done: dict[int, Result] = {}
     shown = 0
-    with console.status(f"compiling rounds of {min(slots, len(asked))} texts") as status:
-        for number, result in answers(model, asked, slots):
+    with Console(stderr=True).status(f"compiling rounds of {min(slots, len(asked))} texts") as status:
+        for number, result in answers(model, every, slots):
             done[number] = result
             while shown in done:
                 answer = done.pop(shown)
-                show(args, answer, text=answer.text)
+                show(args, asked[shown], answer, text=answer.text)
                 shown += 1
             status.update(f"{shown + len(done)} of {len(asked)} answered")
 
 
-def show(args: argparse.Namespace, answer: Result, text: str) -> None:
-    """One answer, of which `text` is not out yet."""
+def show(args: argparse.Namespace, asked: Asked, answer: Result, text: str) -> None:
+    """One answer, of which `text` is not out yet; its record's id, if it has one, comes first."""
     if not hosts.first_process():
         return
     if args.json:
-        print(json.dumps(answer.to_json(), ensure_ascii=False), flush=True)
+        own = {} if asked.id is None else {"id": asked.id}
+        print(json.dumps(own | answer.to_json(), ensure_ascii=False), flush=True)
     else:
         print(text, flush=True)
     print(answer.summary(), file=sys.stderr)

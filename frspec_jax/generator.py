@@ -128,8 +128,11 @@ class Generator:
         """What is compiled for a request."""
         return self.plan(request.sampling, logprobs=request.logprobs is not None)
 
-    def encode(self, prompt: Prompt, request: Request = Request()) -> np.ndarray:
-        """A prompt as token ids [T] int32: through the chat template, unless the request or the model is raw."""
+    def encode(self, prompt: Prompt, request: Request = Request(), tools: list[Any] | None = None) -> np.ndarray:
+        """A prompt as token ids [T] int32: through the chat template, unless the request or the model is raw.
+
+        tools: functions that the model may call, for the template to describe.
+        """
         tokenizer = self.checkpoint.tokenizer
         text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
         raw = request.raw or not tokenizer.chat_template
@@ -142,12 +145,14 @@ class Generator:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if request.system is not None:
             messages = [{"role": "system", "content": request.system}, *messages]
-        return self._templated(messages)
+        return self._templated(messages, tools)
 
-    def _templated(self, messages: list[Any]) -> np.ndarray:
+    def _templated(self, messages: list[Any], tools: list[Any] | None) -> np.ndarray:
         """Messages through the chat template, which may be broken, or refuse them in words of its own."""
         try:
-            ids = self.checkpoint.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = self.checkpoint.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, return_dict=False
+            )
         except Exception as error:  # a template may raise anything: it is a program
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -172,7 +177,13 @@ class Generator:
         if given.ndim != 1 or not given.size or not np.issubdtype(given.dtype, np.integer):
             raise UserError(f"ids must be a list of at least one token id, and are {str(ids)[:60]}")
         if given.min() < 0 or given.max() >= vocab_size:
-            wrong = given[(given < 0) | (given >= vocab_size)][0]
+            wrong = int(given[(given < 0) | (given >= vocab_size)][0])
+            token = self.checkpoint.tokenizer.convert_ids_to_tokens(wrong) if wrong >= 0 else None
+            if token is not None:  # the tokenizer knows more than the model
+                raise UserError(
+                    f"the prompt holds the token {token!r}, whose id {wrong} the model has no embedding for (its ids "
+                    f"are 0 to {vocab_size - 1}); leave it out"
+                )
             raise UserError(f"ids hold {wrong}, and the model's token ids are 0 to {vocab_size - 1}")
         if len(given) >= context:
             raise UserError(

@@ -1,10 +1,15 @@
 """Published token maps: the ids of a vocabulary by frequency, most frequent first, without counts.
 
-What FR-Spec and SGLang pass round (`freq_32768.pt`), as torch or pickle stores it, as JSON, as text, or as a tensor.
+What FR-Spec and SGLang pass round (`freq_32768.pt`), as torch or pickle stores it, as JSON, as text, or as a tensor of
+safetensors or numpy. And the maps of EAGLE-3 drafts, which SGLang reads for such a draft in their place: `d2t` (what is
+added to a row's number to have its id) or `t2d` (which ids have a row), out of a file that holds them under these
+names, or is called so. They name ids too, but in no order.
+A map may stand among the tensors of a draft (vLLM's `token_map`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import zipfile
@@ -16,6 +21,7 @@ import numpy as np
 
 from frspec_jax.errors import UserError, quoted
 
+MAPS = ("token_map", "d2t", "t2d")  # how maps are called in files that hold several tensors
 MEND = "give a list of token ids, most frequent first, or count a ranking with python -m train rank"
 
 
@@ -24,8 +30,16 @@ def is_map(path: Path) -> bool:
     return path.suffix in READERS
 
 
-def read_map(path: Path, vocab_size: int) -> np.ndarray:
-    """The ids of a token map in their order, [M] int32, M at most V; of an id that stands there twice the first counts.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenMap:
+    """The ids of a token map."""
+
+    ids: np.ndarray  # [M] int32, M at most V, each once; of an id that stands there twice the first place counts
+    ordered: bool  # most frequent first; else a set, in the order of the ids
+
+
+def read_map(path: Path, vocab_size: int) -> TokenMap:
+    """A token map out of a file.
 
     Raises:
       UserError: the file is missing or damaged, holds something else, or an id outside the vocabulary; or it is torch's
@@ -40,7 +54,7 @@ def read_map(path: Path, vocab_size: int) -> np.ndarray:
     except Exception as error:  # every format has its own kinds for a file that is cut short or of another make
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{quoted(path)} is no ranking or is damaged ({reason[:200]}); {MEND}") from None
-    ids = _numbers(found)
+    ids, ordered = _ids(found, path.stem)
     if ids is None or not ids.size:
         raise UserError(f"{quoted(path)} is no ranking or is damaged (it holds no list of whole numbers); {MEND}")
     if ids.min() < 0 or ids.max() >= vocab_size:
@@ -49,7 +63,29 @@ def read_map(path: Path, vocab_size: int) -> np.ndarray:
             f"{quoted(path)} names the id {outside}, outside the checkpoint's vocabulary of {vocab_size:,} ids; "
             "give the map of its own tokenizer"
         )
-    return ids[np.sort(np.unique(ids, return_index=True)[1])].astype(np.int32)
+    return TokenMap(ids[np.sort(np.unique(ids, return_index=True)[1])].astype(np.int32), ordered)
+
+
+def write_map(path: Path, ids: np.ndarray) -> None:
+    """Write ids [M], most frequent first, in the form that the file's name says (`FORMS`).
+
+    Raises:
+      UserError: the form is torch's, and torch is missing.
+    """
+    WRITERS[path.suffix](path, [int(number) for number in ids])
+
+
+def _ids(found: Any, stem: str) -> tuple[np.ndarray | None, bool]:
+    """The ids of what a file called `stem` holds (None: it holds none), and whether they are in an order."""
+    named = {stem: found} if not isinstance(found, dict) else found
+    if (offsets := _numbers(named.get("d2t"))) is not None:
+        return offsets + np.arange(len(offsets)), False
+    if (listed := _numbers(named.get("token_map"))) is not None:
+        return listed, True
+    mask = named.get("t2d")
+    if mask is not None and np.asarray(mask).ndim == 1:
+        return np.flatnonzero(np.asarray(mask)), False
+    return _numbers(found), True
 
 
 def _numbers(found: Any) -> np.ndarray | None:
@@ -98,13 +134,41 @@ def _read_text(path: Path) -> list[int]:
 
 
 def _read_safetensors(path: Path) -> Any:
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
-    return load_file(path)
+    with safe_open(path, framework="numpy") as file:
+        names = list(file.keys())
+        # Out of a whole draft, whose weights are no ids and may be of a kind that numpy does not know.
+        wanted = [name for name in names if name.rpartition(".")[2] in MAPS] or names
+        return {name.rpartition(".")[2]: file.get_tensor(name) for name in wanted}
 
+
+def _write_torch(path: Path, ids: list[int]) -> None:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path.name} is a file of torch's; run: pip install torch, or choose another --map") from None
+    torch.save(ids, path)
+
+
+def _write_safetensors(path: Path, ids: list[int]) -> None:
+    from safetensors.numpy import save
+
+    path.write_bytes(save({"token_map": np.asarray(ids, np.int64)}))
+
+
+WRITERS: dict[str, Callable[[Path, list[int]], Any]] = {
+    ".pt": _write_torch,
+    ".json": lambda path, ids: path.write_text(json.dumps(ids) + "\n"),
+    ".txt": lambda path, ids: path.write_text("".join(f"{number}\n" for number in ids)),
+    ".npy": lambda path, ids: np.save(path, np.asarray(ids, np.int64), allow_pickle=False),
+    ".safetensors": _write_safetensors,
+}
+FORMS = tuple(suffix[1:] for suffix in WRITERS)  # that maps are written in; more are read
 
 READERS: dict[str, Callable[[Path], Any]] = {
     ".json": lambda path: json.loads(path.read_text("utf-8-sig")),
+    ".npy": lambda path: np.load(path, allow_pickle=False),
     ".safetensors": _read_safetensors,
     ".txt": _read_text,
     **dict.fromkeys((".bin", ".pickle", ".pkl", ".pt", ".pth"), _read_pickle),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from frspec_jax import files, token_maps
 from frspec_jax.errors import UserError, quoted
 from pallas_kernels.products import take_rows
 from pallas_kernels.subvocab_head import quantised
+
+SPARE = re.compile(r"unused|reserved|placeholder|extra_id", re.IGNORECASE)  # added tokens that no text holds
 
 
 @struct.dataclass
@@ -68,6 +71,7 @@ class Ranking:
     tokenizer: str  # `tokenizer_hash` of the tokenizer that counted
     corpora: tuple[str, ...]  # names of the files that were counted, or that said the order
     listed: np.ndarray | None = None  # [M] int32, ids of an order without counts, which come before all others
+    ordered: bool = True  # whether the listed ids stand in an order; else counts, if there are any, order them too
 
     @property
     def tokens(self) -> int:
@@ -78,7 +82,9 @@ class Ranking:
     def order(self) -> np.ndarray:
         """All ids [V] int32, listed ones, then most frequent first; of equal counts the lower id comes first."""
         counted = np.argsort(-self.counts, kind="stable").astype(np.int32)
-        return counted if self.listed is None else _joined(self.listed, counted)
+        if self.listed is None:
+            return counted
+        return _joined(self.listed if self.ordered else counted[np.isin(counted, self.listed)], counted)
 
     @property
     def reach(self) -> int:
@@ -102,7 +108,8 @@ class Ranking:
         corpora = tuple(dict.fromkeys(self.corpora + other.corpora))
         lists = [ranking.listed for ranking in (self, other) if ranking.listed is not None]
         listed = _joined(*lists) if lists else None
-        return Ranking(self.counts + other.counts, self.tokenizer, corpora, listed)
+        ordered = any(ranking.ordered for ranking in (self, other) if ranking.listed is not None) or not lists
+        return Ranking(self.counts + other.counts, self.tokenizer, corpora, listed, ordered)
 
     def save(self, path: Path) -> None:
         """Write an .npz file; an interruption leaves the old file, or none."""
@@ -112,7 +119,7 @@ class Ranking:
             "corpora": np.array(self.corpora, dtype=np.str_),
         }
         if self.listed is not None:
-            arrays["listed"] = self.listed
+            arrays |= {"listed": self.listed, "ordered": np.array(self.ordered)}
         with files.written_aside(path, f"--out {quoted(path)}", suffix=".npz") as part:
             np.savez_compressed(part, **arrays)
 
@@ -127,7 +134,7 @@ class Ranking:
             with np.load(path, allow_pickle=False) as data:
                 counts, tokenizer = data["counts"], str(data["tokenizer"])
                 corpora = tuple(map(str, data["corpora"]))
-                listed = data.get("listed")
+                listed, ordered = data.get("listed"), bool(data.get("ordered", True))
         except FileNotFoundError:
             raise UserError(f"{quoted(path)} is no file; count a ranking with python -m train rank") from None
         except Exception as error:  # numpy and zipfile raise many kinds for a file that is cut short or of another make
@@ -140,7 +147,8 @@ class Ranking:
             raise UserError(
                 f"{quoted(path)} is damaged (its order names no ids); make it again with python -m train rank --merge"
             )
-        return cls(counts.astype(np.int64), tokenizer, corpora, None if listed is None else listed.astype(np.int32))
+        listed = None if listed is None else listed.astype(np.int32)
+        return cls(counts.astype(np.int64), tokenizer, corpora, listed, ordered)
 
     @classmethod
     def read(cls, path: Path, tokenizer: str, vocab_size: int) -> Ranking:
@@ -150,8 +158,8 @@ class Ranking:
           UserError: as `load`, `check` and `token_maps.read_map` do. A map does not say whose tokenizer it is for.
         """
         if token_maps.is_map(path):
-            listed = token_maps.read_map(path, vocab_size)
-            return cls(np.zeros(vocab_size, np.int64), tokenizer, (path.name,), listed)
+            found = token_maps.read_map(path, vocab_size)
+            return cls(np.zeros(vocab_size, np.int64), tokenizer, (path.name,), found.ids, found.ordered)
         ranking = cls.load(path)
         ranking.check(tokenizer, vocab_size, path)
         return ranking
@@ -193,9 +201,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def control_ids(tokenizer: Any, stop_ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:
-    """The ids that every sub-vocabulary holds: terminators, and the special tokens that steer a chat."""
-    special = [n for n, token in tokenizer.added_tokens_decoder.items() if token.special]
-    return tuple(sorted(n for n in {*special, *tokenizer.all_special_ids, *stop_ids} if 0 <= n < vocab_size))
+    """The ids that every sub-vocabulary holds: terminators, and the added tokens that steer a chat.
+
+    Some of these are not marked special (`<think>`, `<tool_call>`): they are added tokens all the same. Of those, ones
+    that stand for nothing yet (`<unused12>`) are left out; there can be thousands.
+    """
+    added = [
+        n for n, token in tokenizer.added_tokens_decoder.items() if token.special or not SPARE.search(token.content)
+    ]
+    return tuple(sorted(n for n in {*added, *tokenizer.all_special_ids, *stop_ids} if 0 <= n < vocab_size))
 
 
 def sub_vocabulary(
@@ -234,6 +248,11 @@ def sub_vocabulary(
         raise UserError(
             f"--draft-vocab {size} is larger than the token map {', '.join(ranking.corpora)}, which names {what}; "
             "lower it, or say full"
+        )
+    if size < reach and not ranking.ordered and not ranking.tokens:
+        raise UserError(
+            f"--draft-vocab {size} is smaller than the map {', '.join(ranking.corpora)}, which names {reach:,} ids in "
+            f"no order; say {reach}, or give it an order: python -m train rank CORPUS --merge MAP"
         )
     chosen = np.isin(order, must)
     others = np.flatnonzero(~chosen)[: size - len(must)]

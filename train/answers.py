@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig, Sampling
 from frspec_jax.defaults import defaults
 from frspec_jax.errors import UserError
-from frspec_jax.files import folder_lock
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
+from frspec_jax.locks import folder_lock
 from frspec_jax.placement import Placement
 from frspec_jax.sampling import Draw, Rule, argument
 from pallas_kernels.dispatch import Kernels
-from train.corpus import corpus_files, read_corpus
+from train.conversations import forms
+from train.corpus import NO_EMBEDDING, Tally, corpus_files, read_corpus
 from train.features import FeatureWriter
 
 STEPS = 8  # tokens between two looks at the host
@@ -114,22 +116,27 @@ def make_store(settings: AnswerSettings, checkpoint: Checkpoint) -> None:
     with folder_lock(settings.out, f"--out {settings.out}"):
         params = checkpoint.params(jnp.dtype(settings.dtype) if settings.dtype else defaults().dtype)
         with FeatureWriter(settings.out, checkpoint) as writer:
-            _answer_files(settings, checkpoint, params, files, writer)
+            tally = _answer_files(settings, checkpoint, params, files, writer)
         print(f"{settings.out} holds {writer.tokens:,} tokens in {len(writer.sources):,} sequences")
+        tally.tell()
 
 
 def _answer_files(
     settings: AnswerSettings, checkpoint: Checkpoint, params: LlamaParams, files: list[Path], writer: FeatureWriter
-) -> None:
+) -> Tally:
+    """Answer what a store lacks; what was left out of the prompts."""
+    tally = Tally()
     longest = settings.capacity - 2 * STEPS
 
     def waiting() -> Iterator[tuple[int, list[int]]]:
-        for number, text in enumerate(first_turns(files)):
+        for number, prompt in enumerate(first_prompts(files, tally)):
             if settings.limit_tokens and writer.tokens >= settings.limit_tokens:
                 return
             if number not in writer.sources:
-                ids = prompt_ids(checkpoint.tokenizer, text)
-                if len(ids) <= longest:
+                ids = prompt_ids(prompt, checkpoint, tally)
+                if len(ids) > longest:
+                    tally.leave_out(f"their prompts are longer than {longest} tokens (--capacity)", prompt.where)
+                elif ids:
                     yield number, ids
 
     def keep(number: int, tokens: np.ndarray, prompt: int, features: np.ndarray) -> None:
@@ -163,27 +170,71 @@ def _answer_files(
             seed=settings.seed,
             progress=show,
         )
+    return tally
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a prompt as inference gives it: by the chat template, or as it stands where there is none."""
-    if not tokenizer.chat_template:
-        ids: list[int] = tokenizer(text)["input_ids"]
-        return ids
-    messages = [{"role": "user", "content": text}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return ids
+@dataclasses.dataclass(frozen=True)
+class FirstPrompt:
+    """How a conversation begins: what the user says first, with the system message and the tools before it."""
+
+    messages: tuple[dict[str, Any], ...]  # the last one is the user's
+    tools: list[Any] | None
+    where: str  # its place in the corpus
+
+    @property
+    def text(self) -> str:
+        """What the user says."""
+        return self.messages[-1]["content"]
 
 
-def first_turns(files: Iterable[Path]) -> Iterator[str]:
-    """The first thing that the user says in each conversation, once each, in the files' order."""
+def first_prompts(files: Iterable[Path], tally: Tally) -> Iterator[FirstPrompt]:
+    """How each conversation begins, once each, in the files' order."""
     seen: set[str] = set()
     for file in files:
-        for record in read_corpus(file):
-            text = next((text for role, text in record.turns if role == "user"), "").strip()
-            if text and text not in seen:
-                seen.add(text)
-                yield text
+        for record in read_corpus(file, tally=tally):
+            messages = record.messages()
+            first = next((n for n, message in enumerate(messages) if message["role"] == "user"), None)
+            text = "" if first is None else messages[first]["content"].strip()
+            if first is None or not text:
+                tally.leave_out("no user asks anything in them", record.where)
+                continue
+            before = [message for message in messages[:first] if message["role"] in ("system", "developer")]
+            asked = (*before, {**messages[first], "content": text})
+            key = json.dumps([asked, record.tools], sort_keys=True, default=str) if before or record.tools else text
+            if key in seen:
+                tally.leave_out("they begin as an earlier one", record.where)
+                continue
+            seen.add(key)
+            yield FirstPrompt(asked, record.tools, record.where)
+
+
+def prompt_ids(prompt: FirstPrompt, checkpoint: Checkpoint, tally: Tally) -> list[int]:
+    """A prompt as token ids; none, and counted, where the chat template or the model cannot take it.
+
+    Of a target without a template what the user says is gone on with, as in `Generator.encode`.
+    """
+    tokenizer = checkpoint.tokenizer
+    for messages, how in forms(list(prompt.messages)):
+        try:
+            ids = (
+                tokenizer.apply_chat_template(
+                    messages, tools=prompt.tools, add_generation_prompt=True, return_dict=False
+                )
+                if tokenizer.chat_template
+                else tokenizer(prompt.text).input_ids
+            )
+        except Exception as error:  # a template may raise anything: it is a program
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            continue
+        if how:
+            tally.mend(how, prompt.where)
+        if ids and max(ids) >= checkpoint.config.vocab_size:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            tally.leave_out(NO_EMBEDDING.format(token), prompt.where)
+            return []
+        return list(ids)
+    tally.leave_out(f"the chat template refuses them ({reason})", prompt.where)
+    return []
 
 
 @struct.dataclass

@@ -31,7 +31,9 @@ from frspec_jax.drafters.eagle import EagleConfig, EagleParams
 from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable
 from frspec_jax.llama import LlamaParams
+from frspec_jax.locks import folder_lock
 from train.batches import Batch
+from train.corpus import Tally
 from train.features import FeatureStore, open_corpora
 from train.optimiser import head_logits
 from train.recipe import unrolled_passes, valid
@@ -75,8 +77,16 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
     folder, spec, params = draft_to_fit(checkpoint, args.draft, EagleConfig, "which does not copy; give an EAGLE-2 one")
     check_writable(folder, f"--draft {folder}")
+    with folder_lock(folder, f"--draft {folder}"):
+        fit(args, checkpoint, folder, spec, params)
+
+
+def fit(args: argparse.Namespace, checkpoint: Checkpoint, folder: Path, spec: EagleConfig, params: EagleParams) -> None:
+    """Fit how a draft copies to corpora, and write it into its config.json."""
     target = checkpoint.params()
-    stores = open_corpora(args.corpus, checkpoint, target, args.work or args.ckpt / "training" / "copying", args.row)
+    tally = Tally()
+    work = args.work or args.ckpt / "training" / "copying"
+    stores = open_corpora(args.corpus, checkpoint, target, work, args.row, tally=tally)
     found = places(spec.layer_of(checkpoint.config), params, target, stores, args.sequences, args.row)
     before = float(loss(spec.copying or Copying(), found))
     figures, after = fitted(found)
@@ -87,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         f"wrote how {folder} copies: {said}; over {len(found.best):,} self-fed steps the target's best token has a "
         f"loss of {after:.3f}, with the figures before {before:.3f}, without copying {facts['loss_without']:.3f}"
     )
+    tally.tell()
 
 
 def places(

@@ -15,9 +15,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +28,18 @@ from frspec_jax import kv_cache, llama
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
-from frspec_jax.files import folder_lock, write_json, writing
+from frspec_jax.files import write_json, writing
 from frspec_jax.hosts import first_process
 from frspec_jax.llama import LlamaParams
+from frspec_jax.locks import folder_lock
 from frspec_jax.placement import Placement
 from train import devices
-from train.corpus import Record, corpus_files, read_corpus
+from train.conversations import Reader
+from train.corpus import Tally, corpus_files, read_corpus
 
 FORMAT = "frspec-jax features 1"
 LENGTH = 512  # tokens of a text that are run through the target, or as many as a training row takes if that is more
+NUMBERED = 2  # how the sequences of a cache are made of its texts; a cache of another number is made again
 Taps = tuple[int, ...]  # layers of the target whose inputs stand beside each feature
 _COLUMNS = (("features.f16", np.float16), ("answer.u8", np.uint8), ("tokens.i32", np.int32))
 
@@ -50,7 +52,7 @@ def _meta(checkpoint: Checkpoint, taps: Taps) -> dict[str, object]:
 class FeatureWriter:
     """Appends sequences to a store, which it makes, or reopens after an interruption; as a context, it closes it.
 
-    The caller keeps other processes out, with `files.folder_lock`.
+    The caller keeps other processes out, with `locks.folder_lock`.
 
     Raises:
       UserError: the folder is another target's store, or cannot be written.
@@ -70,8 +72,11 @@ class FeatureWriter:
     def __enter__(self) -> FeatureWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if kind is not None and not self.sources:  # stopped before there was anything: as if it had never begun
+            for name in ("meta.json", "index.i64", *(name for name, _ in _COLUMNS)):
+                (self._folder / name).unlink(missing_ok=True)
 
     def _open(self, width: int) -> None:
         """Open the files behind their last whole sequence; width: columns of a feature."""
@@ -171,15 +176,25 @@ def stored_taps(folder: Path) -> Taps | None:
 
 
 def open_corpora(
-    paths: list[Path], checkpoint: Checkpoint, target: LlamaParams, cache: Path, row: int, taps: Taps = ()
+    paths: list[Path],
+    checkpoint: Checkpoint,
+    target: LlamaParams,
+    cache: Path,
+    row: int,
+    taps: Taps = (),
+    *,
+    tally: Tally,
 ) -> list[FeatureStore]:
     """The stores among `paths` with these taps, and `cache`: a store of all the rest, made where it is not whole.
 
     The rest are corpora, whose records are cut to `LENGTH` tokens or to the `row` of training, whichever is more, and
     stores without taps, whose tokens are then run through the target again.
 
+    tally: counts what is left out of the corpora.
+
     Raises:
-      UserError: a path is no store and no corpus, or the cache was made of other ones, or cut otherwise.
+      UserError: a path is no store and no corpus, the cache was made of other ones, or cut otherwise, or nothing of the
+        corpora can be trained on.
     """
     found = {path: stored_taps(path) for path in paths}
     stores = [FeatureStore(path, checkpoint, taps) for path, has in found.items() if has or has == taps]
@@ -187,12 +202,19 @@ def open_corpora(
     files = corpus_files(path for path, has in found.items() if has is None)
     if files or plain:
         length = max(LENGTH, row)
-        sequences = texts(files, [FeatureStore(path, checkpoint) for path in plain], checkpoint)
         if first_process():  # hosts that see one folder would write over each other
             with folder_lock(cache, f"--work {cache}"):
                 _made_of(cache, [*files, *plain], length)
-                with FeatureWriter(cache, checkpoint, taps) as writer:
-                    compute_features(sequences, checkpoint, target, writer, length=length, taps=taps)
+                sequences = texts(files, [FeatureStore(path, checkpoint) for path in plain], checkpoint, tally)
+                try:
+                    with FeatureWriter(cache, checkpoint, taps) as writer:
+                        compute_features(sequences, checkpoint, target, writer, length=length, tally=tally, taps=taps)
+                        if not writer.sources:
+                            raise UserError(f"the corpora hold nothing to train on: {tally.said()}; give others")
+                finally:
+                    if not (cache / "meta.json").exists():
+                        (cache / "made_of.json").unlink(missing_ok=True)
+            tally.tell()
         devices.meet("features")
         stores.append(FeatureStore(cache, checkpoint, taps))
     return stores
@@ -200,7 +222,7 @@ def open_corpora(
 
 def _made_of(cache: Path, sources: list[Path], length: int) -> None:
     """Note in a new cache what it is made of, and refuse an old one of something else: its records go by number."""
-    note = {"length": length, "sources": [path.name for path in sources]}
+    note = {"length": length, "sources": [path.name for path in sources], "sequences": NUMBERED}
     file = cache / "made_of.json"
     if not file.exists():
         write_json(file, note)
@@ -211,46 +233,52 @@ def _made_of(cache: Path, sources: list[Path], length: int) -> None:
         )
 
 
-Text = tuple[np.ndarray, np.ndarray]  # tokens [L] int32, and [L] uint8: 1 where the token is an answer's
+Text = tuple[str, np.ndarray, np.ndarray]  # where it stands; tokens [L] int32; [L] uint8: 1 where they are an answer's
 
 
-def texts(files: list[Path], stores: list[FeatureStore], checkpoint: Checkpoint) -> Iterator[Callable[[], Text]]:
-    """All records of some corpora, then all sequences of some stores; each one is read when it is called."""
+def texts(files: list[Path], stores: list[FeatureStore], checkpoint: Checkpoint, tally: Tally) -> Iterator[Text]:
+    """The sequences of all records of some corpora, then all of some stores."""
+    reader = Reader(checkpoint.tokenizer, checkpoint.config.vocab_size, tally)
     for file in files:
-        for record in read_corpus(file):
-            yield functools.partial(encode, record, checkpoint.tokenizer)
+        for record in read_corpus(file, tally=tally):
+            yield from ((record.where, *text) for text in reader.sequences(record))
     for store in stores:
         for index in range(len(store)):
-            yield functools.partial(store.text, index)
+            yield (f"sequence {index} of a store", *store.text(index))
 
 
 def compute_features(
-    sequences: Iterable[Callable[[], Text]],
+    sequences: Iterable[Text],
     checkpoint: Checkpoint,
     target: LlamaParams,
     writer: FeatureWriter,
     *,
     length: int,
+    tally: Tally,
     taps: Taps = (),
 ) -> None:
-    """Run sequences through the target, `length` tokens of each at most, and store what comes out."""
+    """Run sequences through the target, `length` tokens of each at most, and store what comes out.
+
+    Sequences with no token of an answer among those, or too short for a pair, are counted and left out.
+    """
     columns = (
-        TextColumn("features: {task.fields[records]:,} records, {task.fields[tokens]:,} tokens"),
+        TextColumn("features: {task.fields[done]:,} sequences, {task.fields[tokens]:,} tokens"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None, records=0, tokens=writer.tokens)
-        for number, read in enumerate(sequences):
-            if number in writer.sources:
-                continue
-            tokens, answer = read()
-            if len(tokens) >= 3 and answer.any():
+        task = progress.add_task("", total=None, done=0, tokens=writer.tokens)
+        for number, (where, tokens, answer) in enumerate(sequences):
+            if len(tokens) < 3:
+                tally.leave_out("they have fewer than three tokens", where)
+            elif not answer[1:length].any():  # of the first token there is no pair
+                tally.leave_out(f"their answers lie behind the first {length} tokens (--row)", where)
+            elif number not in writer.sources:
                 tokens, answer = tokens[:length], answer[:length]
                 padded = np.zeros(-(-len(tokens) // 128) * 128, np.int32)
                 padded[: len(tokens)] = tokens
                 features = np.asarray(_features(target, checkpoint.config, padded, taps))[: len(tokens)]
                 writer.append(number, tokens, answer, features)
-            progress.update(task, records=number + 1, tokens=writer.tokens)
+            progress.update(task, done=number + 1, tokens=writer.tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "taps"))
@@ -259,30 +287,3 @@ def _features(target: LlamaParams, config: ModelConfig, tokens: jax.Array, taps:
     count = tokens.shape[0]
     cache = kv_cache.empty(config, kv_cache.rounded_capacity(count), target.embedding.dtype)
     return llama.forward(target, config, tokens, Placement.chain(jnp.int32(0), count), cache, taps=taps)[0]
-
-
-def encode(record: Record, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [L] int32 of a record, and [L] uint8: 1 where the token is an answer's (all of a plain text).
-
-    A conversation goes through the chat template; its answers are found as what each assistant turn
-    adds to the text before it. Where a template rewrites what it has said before, there is no such
-    boundary, and the turns from there on are left out.
-    """
-    if record.text is not None:
-        ids = np.asarray(tokenizer(record.text).input_ids, np.int32)
-        return ids, np.ones(len(ids), np.uint8)
-
-    def rendered(turns: int, prompt: bool) -> list[int]:
-        messages = [{"role": role, "content": text} for role, text in record.turns[:turns]]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
-
-    tokens: list[int] = []
-    answer: list[int] = []
-    for index, (role, _) in enumerate(record.turns):
-        if role == "assistant" and index:
-            prompt, whole = rendered(index, True), rendered(index + 1, False)
-            if prompt[: len(tokens)] != tokens or whole[: len(prompt)] != prompt:
-                break
-            answer += [0] * (len(prompt) - len(tokens)) + [1] * (len(whole) - len(prompt))
-            tokens = whole
-    return np.asarray(tokens, np.int32), np.asarray(answer, np.uint8)

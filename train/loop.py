@@ -22,6 +22,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.errors import UserError
 from train import devices
 from train.batches import Batch, Packing
+from train.corpus import Tally
 from train.features import FeatureStore
 from train.folder import Run
 from train.optimiser import Metrics
@@ -63,6 +64,7 @@ class Opened:
     probe: Probe | None  # measures the accepted length; None where nobody asks for it
     console: Console
     state: TrainState  # new, or that of the last checkpoint
+    tally: Tally  # what was left out of the corpora
 
 
 class Loop:

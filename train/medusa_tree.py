@@ -24,8 +24,10 @@ from frspec_jax.drafters.medusa import Choices, MedusaConfig, MedusaParams
 from frspec_jax.drafting import Draft, draft_ids
 from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable
+from frspec_jax.locks import folder_lock
 from frspec_jax.vocabulary import crop
 from train.batches import Batch, Packing
+from train.corpus import Tally
 from train.features import open_corpora
 from train.medusa import rank_hits
 from train.task import draft_to_fit
@@ -62,9 +64,23 @@ def run(args: argparse.Namespace) -> None:
     if not 1 <= args.ranks <= len(ids):
         raise UserError(f"--ranks {args.ranks} is out of range: 1 to {len(ids)}, the vocabulary of the draft")
     check_writable(folder, f"--draft {folder}")
+    with folder_lock(folder, f"--draft {folder}"):
+        fit(args, checkpoint, folder, (spec, params), ids)
+
+
+def fit(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    folder: Path,
+    draft: tuple[MedusaConfig, MedusaParams],
+    ids: np.ndarray,
+) -> None:
+    """Choose the tree of some heads that may propose `ids` [V'], and write it into their config.json."""
+    spec, params = draft
     target = checkpoint.params()
     work = args.work or args.ckpt / "training" / "medusa-tree"
-    stores = open_corpora(args.corpus, checkpoint, target, work, args.row)
+    tally = Tally()
+    stores = open_corpora(args.corpus, checkpoint, target, work, args.row, tally=tally)
     held_out = Packing(tuple(stores), args.rows, args.row, seed=0).held_out(args.batches)
     accuracy = measured(params, target.head, ids, held_out, args.ranks)
     choices, value = most_valuable(accuracy, args.nodes)
@@ -74,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         f"wrote the tree of {folder}: {len(choices)} nodes below the root, {max(map(len, choices))} levels; "
         f"{1 + value:.2f} tokens a round are expected of it (bonus counted, heads taken as independent)"
     )
+    tally.tell()
 
 
 def measured(params: MedusaParams, head: Array, ids: np.ndarray, batches: list[Batch], ranks: int) -> np.ndarray:

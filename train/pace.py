@@ -28,12 +28,13 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.base import Accepted, DraftMemory, Turn
 from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable
+from frspec_jax.locks import folder_lock
 from frspec_jax.pace import GRID
 from frspec_jax.pace_tables import Fitted
 from frspec_jax.placement import Placement
 from frspec_jax.tree import ALL_THE_WAY, Candidates
-from train.answers import first_turns
-from train.corpus import corpus_files
+from train.answers import first_prompts, prompt_ids
+from train.corpus import Tally, corpus_files
 
 PASS = 256  # tokens of a text that run through target and draft at a time
 SURE = 0.98  # nothing is surer than that
@@ -62,9 +63,16 @@ def run(args: argparse.Namespace) -> None:
     if folder is None:
         raise UserError(f"{args.ckpt} holds no draft; name one with --draft")
     check_writable(folder, f"--draft {folder}")
+    with folder_lock(folder, f"--draft {folder}"):
+        fit(args, checkpoint, folder)
+
+
+def fit(args: argparse.Namespace, checkpoint: Checkpoint, folder: Path) -> None:
+    """Look at the answers to prompts, and write what was found beside a draft."""
     model = api.load(checkpoint, Draft(str(folder), args.draft_vocab, pace="auto", context_slots=0))
     request = Request(args.max_new_tokens)
-    prompts = itertools.islice(fitting(model, corpus_files(args.prompts), request), args.answers)
+    tally = Tally()
+    prompts = itertools.islice(fitting(model, corpus_files(args.prompts), request, tally), args.answers)
     seen = Seen(model)
     for ids in track(prompts, "answers", args.answers, console=Console(stderr=True)):
         seen.look_at(ids, request)
@@ -72,14 +80,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("the prompts hold no conversation that fits --context; give others")
     file = pace_tables.write_odds(folder, seen.fitted())
     print(f"wrote {file}: {seen.places:,} places of {seen.answers} answers")
+    tally.tell()
 
 
-def fitting(model: Generator, files: list[Path], request: Request) -> Iterator[np.ndarray]:
-    """First turns of conversations that leave room for an answer, as token ids."""
-    for text in first_turns(files):
-        ids = model.encode(text, request)
-        if len(ids) + request.max_new_tokens <= min(model.runtime.context, 4 * PASS):
-            yield ids
+def fitting(model: Generator, files: list[Path], request: Request, tally: Tally) -> Iterator[np.ndarray]:
+    """First turns of conversations that leave room for an answer, as token ids; tally: counts those that do not."""
+    room = min(model.runtime.context, 4 * PASS) - request.max_new_tokens
+    for prompt in first_prompts(files, tally):
+        ids = prompt_ids(prompt, model.checkpoint, tally)
+        if len(ids) > room:
+            tally.leave_out(f"their prompts are longer than {room} tokens", prompt.where)
+        elif ids:
+            yield np.asarray(ids, np.int32)
 
 
 class Seen:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -29,13 +30,15 @@ from rich.table import Table
 from rich.text import Text
 
 from frspec_jax.commands import results_console
-from frspec_jax.errors import UserError
+from frspec_jax.errors import UserError, quoted
 from frspec_jax.files import check_writable
+from frspec_jax.locks import folder_lock, name_lock
 from frspec_jax.prompts import ROLES
-from train.corpus import corpus_files, read_corpus
+from train.corpus import NO_EMBEDDING, Tally, corpus_files, read_corpus
 
 # Worker processes import this module, and should not pay for JAX: `run` and `show` import what needs it.
 if TYPE_CHECKING:
+    from frspec_jax.checkpoint import Checkpoint
     from frspec_jax.vocabulary import Ranking
     from train.features import FeatureStore
 
@@ -67,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="add up these rankings, and what CORPUS gives; "
-        "of a token map (ids, most frequent first: .pt, .json, .txt, .safetensors) the order is kept, before the rest",
+        "of a token map (ids, most frequent first: .pt, .json, .txt, .npy, .safetensors) the order comes first",
     )
     parser.add_argument(
         "--evaluate", nargs="+", type=Path, metavar="TEXT", help="also print the coverage of text that was not counted"
@@ -75,19 +78,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from frspec_jax import token_maps
     from frspec_jax.checkpoint import Checkpoint
-    from frspec_jax.vocabulary import Ranking, control_ids, tokenizer_hash
-    from train.features import FeatureStore, stored_taps
 
     roles = _checked(args)
     checkpoint = Checkpoint.open(args.ckpt)
-    vocab_size, tokenizer = checkpoint.config.vocab_size, tokenizer_hash(checkpoint.tokenizer)
     out = args.out or args.ckpt / "ranking.npz"
+    if token_maps.is_map(out):
+        raise UserError(
+            f"--out {quoted(out)} would be no token map but a ranking with counts, an .npz file; name one, and write "
+            "maps with python -m convert export --draft-vocab N --map FORM"
+        )
     if out.exists() and not args.force:
         raise UserError(f"{out} exists already; replace it with --force, or name another file with --out")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     check_writable(out.parent, f"--out {out}")
+    # What stands in a checkpoint is the checkpoint's; elsewhere the file alone is held.
+    inside = out.parent.resolve() == args.ckpt.resolve()
+    with folder_lock(args.ckpt, f"--ckpt {args.ckpt}") if inside else name_lock(out, f"--out {out}"):
+        make(args, checkpoint, out, roles)
+
+
+def make(args: argparse.Namespace, checkpoint: Checkpoint, out: Path, roles: tuple[str, ...]) -> None:
+    """Count what is asked for, and write it to `out`, which nobody else writes meanwhile."""
+    from frspec_jax.vocabulary import Ranking, control_ids, tokenizer_hash
+    from train.features import FeatureStore, stored_taps
+
+    vocab_size, tokenizer = checkpoint.config.vocab_size, tokenizer_hash(checkpoint.tokenizer)
     rankings = [Ranking.read(path, tokenizer, vocab_size) for path in args.merge or ()]
     stores = {path: taps for path in args.corpus if (taps := stored_taps(path)) is not None}
     files = corpus_files(path for path in args.corpus if path not in stores)
@@ -95,25 +113,26 @@ def run(args: argparse.Namespace) -> None:
     answers = [answer_counts(FeatureStore(path, checkpoint, taps), vocab_size) for path, taps in stores.items()]
 
     # What is held out comes first: a mistake in it shows before the long count.
-    every = count_files(
-        [*held_out, *files], args.ckpt / "tokenizer.json", vocab_size, roles, args.processes, args.limit_tokens
-    )
+    tally = Tally()
+    how = Counting(args.ckpt / "tokenizer.json", vocab_size, roles, args.processes, args.limit_tokens)
+    every = count_files([*held_out, *files], how, tally)
     others = list(zip([file.name for file in held_out], every, strict=False))
     for name, counts in others:
         if not counts.any():
-            raise UserError(f"--evaluate {name} holds no text of the roles {args.roles}; choose others with --roles")
+            raise UserError(f"--evaluate {name} holds nothing to count: {tally.said()}; give another, or other --roles")
     names = (*(path.resolve().name for path in stores), *(file.name for file in files))
     counted = Ranking(sum([*answers, *every], np.zeros(vocab_size, np.int64)), tokenizer, names)
     ranking = sum(rankings[1:], rankings[0]) if rankings else counted
     if rankings and names:
         ranking = ranking + counted
     if not ranking.tokens and (ranking.listed is None or names):
-        raise UserError(f"the corpus holds no text of the roles {args.roles}; choose others with --roles")
+        raise UserError(f"the corpus holds nothing to count: {tally.said()}; give another, or other --roles")
     ranking.save(out)
     show(ranking, others, control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size))
     listed = "" if ranking.listed is None else f"an order of {len(ranking.listed):,} ids"
     seen = f"{ranking.tokens:,} tokens, {np.count_nonzero(ranking.counts):,} of {vocab_size:,} ids seen"
     print(f"wrote {out}: {', before '.join(filter(None, (listed, seen if ranking.tokens else '')))}")
+    tally.tell()
 
 
 def answer_counts(store: FeatureStore, vocab_size: int) -> np.ndarray:
@@ -158,28 +177,31 @@ def show(ranking: Ranking, others: list[tuple[str, np.ndarray]], always: tuple[i
 # Counting ----------------------------------------------------------------------------------------
 
 
-def count_files(
-    files: list[Path],
-    tokenizer: Path,
-    vocab_size: int,
-    roles: tuple[str, ...],
-    processes: int | None = None,
-    limit: int | None = None,
-) -> Iterator[np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """How texts are counted."""
+
+    tokenizer: Path  # a tokenizer.json
+    vocab_size: int  # V; a text with a token beyond it is left out
+    roles: tuple[str, ...]  # the speakers that count
+    processes: int | None = None  # workers; None: one a core
+    limit: int | None = None  # tokens of each file, or little more
+
+
+def count_files(files: list[Path], how: Counting, tally: Tally) -> Iterator[np.ndarray]:
     """Occurrences [V] int64 of each token id in each corpus file, one file after the other.
 
-    tokenizer: a tokenizer.json. roles: the speakers that count. processes: workers, one a core by
-    default. limit: tokens of each file, or little more. A bar on stderr shows bytes read.
+    tally: counts what is left out. A bar on stderr shows bytes read.
 
     Raises:
-      UserError: a file cannot be read, or holds a token that is outside the vocabulary.
+      UserError: a file cannot be read.
     """
     if not files:
         return
-    processes = processes or os.cpu_count() or 1
+    processes = how.processes or os.cpu_count() or 1
     # Spawned workers never see the parent's threads (JAX has some), and load only the tokenizer.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _open_tokenizer, (str(tokenizer),))
+    pool = ProcessPoolExecutor(processes, context, _open_tokenizer, (str(how.tokenizer), how.vocab_size))
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -191,25 +213,22 @@ def count_files(
         task = progress.add_task("", total=sum(file.stat().st_size for file in files), tokens=0)
         start = tokens = 0
         for file in files:
-            counts, here = np.zeros(vocab_size, np.int64), 0
+            counts, here = np.zeros(how.vocab_size, np.int64), 0
             progress.update(task, description=file.name)
-            for position, ids, numbers in _in_order(pool, _batches(file, roles), 2 * processes):
-                if ids.size and ids[-1] >= vocab_size:
-                    raise UserError(
-                        f"{tokenizer} gives the id {ids[-1]}, outside the vocabulary of {vocab_size:,}; "
-                        "convert the model again"
-                    )
-                counts[ids] += numbers
-                here += int(numbers.sum())
+            for position, found in _in_order(pool, _batches(file, how.roles, tally), 2 * processes):
+                why, where = NO_EMBEDDING.format(found.beyond), f"{file.name}, before byte {position}"
+                tally.leave_out(why, where, found.left_out)
+                counts[found.ids] += found.numbers
+                here += int(found.numbers.sum())
                 progress.update(task, completed=start + position, tokens=tokens + here)
-                if limit and here >= limit:
+                if how.limit and here >= how.limit:
                     break
             start, tokens = start + file.stat().st_size, tokens + here
             progress.update(task, completed=start)
             yield counts
 
 
-def _batches(file: Path, roles: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+def _batches(file: Path, roles: tuple[str, ...], tally: Tally) -> Iterator[tuple[int, list[str]]]:
     """Bytes of the file read so far, and texts of about `BATCH` characters; longer ones are cut at ends of lines."""
     position, size = 0, 0
     batch: list[str] = []
@@ -218,8 +237,11 @@ def _batches(file: Path, roles: tuple[str, ...]) -> Iterator[tuple[int, list[str
         nonlocal position
         position = count
 
-    for record in read_corpus(file, read):
-        for text in record.parts(roles):
+    for record in read_corpus(file, read, tally):
+        texts = [text for text in record.parts(roles) if text]
+        if not texts:
+            tally.leave_out(f"they hold no text of the roles {','.join(roles)}", record.where)
+        for text in texts:
             for piece in [text] if len(text) <= BATCH else _pieces(text):
                 batch.append(piece)
                 size += len(piece)
@@ -235,36 +257,45 @@ def _pieces(text: str) -> Iterator[str]:
         yield "".join(piece)
 
 
-def _in_order(
-    pool: Executor, batches: Iterable[tuple[int, list[str]]], ahead: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Each batch's position, ids and how often; reads only `ahead` batches ahead, so that memory stays flat."""
+def _in_order(pool: Executor, batches: Iterable[tuple[int, list[str]]], ahead: int) -> Iterator[tuple[int, Counted]]:
+    """Each batch's position, and what it holds; reads only `ahead` batches ahead, so that memory stays flat."""
     pending: collections.deque[tuple[int, Future[Any]]] = collections.deque()
     try:
         for position, batch in batches:
             pending.append((position, pool.submit(_count, batch)))
             if len(pending) > ahead:
                 done, future = pending.popleft()
-                yield done, *future.result()
+                yield done, future.result()
         for done, future in pending:
-            yield done, *future.result()
+            yield done, future.result()
     except BrokenProcessPool:
         raise UserError("a worker process died, for want of memory perhaps; try again with fewer --processes") from None
 
 
-_worker_tokenizer: Any = None  # of a worker process
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What some texts hold."""
+
+    ids: np.ndarray  # int64, those that occur, ascending
+    numbers: np.ndarray  # int64, how often
+    left_out: int  # texts with a token beyond the vocabulary
+    beyond: str | None  # one of those tokens
 
 
-def _open_tokenizer(path: str) -> None:
-    global _worker_tokenizer
+_worker: tuple[Any, int] | None = None  # of a worker process: the tokenizer, and V
+
+
+def _open_tokenizer(path: str, vocab_size: int) -> None:
+    global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent reports it
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     from tokenizers import Tokenizer
 
-    _worker_tokenizer = Tokenizer.from_file(path)
-    _worker_tokenizer.no_truncation()  # a tokenizer.json can ask for it, meant for training
-    _worker_tokenizer.no_padding()
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.no_truncation()  # a tokenizer.json can ask for it, meant for training
+    tokenizer.no_padding()
+    _worker = tokenizer, vocab_size
 
 
 def _end_with_the_parent() -> None:
@@ -275,8 +306,13 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
 
-def _count(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that occur in some texts, ascending, and how often."""
-    encoded = _worker_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    ids = np.concatenate([np.asarray(e.ids, np.int64) for e in encoded]) if encoded else np.zeros(0, np.int64)
-    return np.unique(ids, return_counts=True)
+def _count(texts: list[str]) -> Counted:
+    """The ids that occur in some texts, and how often."""
+    assert _worker is not None, "a worker has opened its tokenizer"
+    tokenizer, vocab_size = _worker
+    encoded = [np.asarray(e.ids, np.int64) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    kept = [ids for ids in encoded if not ids.size or ids.max() < vocab_size]
+    ids, numbers = np.unique(np.concatenate(kept) if kept else np.zeros(0, np.int64), return_counts=True)
+    beyond = next((int(ids.max()) for ids in encoded if ids.size and ids.max() >= vocab_size), None)
+    token = None if beyond is None else tokenizer.id_to_token(beyond)
+    return Counted(ids, numbers, len(encoded) - len(kept), token)

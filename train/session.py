@@ -20,13 +20,14 @@ from rich.console import Console
 
 from frspec_jax.checkpoint import Checkpoint, write_draft
 from frspec_jax.errors import UserError
-from frspec_jax.files import check_writable, folder_lock, new_folder
+from frspec_jax.files import check_writable, new_folder
 from frspec_jax.hosts import first_process
 from frspec_jax.llama import LlamaParams
+from frspec_jax.locks import folder_lock, name_lock
 from frspec_jax.vocabulary import Ranking, tokenizer_hash
 from train import answers, devices
 from train.batches import HELD_OUT, Packing
-from train.corpus import corpus_files
+from train.corpus import Tally, corpus_files
 from train.features import FeatureStore, Taps, open_corpora, stored_taps
 from train.folder import Run
 from train.loop import Loop, Opened
@@ -35,6 +36,8 @@ from train.probe import Probe, held_out_prompts
 from train.rank import answer_counts
 from train.settings import RunSettings
 from train.task import Task
+
+PATIENCE = 3600.0  # seconds that a finished run waits for whoever writes to the checkpoint before it does
 
 
 def train(
@@ -61,8 +64,11 @@ def train(
         if first_process():  # which writes for all
             held.enter_context(folder_lock(settings.work, f"--work {settings.work}"))
             check_writable(settings.out, f"--ckpt {settings.ckpt}: its folder drafts")
+            held.enter_context(name_lock(settings.out, f"--name {settings.name}: {settings.out}"))
         opened = open_run(settings, checkpoint, task_of, taps, unchanging, held)
         write(opened, Loop(opened).run())
+        if first_process():
+            opened.tally.tell()
 
 
 def open_run(
@@ -78,7 +84,8 @@ def open_run(
     if settings.own_answers is not None:
         corpora = [own_answers(settings, checkpoint)]
     target = checkpoint.params()
-    stores = open_corpora(corpora, checkpoint, recipe.cast(target), settings.work / "features", settings.row, taps)
+    tally, work = Tally(), settings.work / "features"
+    stores = open_corpora(corpora, checkpoint, recipe.cast(target), work, settings.row, taps, tally=tally)
     sequences = [len(store) for store in stores]
     mesh = devices.mesh_for(settings.rows, recipe.accumulate)
     same = settings.resumed() | {"target": checkpoint.fingerprint, "sequences": sequences}
@@ -106,7 +113,9 @@ def open_run(
     probe = None
     if settings.accept_every:
         probe = Probe(checkpoint, task.spec, target, held_out_prompts(packing), task.finished)
-    return Opened(settings, checkpoint, stores, packing, mesh, task, folder, held_out, ranked, probe, console, state)
+    return Opened(
+        settings, checkpoint, stores, packing, mesh, task, folder, held_out, ranked, probe, console, state, tally
+    )
 
 
 def write(opened: Opened, state: TrainState) -> None:
@@ -129,10 +138,11 @@ def write(opened: Opened, state: TrainState) -> None:
     }
     if lengths:
         about["accepted_length"] = lengths[-1]
-    if settings.own_answers is not None:  # before the draft: where that stands, the command has no more to do
-        rank_answers(settings, opened.stores, opened.checkpoint)
-    with new_folder(settings.out, "--name") as part:
-        write_draft(part, task.spec, weights, opened.checkpoint.fingerprint, about)
+    with folder_lock(settings.ckpt, f"--ckpt {settings.ckpt}", patience=PATIENCE):
+        if settings.own_answers is not None:  # before the draft: where that stands, the command has no more to do
+            rank_answers(settings, opened.stores, opened.checkpoint)
+        with new_folder(settings.out, "--name") as part:
+            write_draft(part, task.spec, weights, opened.checkpoint.fingerprint, about)
     print(f"wrote {settings.out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
 
 
@@ -143,7 +153,7 @@ def own_answers(settings: RunSettings[Any], checkpoint: Checkpoint) -> Path:
         raise UserError("--own-answers works on one host; make the store with python -m train answers, and name that")
     if stored := next((path for path in settings.corpora if stored_taps(path) is not None), None):
         raise UserError(f"--own-answers takes conversations, and {stored} is a store of answers; leave the flag out")
-    if next(answers.first_turns(corpus_files(settings.corpora)), None) is None:
+    if next(answers.first_prompts(corpus_files(settings.corpora), Tally()), None) is None:
         raise UserError(f"--own-answers {limit}: the corpora hold no prompt of a user; give conversations")
     if not (settings.work / "settings.json").exists():  # once training has begun, more answers would be another run
         answers.make_store(answers.AnswerSettings(settings.corpora, store, limit_tokens=limit), checkpoint)

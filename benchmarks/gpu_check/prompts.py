@@ -15,8 +15,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.answers import first_turns
-from train.corpus import corpus_files
+from train.answers import first_prompts
+from train.corpus import Tally, corpus_files
 
 SHORTEST, LONGEST = 8, 1200  # characters
 MOST = 60_000  # prompts: more than a GPU answers in the time
@@ -107,7 +107,7 @@ GERMAN = [
 def made(files: list[Path], seed: int = 0) -> list[str]:
     """Prompts in a mixed order, each once; those of files first, where there are any."""
     rng = random.Random(seed)
-    given = [text for text in first_turns(corpus_files(files)) if _fits(text)] if files else []
+    given = [one.text for one in first_prompts(corpus_files(files), Tally()) if _fits(one.text)] if files else []
     own = [*_of_docstrings(rng), *(ask.format(topic) for ask, topic in itertools.product(OF_TOPIC, TOPICS))]
     own += [f"Translate German to English: {a} {b}" for a, b in itertools.permutations(GERMAN, 2)]
     rng.shuffle(given)

@@ -139,7 +139,7 @@ def answers(
     A turn that no longer fits one of the models is left out.
     """
     first, names = next(iter(models.values())), names or list(models)
-    messages: list[dict[str, str]] = []
+    messages = question.opening
     for turn in question.turns:
         messages.append({"role": "user", "content": turn})
         prompt = first.encode(messages)
@@ -147,7 +147,7 @@ def answers(
             for model in models.values():
                 model.check(prompt, request)
         except UserError:
-            if len(messages) == 1:
+            if messages == question.first:
                 raise
             break
         readings: dict[Hashable, Reading] = {}

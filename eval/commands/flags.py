@@ -72,7 +72,11 @@ def add_model_arguments(
 
 def add_question_arguments(parser: argparse.ArgumentParser, questions: int | None, tokens: int) -> None:
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder or file of Spec-Bench and HumanEval (default: a small sample)"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder or file of Spec-Bench and HumanEval, or a "
+        "file of prompts, as --prompt-file of generate takes them (default: a small sample)",
     )
     parser.add_argument(
         "--questions",

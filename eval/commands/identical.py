@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint, methods = models(args)
     peer = Peer(args.peer, checkpoint.stop_ids, args.dtype)
     questions = spread(read_questions(args.data), args.questions)
-    prompts = [methods["vanilla"].encode(q.turns[0]) for q in questions]
+    prompts = [methods["vanilla"].encode(q.first) for q in questions]
     counts = {name: {"identical": 0, "near_ties": 0, "different": 0} for name in methods}
     gaps: list[dict[str, Any]] = []
     request = Request(args.max_new_tokens)

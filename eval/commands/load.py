@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.temperature <= 2:
         raise UserError(f"--temperature {args.temperature} must be from 0 to 2, which is all that servers take")
     questions = spread(of_tasks(read_questions(args.data), args.tasks), None)
-    prompts = [questions[n % len(questions)].turns[0] for n in range(args.requests)]
+    prompts = [questions[n % len(questions)].first for n in range(args.requests)]
     figures = asyncio.run(measure(args, rates, prompts))
     show(figures)
     save(args.json, figures)
@@ -86,7 +86,7 @@ def rates_of(text: str) -> list[float]:
     return rates
 
 
-async def measure(args: argparse.Namespace, rates: list[float], prompts: list[str]) -> dict[str, Any]:
+async def measure(args: argparse.Namespace, rates: list[float], prompts: list[traffic.Messages]) -> dict[str, Any]:
     """The figures of every rate, one run after the other."""
     url, key = args.url.rstrip("/"), os.environ.get("OPENAI_API_KEY")
     served = await traffic.models_of(url, key)

@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     request = decoding_request(args)
     _, methods = models(args)
-    texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]
+    texts = [question.first for question in spread(read_questions(args.data), args.questions)]
     prompts = [methods["vanilla"].encode(text) for text in texts]
     rows = compare(methods, prompts, request)
     plots.save(drawing(rows), args.out, "loops")

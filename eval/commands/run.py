@@ -100,7 +100,9 @@ def fill(
         for turn, question, repeat in waiting:
             progress.update(bar, description=question.key)
             turns = contest.ask(question, turn)
-            kept.append({"question": question.key, "task": question.task, "repeat": repeat, "turns": turns})
+            own = {} if question.id is None else {"id": question.id}
+            record = {"question": question.key, **own, "task": question.task, "repeat": repeat, "turns": turns}
+            kept.append(record)
             progress.advance(bar)
 
 

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     timed: dict[str, list[Result]] = {name: [] for name in methods}
     with progress_bar() as progress:
         for index, question in enumerate(progress.track(questions, description="questions")):
-            prompt = vanilla.encode(question.turns[0])
+            prompt = vanilla.encode(question.first)
             answer = vanilla.generate_ids(prompt, request)
             for way in ways:
                 one = simulated(model, [*prompt.tolist(), *answer.tokens], len(prompt), way)

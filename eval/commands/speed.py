@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     vanilla = methods["vanilla"]
     peer = Peer(args.peer, checkpoint.stop_ids, vanilla.dtype_name) if args.peer else None
     questions = spread(read_questions(args.data), args.questions)
-    prompts = [vanilla.encode(question.turns[0]) for question in questions]
+    prompts = [vanilla.encode(question.first) for question in questions]
     figures = compare(methods, prompts, request, [question.task for question in questions], peer)
     show(figures)
     save(args.json, figures)

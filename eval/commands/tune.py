@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from eval.runs import output, provenance
 from eval.runs.provenance import save
 from eval.show import plots, tune_plots
 from frspec_jax import api, compile_cache, tuned
-from frspec_jax.api import NO_DRAFT, Draft, Request
+from frspec_jax.api import NO_DRAFT, Draft, Prompt, Request
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.commands import results_console
 from frspec_jax.config import VANILLA
@@ -44,6 +45,7 @@ from frspec_jax.defaults import defaults
 from frspec_jax.drafting import preferred_tree
 from frspec_jax.errors import UserError
 from frspec_jax.flags import add_dtype_flag
+from frspec_jax.locks import folder_lock
 from frspec_jax.vocabulary import Ranking
 
 # What is tried where no flag says otherwise: a pass over many tokens is dear on a CPU, and nearly free on a GPU.
@@ -89,9 +91,15 @@ def run(args: argparse.Namespace) -> None:
     out: Path = args.out or folder
     output.check_folder(out)
     output.check_folder(folder, "--draft")  # where the setting goes
+    with folder_lock(folder, f"--draft {folder}"):
+        search(args, request, checkpoint, folder, out)
+
+
+def search(args: argparse.Namespace, request: Request, checkpoint: Checkpoint, folder: Path, out: Path) -> None:
+    """Climb to the fastest setting of the draft in `folder`, keep it there, and draw what was met in `out`."""
     dtype = defaults().dtype if args.dtype is None else jnp.dtype(args.dtype)
     space = space_of(args, checkpoint)
-    texts = [question.turns[0] for question in spread(read_questions(args.data), args.questions)]
+    texts = [question.first for question in spread(read_questions(args.data), args.questions)]
     bench = Bench(checkpoint, args.draft, dtype, request, texts)
     if (damage := tuned.forget_damaged(folder, dtype)) is not None:
         print(f"note: {damage.on_the_command_line}; this run replaces it", file=sys.stderr)
@@ -178,7 +186,7 @@ class Bench:
     """A checkpoint and prompts to measure settings with; the target's weights are loaded once."""
 
     def __init__(
-        self, checkpoint: Checkpoint, draft: str | None, dtype: Any, request: Request, texts: list[str]
+        self, checkpoint: Checkpoint, draft: str | None, dtype: Any, request: Request, texts: Sequence[Prompt]
     ) -> None:
         self.checkpoint, self.draft, self.dtype, self.request = checkpoint, draft, dtype, request
         self.vanilla = api.load(checkpoint, NO_DRAFT, dtype=dtype)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval.data.questions import CODE_PROMPT, PUBLISHED, read_text
-from frspec_jax import json_lines
+from eval.data.questions import CODE_PROMPT, PUBLISHED
+from eval.data.verdicts import code_of, defines, number_of
+from frspec_jax import records
 from frspec_jax.errors import UserError
 
 BENCHMARKS = ("HumanEval", "GSM8K")
 GSM8K = ("gsm8k/test.jsonl", "test.jsonl")
 MATHS_PROMPT = "{}\n\nThink step by step. End with a line that says: The answer is, and then the number."
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +30,17 @@ class Problem:
     test: str = ""  # HumanEval: code that defines check(candidate)
 
     def solved(self, text: str) -> bool:
-        """Whether an answer to a GSM8K problem ends with the right number."""
-        found = last_number(text)
+        """Whether an answer to a GSM8K problem states the right number."""
+        found = number_of(text)
         return found is not None and float(found) == float(self.answer)
 
     def program(self, text: str) -> str:
         """What must run to its end if an answer to a HumanEval problem is right."""
-        code = code_of(text)
+        code = code_of(text, self.entry, self.stub)
         head = self.stub
-        if re.search(rf"^\s*def\s+{re.escape(self.entry)}\b", code, re.MULTILINE):
+        if defines(code, self.entry):
             head = head[: head.rfind(f"def {self.entry}")]  # imports and helpers; the answer has the function whole
         return f"{head}{code}\n\n{self.test}\n\ncheck({self.entry})\n"
-
-
-def code_of(text: str) -> str:
-    """The code of an answer: its first block between fences, closed or not; the whole answer where it has none."""
-    fenced = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    return fenced[1] if fenced else text
-
-
-def last_number(text: str) -> str | None:
-    """The last number of a text, without the commas that part its thousands."""
-    found = NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else None
 
 
 def read_problems(folder: Path) -> list[Problem]:
@@ -75,11 +61,12 @@ def read_problems(folder: Path) -> list[Problem]:
 
 def _parse(file: Path, parse: Callable[[int, Any], Problem]) -> list[Problem]:
     found = []
-    for number, line in json_lines.numbered(read_text(file)):
+    for row in records.read_rows(file, "--data"):
         try:
-            found.append(parse(number, json.loads(line)))
+            found.append(parse(row.number, row.value))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--data {file}, line {number}: not of the published format ({error})") from None
+            where = f"{records.named(file, '--data')}, {row.where}"
+            raise UserError(f"{where}: not of the published format ({error})") from None
     return found
 
 

@@ -1,20 +1,19 @@
-"""Question sets as they are published: Spec-Bench (arXiv 2401.07851) and HumanEval; and a small sample of our own."""
+"""Question sets as they are published: Spec-Bench (arXiv 2401.07851), HumanEval; prompts; and a sample of our own."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from frspec_jax import json_lines
-from frspec_jax.errors import UserError
+from frspec_jax import prompts, records
+from frspec_jax.errors import UserError, quoted
+from frspec_jax.prompts import NoPrompt
 
 TASKS = ("MT", "Conv", "RAG", "Math", "QA", "Summ", "Code")  # the paper's columns, in its order
 CONVERSATION = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities", "mt_bench"}
@@ -36,67 +35,85 @@ CODE_PROMPT = "Complete this Python function. Answer with the whole function in 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question of a set; a conversation has two turns."""
+    """One question of a set; a conversation has several turns."""
 
     number: int
     task: str  # one of TASKS
     turns: tuple[str, ...]
+    system: str = ""  # the system message before them, if there is one
+    id: Any = None  # the record's own, where it has one
 
     @property
     def key(self) -> str:
         """The question's name among those of all tasks, such as "Conv/81"."""
         return f"{self.task}/{self.number}"
 
+    @property
+    def opening(self) -> list[dict[str, str]]:
+        """What stands before the first turn, as messages."""
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+    @property
+    def first(self) -> list[dict[str, str]]:
+        """The first turn as messages."""
+        return [*self.opening, {"role": "user", "content": self.turns[0]}]
+
 
 def read_questions(path: Path | None) -> list[Question]:
     """The questions of a file, of a folder that holds the published files, or of the sample that ships.
 
-    A file is Spec-Bench's `question.jsonl` or HumanEval's `HumanEval.jsonl`, plain or gzipped; a
-    folder holds one or both, see PUBLISHED.
+    A file is Spec-Bench's `question.jsonl`, HumanEval's `HumanEval.jsonl`, or prompts of any of the forms of
+    `frspec_jax.prompts`, in any of the formats of `frspec_jax.records`; a folder holds one or both of the first, see
+    PUBLISHED.
 
     Raises:
       UserError: naming the file and the line that cannot be read.
     """
     if path is None:
-        sample = resources.files("eval").joinpath("data/sample.jsonl").read_text("utf-8")
-        return _parse(sample, Path("sample.jsonl"))
+        with resources.as_file(resources.files("eval").joinpath("data/sample.jsonl")) as sample:
+            return _read(sample)
     if not path.is_dir():
-        return _parse(read_text(path), path)
+        return _read(path)
     found = [next((path / name for name in names if (path / name).is_file()), None) for names in PUBLISHED]
     files = [file for file in found if file is not None]
     if not files:
-        raise UserError(f"--data {path} holds neither {PUBLISHED[0][0]} nor {PUBLISHED[1][0]}; bring one of them")
-    return [question for file in files for question in _parse(read_text(file), file)]
+        raise UserError(
+            f"--data {quoted(path)} holds neither {PUBLISHED[0][0]} nor {PUBLISHED[1][0]}; bring one of them"
+        )
+    return [question for file in files for question in _read(file)]
 
 
-def read_text(file: Path) -> str:
-    """The text of a data file, plain or gzipped."""
-    try:
-        data = file.read_bytes()
-        return (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is damaged, or no UTF-8 text"
-        raise UserError(f"--data {file} cannot be read: {reason}") from None
-
-
-def _parse(text: str, file: Path) -> list[Question]:
+def _read(file: Path) -> list[Question]:
     questions = []
-    for number, line in json_lines.numbered(text):
+    for row in records.read_rows(file, "--data"):
         try:
-            questions.append(_question(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+            questions.append(_question(row))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"--data {file}, line {number}: no question of Spec-Bench's or HumanEval's format ({error})"
+                f"{records.named(file, '--data')}, {row.where}: no question of Spec-Bench's or HumanEval's format, nor "
+                f"a prompt ({error})"
             ) from None
     if not questions:
-        raise UserError(f"--data {file} holds no question")
+        raise UserError(f"{records.named(file, '--data')} holds no question")
     return questions
 
 
-def _question(row: Mapping[str, Any]) -> Question:
-    if "task_id" in row:  # HumanEval
-        return Question(int(row["task_id"].rpartition("/")[2]), "Code", (CODE_PROMPT.format(row["prompt"]),))
-    return Question(int(row["question_id"]), CATEGORIES[row["category"]], tuple(map(str, row["turns"])))
+def _question(row: records.Row) -> Question:
+    value = row.value
+    if "task_id" in value:  # HumanEval
+        return Question(int(value["task_id"].rpartition("/")[2]), "Code", (CODE_PROMPT.format(value["prompt"]),))
+    if "question_id" in value:  # Spec-Bench
+        return Question(int(value["question_id"]), CATEGORIES[value["category"]], tuple(map(str, value["turns"])))
+    asked = prompts.prompt_of(value)
+    if prompts.tools_of(value):
+        raise NoPrompt("tools cannot be measured; leave them out")
+    said = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    system = "\n\n".join(one["content"] for one in said if one["role"] == "system")
+    turns = tuple(one["content"] for one in said if one["role"] == "user")
+    if other := next((one["role"] for one in said if one["role"] not in ("system", "user", "assistant")), None):
+        raise NoPrompt(f"a turn of {other} cannot be measured; leave it out")
+    task = value.get("category", value.get("task"))
+    return Question(row.number, task if task in TASKS else CATEGORIES.get(task, "Conv"), turns, system, value.get("id"))
 
 
 class Asked(Protocol):
@@ -156,5 +173,6 @@ def alternated(questions: Sequence[Item]) -> list[Item]:
 
 def digest(questions: list[Question]) -> str:
     """A short name of a question set: its questions, their order and their wording."""
-    text = json.dumps([[question.key, question.turns] for question in questions])
+    # Of a question without a system message, as before there were any: a run that has begun can go on.
+    text = json.dumps([[q.key, q.turns, *([q.system] if q.system else [])] for q in questions])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

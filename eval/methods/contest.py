@@ -21,7 +21,7 @@ WARM_UP_TOKENS = 16
 
 def first_prompt(vanilla: Generator, question: Question) -> np.ndarray:
     """A question's first turn as token ids [T]."""
-    return vanilla.encode([{"role": "user", "content": question.turns[0]}])
+    return vanilla.encode(question.first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Contest:
           turn: of the run; the methods begin with another one each time.
         """
         vanilla = self.models["vanilla"]
-        messages: list[dict[str, str]] = []
+        messages = question.opening
         figures: list[dict[str, Any]] = []
         for text in question.turns:
             messages.append({"role": "user", "content": text})

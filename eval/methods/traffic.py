@@ -17,6 +17,7 @@ from frspec_jax.errors import UserError
 
 PERCENTILES = (50, 90, 99)
 DONE = "[DONE]"
+Messages = list[dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +87,22 @@ async def models_of(url: str, key: str | None) -> list[str]:
         ) from None
 
 
-async def run(target: Target, prompts: Sequence[str], when: Sequence[float]) -> list[Met]:
+async def run(target: Target, prompts: Sequence[Messages], when: Sequence[float]) -> list[Met]:
     """Send each prompt when it is time, and wait for all."""
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx2.AsyncClient(headers=_headers(target.key), timeout=target.seconds, limits=limits) as client:
         begun = time.perf_counter()
 
-        async def later(prompt: str, at: float) -> Met:
+        async def later(prompt: Messages, at: float) -> Met:
             await asyncio.sleep(max(0.0, at - (time.perf_counter() - begun)))
             return await ask(client, target, prompt, begun)
 
         return await asyncio.gather(*(later(prompt, at) for prompt, at in zip(prompts, when, strict=True)))
 
 
-async def ask(client: httpx2.AsyncClient, target: Target, prompt: str, begun: float) -> Met:
+async def ask(client: httpx2.AsyncClient, target: Target, prompt: Messages, begun: float) -> Met:
     """One chat, streamed."""
-    body = {"model": target.model, "messages": [{"role": "user", "content": prompt}], "stream": True, **target.fields}
+    body = {"model": target.model, "messages": prompt, "stream": True, **target.fields}
     body["stream_options"] = {"include_usage": True}
     met = Met(time.perf_counter() - begun)
     try:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from frspec_jax import files
+from frspec_jax import files, locks
 from frspec_jax.errors import UserError
 
 FORMAT = "frspec-jax run 1"
@@ -50,7 +50,7 @@ def opened(folder: Path, configuration: Mapping[str, Any]) -> Iterator[Records]:
         cannot be written or is damaged.
     """
     file = folder / "records.jsonl"
-    with files.folder_lock(folder, f"--out {folder}"):
+    with locks.folder_lock(folder, f"--out {folder}"):
         manifest = {"format": FORMAT, **json.loads(json.dumps(configuration))}
         if (folder / "manifest.json").is_file():
             _refuse_other(folder, read_manifest(folder), manifest)

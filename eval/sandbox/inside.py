@@ -12,13 +12,17 @@ import io
 import os
 import resource
 import sys
+import types
 from typing import Any
 
 # Imported while the interpreter's own files can still be read: they may be root's.
 COMMON = (
-    "bisect", "calendar", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions",
-    "functools", "hashlib", "heapq", "itertools", "json", "math", "numbers", "operator", "random", "re", "statistics",
-    "string", "sys", "textwrap", "time", "typing", "unicodedata",
+    "abc", "array", "ast", "base64", "binascii", "bisect", "calendar", "cmath", "collections", "collections.abc",
+    "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "doctest", "enum", "fractions",
+    "functools", "graphlib", "hashlib", "heapq", "hmac", "html", "inspect", "io", "ipaddress", "itertools", "json",
+    "keyword", "locale", "logging", "math", "numbers", "operator", "os", "pathlib", "pprint", "queue", "random", "re",
+    "secrets", "statistics", "string", "struct", "sys", "textwrap", "threading", "time", "timeit", "traceback", "types",
+    "typing", "unicodedata", "unittest", "uuid", "warnings", "weakref", "zlib", "zoneinfo",
 )  # fmt: skip
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 NOBODY = 65534
@@ -81,7 +85,9 @@ def main() -> None:
     sys.stdin, sys.stdout = io.StringIO(), io.StringIO()  # what the program prints is nobody's concern
     sys.argv = [""]
     sys.addaudithook(guard)
-    exec(compile(program, "<answer>", "exec"), {"__name__": "__main__"})
+    # A module of its own: what stands below "if __name__ == '__main__'" is not what is judged.
+    answer = sys.modules["answer"] = types.ModuleType("answer")
+    exec(compile(program, "<answer>", "exec"), answer.__dict__)
     os.write(say, token.encode())
 
 

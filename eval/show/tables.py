@@ -69,7 +69,7 @@ class Row:
     @property
     def place(self) -> tuple[int, bool, int, bool, int]:
         """Where the row stands: peers, vanilla, then drafts from the full vocabulary down."""
-        kinds = ["peer", "vanilla", *drafters.KINDS]
+        kinds = ["peer", "vanilla", *drafters.known()]
         method = Method.parse(self.kind)
         kind = method.kind or self.kind
         return (

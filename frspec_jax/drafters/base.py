@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.llama import LlamaParams
 from frspec_jax.pace import Pace
+from frspec_jax.schema import checked
 from frspec_jax.tree import Candidates, DraftTree, Going
 from pallas_kernels.dispatch import Kernels
 
@@ -176,16 +178,59 @@ def no_copies(spec: Spec, on: bool) -> Spec:
     return spec
 
 
+class KindDefaults:
+    """What a kind of one's own need not say (`DraftSpec`), for a frozen dataclass of it.
+
+    It is drafted from no weights, suits any target, has no head to crop and no slots, does not copy, and grows the tree
+    that is asked for. A subclass says what is otherwise, and always `kind`, `title` and `assemble`.
+    """
+
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    in_context: ClassVar[bool] = False
+    crops: ClassVar[bool] = False
+    taps: ClassVar[tuple[int, ...]] = ()
+    hidden_size: ClassVar[int | None] = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return checked(cls, data, "its entries")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(cast(Any, self))  # a subclass is a dataclass
+
+    def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> Any:
+        return NO_WEIGHTS
+
+    def vocabulary(self, params: Any) -> np.ndarray | None:
+        return None
+
+    def copies(self, on: bool) -> Self:
+        if on:
+            raise UserError(f"--copying on: a draft of kind {self.kind} does not copy; give an EAGLE-2 one")
+        return self
+
+    def fit(self, tree: TreeConfig) -> TreeConfig:
+        return tree
+
+    def fit_pace(self, pace: Pace, vocab: int) -> Pace:
+        return pace.with_beams(min(pace.growth.top_k, vocab))
+
+
 class DraftSpec(Protocol):
-    """A draft as its config.json describes it: frozen and hashable. One class a kind, named in `drafters.KINDS`."""
+    """A draft as its config.json describes it: frozen and hashable.
+
+    One class a kind, named in `drafters.KINDS` or, by other packages, as an entry point (docs/drafters.md).
+    """
 
     kind: ClassVar[str]  # what config.json says
     title: ClassVar[str]  # the method's usual name
     in_context: ClassVar[bool]  # whether it can have slots for ids of the text so far (`slots.Slots`)
+    crops: ClassVar[bool]  # whether it has a head, or reads the target's, that can be cropped to a sub-vocabulary
 
     @property
-    def hidden_size(self) -> int:
-        """H of the target whose features it reads."""
+    def hidden_size(self) -> int | None:
+        """H of the target whose features it reads; None: it reads none, and suits any target."""
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -199,7 +244,7 @@ class DraftSpec(Protocol):
         """The entries that `from_json` reads."""
 
     def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> Any:
-        """The weights, as a pytree of `ShapeDtypeStruct`s."""
+        """The weights, as a pytree of `ShapeDtypeStruct`s; without a leaf the draft has no folder params."""
 
     def vocabulary(self, params: Any) -> np.ndarray | None:
         """The ids that its own head can propose; None: all of the target's."""

@@ -101,6 +101,7 @@ class EagleConfig:
 
     kind: ClassVar[str] = "eagle"
     title: ClassVar[str] = "EAGLE-2"
+    crops: ClassVar[bool] = True
     in_context: ClassVar[bool] = True
     taps: ClassVar[tuple[int, ...]] = ()
 

@@ -164,6 +164,7 @@ class Eagle3Config:
 
     kind: ClassVar[str] = "eagle3"
     title: ClassVar[str] = "EAGLE-3"
+    crops: ClassVar[bool] = True
     in_context: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

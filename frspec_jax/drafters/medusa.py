@@ -200,6 +200,7 @@ class MedusaConfig:
 
     kind: ClassVar[str] = "medusa"
     title: ClassVar[str] = "Medusa"
+    crops: ClassVar[bool] = True
     in_context: ClassVar[bool] = False  # it remembers nothing, and each head has rows of its own
     taps: ClassVar[tuple[int, ...]] = ()
 

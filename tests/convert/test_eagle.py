@@ -94,7 +94,7 @@ def test_other_refusals_of_drafts(tiny_source, ckpt, tmp_path, capsys):
     assert "must be a plain name" in refusal(capsys, "eagle", folder, "--target", ckpt.path, "--name", "a/b")
     assert "holds no fc.weight" in refusal(capsys, "eagle", tiny_source, "--target", ckpt.path)
     assert "is a Hugging Face model" in refusal(capsys, "eagle", folder, "--target", tiny_source)
-    assert "is an EAGLE draft; run: python -m convert eagle" in refusal(capsys, "hf", folder, "--out", tmp_path / "new")
+    assert "is a draft; run: python -m convert eagle" in refusal(capsys, "hf", folder, "--out", tmp_path / "new")
     imported(folder, ckpt)
     assert "--name" in (sentence := refusal(capsys, "eagle", folder, "--target", ckpt.path)) and "exists" in sentence
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import AutoConfig
 
 from convert.__main__ import main
 from eval.methods import side_by_side
@@ -68,14 +69,17 @@ def test_a_head_over_the_whole_vocabulary_needs_no_map(ckpt, tmp_path):
     assert np.array_equal(params.ids, np.arange(160))
 
 
-@pytest.mark.parametrize("form", ["eagle", "sglang", "vllm"])
+@pytest.mark.parametrize("form", ["eagle", "sglang", "vllm", "speculators"])
 def test_it_comes_back_bit_for_bit(form, ckpt, tmp_path):
     folder = published_eagle3(tmp_path / "draft", ckpt, IDS)
     edit_json(folder / "config.json", rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 2.0})
     first = imported(folder, ckpt, "first", "--dtype", "bfloat16", command="eagle3")
     main(["export", "--ckpt", str(ckpt.path), "--format", form, "--out", str(tmp_path / "out")])
     tensors, original = load_file(tmp_path / "out" / "model.safetensors"), torch.load(folder / "pytorch_model.bin")
-    assert set(tensors) == set(original)
+    if form == "speculators":
+        assert set(tensors) == {name.replace("midlayer", "layers.0") for name in original} | {"embed_tokens.weight"}
+    else:
+        assert set(tensors) == set(original)
     for name in ("d2t", "t2d"):
         assert tensors[name].dtype == original[name].numpy().dtype
         assert np.array_equal(tensors[name], original[name].numpy())
@@ -150,6 +154,18 @@ WRONG = {
         lambda f, c: edit_json(f / "config.json", eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}),
         "eagle_aux_hidden_state_layer_ids [0, 1, 2] are not the published ones ([2, 3, 3]",
     ),
+    "mixed bands": (
+        lambda f, c: edit_json(f / "config.json", eagle_aux_injection_mode="banded_mix_fc"),
+        "eagle_aux_injection_mode 'banded_mix_fc' is not supported; a draft whose fc joins",
+    ),
+    "narrow": (
+        lambda f, c: edit_json(f / "config.json", hidden_size=96, target_hidden_size=48),
+        "a hidden_size of 96, and its target one of 48; drafts that are as wide as their target",
+    ),
+    "another embedding": (
+        lambda f, c: edit_pickle(f, embed_tokens__weight=torch.ones(160, 48)),
+        'or, if it was trained with an embedding of its own, say "embed_requires_grad": true',
+    ),
     "fingerprint": (lambda f, c: edit_json(f / "config.json", frspec_target="0" * 16), "made for another target"),
 }
 
@@ -203,7 +219,9 @@ NORMS = {
     "residual": {"norm_before_residual": True},
     "joined": {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True},
     "each": {"fc_norm": True, "eagle_aux_hidden_state_layer_ids": [0, 5, 6]},
+    "EAGLE-3.1": {"fc_norm": True, "norm_output": True},
 }
+SGLANGS = ("plain", "EAGLE-3.1")  # those that SGLang reads
 
 
 def test_a_draft_of_speculators_stands_for_the_ids_of_its_map_and_changes_nothing(ckpt, tmp_path):
@@ -241,13 +259,58 @@ def test_a_trained_embedding_is_kept_and_told(ckpt, tmp_path, capsys):
 def test_a_draft_of_speculators_comes_back_bit_for_bit(name, ckpt, tmp_path, capsys):
     first = imported(published_speculators(tmp_path / "draft", ckpt, IDS, **NORMS[name]), ckpt, command="eagle3")
     flags = ("--ckpt", ckpt.path, "--dtype", "float32")
-    for form in ("eagle", "sglang"):
-        if name != "plain":
-            said = refusal(capsys, "export", *flags, "--format", form, "--out", tmp_path / form)
-            assert "which vLLM alone reads; use --format vllm" in said and not (tmp_path / form).exists()
-    main(["export", *map(str, flags), "--format", "vllm", "--out", str(tmp_path / "out")])
-    second = imported(tmp_path / "out", ckpt, "second", command="eagle3")
-    assert second[0] == first[0] and same(second[1], first[1])
+    read_by = {"eagle": name == "plain", "sglang": name in SGLANGS, "vllm": True, "speculators": True}
+    for form, reads in read_by.items():
+        out = tmp_path / form
+        if not reads:
+            said = refusal(capsys, "export", *flags, "--format", form, "--out", out, "--draft", "eagle")
+            assert "ignore; use --format vllm or speculators" in said and not out.exists()
+            continue
+        main(["export", *map(str, flags), "--format", form, "--out", str(out), "--draft", "eagle"])
+        again = imported(out, ckpt, f"from-{form}", command="draft")
+        assert again[0] == first[0] and same(again[1], first[1]), form
+
+
+def test_what_speculators_reads_names_the_verifier(ckpt, tmp_path, capsys):
+    imported(published_eagle3(tmp_path / "draft", ckpt, IDS), ckpt, command="eagle3")
+    flags = ["export", "--ckpt", str(ckpt.path), "--out", str(tmp_path / "out")]
+    assert "--verifier stands in drafts of --format speculators alone" in refusal(capsys, *flags, "--verifier", "x")
+    main([*flags, "--format", "speculators", "--verifier", "somebody/target"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    verifier = config["speculators_config"]["verifier"]
+    assert verifier == {"name_or_path": "somebody/target", "architectures": ["LlamaForCausalLM"]}
+    assert config["architectures"] == ["Eagle3Speculator"] and config["draft_vocab_size"] == 60
+    layer = config["transformer_layer_config"]
+    assert (layer["model_type"], layer["num_hidden_layers"], layer["vocab_size"]) == ("llama", 1, 160)
+    assert AutoConfig.for_model(**layer).head_dim == 10
+    embedding = load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"].astype(np.float32)
+    np.testing.assert_allclose(embedding, np.asarray(ckpt.params().embedding), rtol=2**-8)
+
+
+@pytest.mark.parametrize(
+    ("entries", "taps"),
+    [
+        ({"architectures": ["Eagle3LlamaForCausalLM"], "eagle_aux_injection_mode": "fused_fc"}, None),
+        ({"architectures": ["Eagle3LlamaForCausalLM"], "aux_hidden_states_layer_ids": [1, 2, 2]}, None),
+        ({"architectures": ["LlamaForCausalLMEagle3"], "use_aux_norm": True}, "each"),
+    ],
+)
+def test_drafts_of_angelslim_and_specforge_are_read(entries, taps, ckpt, tmp_path):
+    """AngelSlim calls the layer layers.0; SpecForge and SGLang have had two names for the norms of EAGLE-3.1."""
+    folder = published_eagle3(tmp_path / "draft", ckpt, IDS, embedding=True)
+    if "Eagle3Llama" in entries["architectures"][0]:
+        tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        renamed = {name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()}
+        torch.save(renamed, folder / "pytorch_model.bin")
+    if taps:
+        norms = {f"fc_norm__{i}__weight": torch.full((48,), 1.0 + i) for i in range(3)}
+        edit_pickle(folder, **norms)
+    edit_json(folder / "config.json", **entries)
+    spec, params = imported(folder, ckpt, command="draft")
+    assert spec.norms.taps == (taps or "none") and np.array_equal(params.ids, IDS)
+    if taps:  # the norms' weights stand in the columns of fc
+        plain = torch.load(folder / "pytorch_model.bin", weights_only=True)["fc.weight"].float().numpy()
+        np.testing.assert_allclose(params.fc, plain * np.repeat([1.0, 2.0, 3.0], 48), rtol=1e-6)
 
 
 def _spec_set(**entries):

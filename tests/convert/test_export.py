@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from convert.__main__ import main
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import RopeScaling
+from frspec_jax.token_maps import FORMS, read_map
 from frspec_jax.vocabulary import Ranking, control_ids, tokenizer_hash
 from tests.support.drafts import imported, published_eagle, published_medusa
 from tests.support.tiny_hf import edit_json, refusal, same
@@ -161,6 +162,14 @@ def test_the_ranking_goes_along_at_any_size(ranked, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["freq_40.pt", "vocabulary_map.safetensors"]
 
 
+def test_the_ranking_goes_along_in_every_form(ranked, tmp_path):
+    exported(ranked, tmp_path / "out", "--draft", "none", "--draft-vocab", 40, "--map", *FORMS)
+    maps = [read_map(tmp_path / "out" / f"freq_40.{form}", 160) for form in FORMS]
+    assert all(found.ordered and np.array_equal(found.ids, maps[0].ids) for found in maps) and len(maps[0].ids) == 40
+    both = read_map(tmp_path / "out" / "vocabulary_map.safetensors", 160)
+    assert not both.ordered and both.ids.tolist() == sorted(maps[0].ids)
+
+
 def test_draft_and_ranking_together(ranked, tmp_path):
     imported(published_eagle(tmp_path / "draft", ranked, bias=False), ranked)
     exported(ranked, tmp_path / "out", "--format", "sglang", "--draft-vocab", 32)
@@ -177,6 +186,7 @@ def test_refusals(tiny_ckpt, tmp_path, capsys):
     assert "holds no draft to export" in refusal(capsys, "export", *out, "--draft", "none")
     assert "needs a ranking" in refusal(capsys, "export", *out, "--draft", "none", "--draft-vocab", 40)
     imported(published_medusa(tmp_path / "draft", tiny_ckpt, own=False), tiny_ckpt, "medusa", command="medusa")
+    assert "say how many with --draft-vocab" in refusal(capsys, "export", *out, "--map", "json")
     sentence = refusal(capsys, "export", *out, "--format", "vllm")
     assert "--format vllm: a draft of kind medusa can be written as medusa" in sentence
     assert not (tmp_path / "out").exists()

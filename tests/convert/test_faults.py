@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
 from tests.support.disk import files_of
-from tests.support.tiny_hf import converted
+from tests.support.tiny_hf import converted, refusal
 
 
 @pytest.mark.parametrize("size", [2_000, 20_000])  # in config.json or the tokenizer; in the weights, which Orbax writes
@@ -33,3 +36,16 @@ def test_names_that_no_draft_can_have_are_refused(tiny_ckpt, tmp_path, capsys, k
         main([kind, str(tmp_path / "draft"), "--target", str(tiny_ckpt.path), "--name", name])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: --name {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_weights_that_are_no_numbers_are_named(tiny_source, tmp_path, capsys, dtype, value):
+    """They would convert, and every answer would be nonsense."""
+    name, source = "model.layers.0.mlp.up_proj.weight", shutil.copytree(tiny_source, tmp_path / "hf")
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(source / "model.safetensors").items()}
+    tensors[name][3, 4] = value
+    save_file(tensors, source / "model.safetensors")
+    said = refusal(capsys, "hf", source, "--out", tmp_path / "out")
+    assert f"{source}: {name} holds values that are no finite numbers; download the weights again" in said
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Conversion from Hugging Face folders, and every way in which it refuses."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert import hf
 from convert.__main__ import main
-from convert.draft import target_embedding
-from frspec_jax.checkpoint import Checkpoint
+from convert.importing import target_embedding
+from frspec_jax.checkpoint import Checkpoint, save_params
 from tests.support.tiny_hf import converted, edit_json, model_of, refusal, same, save
 
 
@@ -278,3 +279,20 @@ def test_a_folder_of_the_hubs_cache(source, target, tmp_path, capsys):
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0123abc")
     assert same(converted("hf", cache, tmp_path / "by-ref").params(), target.params())
+
+
+def test_a_checkpoint_of_before_a_weight_had_all_its_fields(target, tmp_path):
+    """It knows nothing of norms of heads, and its model has none."""
+    old = Path(shutil.copytree(target.path, tmp_path / "old"))
+    shutil.rmtree(old / "params")
+
+    def fields(value):
+        if isinstance(value, tuple):
+            return [fields(one) for one in value]
+        if not dataclasses.is_dataclass(value):
+            return value
+        named = {field.name: fields(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {name: one for name, one in named.items() if not name.endswith(("query_norm", "key_norm", "out_norm"))}
+
+    save_params(old / "params", fields(target.params()))
+    assert same(Checkpoint.open(old).params(), target.params())

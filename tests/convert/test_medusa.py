@@ -15,6 +15,7 @@ from frspec_jax.api import Request
 from frspec_jax.drafters.medusa import PUBLISHED_63, residual
 from tests.frspec_jax.test_medusa import reference
 from tests.support.drafts import edit_pickle, imported, published_medusa
+from tests.support.runs import same
 from tests.support.tiny_hf import edit_json, refusal
 
 
@@ -94,3 +95,23 @@ def test_wrong_heads_are_refused(fault, tiny_ckpt, tmp_path, capsys):
 def test_what_is_no_medusa_is_refused(tiny_source, tiny_ckpt, capsys):
     sentence = refusal(capsys, "medusa", tiny_source, "--target", tiny_ckpt.path)
     assert "holds no 0.0.linear.weight, so it holds no Medusa heads" in sentence
+
+
+@pytest.mark.parametrize("form", ["medusa_head.{i}.{rest}", "medusa_heads.{i}.{named}", "base.medusa_head.{i}.{rest}"])
+def test_heads_under_a_prefix_and_inside_a_whole_model_are_the_same(tiny_ckpt, tmp_path, form):
+    """Medusa-2's models hold the target's own tensors besides; NVIDIA's exporters name the parts of a head."""
+    plain = published_medusa(tmp_path / "plain", tiny_ckpt, own=True, layers=2, heads=3)
+    _, wanted = imported(plain, tiny_ckpt, "plain", command="medusa")
+
+    def name_of(name: str) -> str:
+        i, rest = name.split(".", 1)
+        named = "lm_head.weight" if rest == "2.weight" else f"medusa_layers.{rest}"
+        return form.format(i=i, rest=rest, named=named)
+
+    tensors = torch.load(plain / "medusa_lm_head.pt", weights_only=True)
+    other = plain.rename(tmp_path / "other")
+    (other / "medusa_lm_head.pt").unlink()
+    whole = {"model.embed_tokens.weight": torch.zeros(3, 3)} | {name_of(name): t for name, t in tensors.items()}
+    save_file(whole, other / "model.safetensors")
+    _, found = imported(other, tiny_ckpt, "other", command="medusa")
+    assert same(wanted, found)

@@ -12,7 +12,7 @@ import pytest
 
 from eval.__main__ import main
 from eval.commands import quality
-from eval.data.problems import Problem, code_of, last_number, read_problems
+from eval.data.problems import Problem, read_problems
 from eval.data.questions import read_questions
 from eval.sandbox import inside, judge
 from frspec_jax.api import Generator
@@ -67,14 +67,6 @@ def test_problems_are_read_as_published(data, tmp_path):
         read_problems(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("so 3 and 4.\nThe answer is 1,234.", "1234"), ("it is -2.5", "-2.5"), ("$18", "18"), ("none", None)],
-)
-def test_the_last_number_is_the_answer(text, number):
-    assert last_number(text) == number
-
-
 def test_maths_is_judged_by_value():
     problem = Problem("GSM8K/0", "GSM8K", "", answer="18")
     assert problem.solved("The answer is 18.") and problem.solved("18.0") and problem.solved("**$18**")
@@ -106,8 +98,27 @@ def test_wrong_code_fails(text):
     assert not judge.passes(AREA.program(text))
 
 
-def test_code_of():
-    assert code_of("a\n```python\nb\n```\n```\nc\n```") == "b\n" and code_of("plain") == "plain"
+@pytest.mark.parametrize(
+    "ends",
+    ["print(area(float(input())))", "sys.exit(0)", "import doctest, sys\n    sys.exit(doctest.testmod().failed + 1)"],
+)
+@pytest.mark.usefixtures("shut_in")
+def test_what_a_file_does_when_it_is_run_is_not_judged(ends):
+    guard = f'if __name__ == "__main__":\n    {ends}\n'
+    assert judge.passes(AREA.program(f"```python\nimport sys\ndef area(r):\n{BODY}\n{guard}```"))
+
+
+@pytest.mark.parametrize("modules", ["queue, threading, uuid", "array, abc, contextlib, inspect", "bisect, secrets"])
+@pytest.mark.usefixtures("shut_in")
+def test_the_usual_modules_can_be_imported(modules):
+    assert judge.passes(AREA.program(f"```python\nimport {modules}\ndef area(r):\n{BODY}```"))
+
+
+@pytest.mark.usefixtures("shut_in")
+def test_a_standard_library_that_only_root_reads_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(judge, "RARE", "import no_such_module")
+    judge.check()
+    assert "is not readable for everybody; answers that import others count as wrong" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("shut_in")

@@ -12,6 +12,8 @@ from eval.commands.flags import _size
 from eval.data.questions import TASKS, Question, read_questions, spread
 from frspec_jax.api import Result
 from frspec_jax.errors import UserError
+from frspec_jax.records import COMPRESSIONS
+from tests.support.corpora import write
 
 
 def test_the_sample_holds_every_task():
@@ -31,6 +33,40 @@ def test_questions_are_read_and_refused_by_line(tmp_path):
         read_questions(file)
     with pytest.raises(UserError, match=r"data .* cannot be read"):
         read_questions(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
+def test_prompts_of_every_form_are_questions(tmp_path, kind, compression):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    rows = [
+        {"id": "q1", "prompt": "a"},
+        {"messages": [{"role": "system", "content": "Be brief."}, *said], "category": "qa"},
+        {"instruction": "a", "task": "Summ"},
+    ]
+    questions = read_questions(write(tmp_path, rows, kind, compression))
+    assert [(q.key, q.turns, q.system) for q in questions] == [
+        ("Conv/1", ("a",), ""),
+        ("QA/2", ("a", "c"), "Be brief."),
+        ("Summ/3", ("a",), ""),
+    ]
+    assert [q.id for q in questions] == ["q1", None, None]
+    assert questions[1].first == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 'a part of type "image_url"'),
+        ({"prompt": "a", "tools": [{}]}, "tools cannot be measured"),
+        ({"messages": [{"role": "tool", "content": "a"}, {"role": "user", "content": "b"}]}, "a turn of tool cannot"),
+        (["a"], "line 2: no question of"),
+    ],
+)
+def test_what_cannot_be_measured_is_named_by_its_line(tmp_path, row, said):
+    file = write(tmp_path, [{"prompt": "a"}, row], ".jsonl")
+    with pytest.raises(UserError, match=rf"data .*, line 2: .*{said}" if "line" not in said else said):
+        read_questions(file)
 
 
 def test_questions_are_spread_evenly_over_tasks():

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from frspec_jax.errors import UserError
+from frspec_jax.token_maps import FORMS, write_map
 from frspec_jax.vocabulary import Ranking, control_ids, crop, sub_vocabulary, tokenizer_hash
 
 COUNTS = st.lists(st.integers(0, 4), min_size=2, max_size=40)  # few values, so that ties are common
@@ -209,12 +210,14 @@ def token_map(folder, form, ids=ORDER):
         file.write_text("\ufeff" + json.dumps(ids), "utf-8")
     elif form == "txt":
         file.write_text("\r\n".join(map(str, ids)))
+    elif form == "npy":
+        np.save(file, np.array(ids))
     else:
         save_file({"token_map": torch.tensor(ids, dtype=torch.int32)}, file)
     return file
 
 
-@pytest.mark.parametrize("form", ["pt", "tensor", "old", "plain", "pkl", "json", "txt", "safetensors"])
+@pytest.mark.parametrize("form", ["pt", "tensor", "old", "plain", "pkl", "json", "txt", "npy", "safetensors"])
 def test_a_token_map_is_an_order_without_counts(tmp_path, form):
     found = Ranking.read(token_map(tmp_path, form, [7, 3, 7, 11, 0, 5, 3, 9]), "abc", 12)
     assert found.listed.tolist() == ORDER and found.listed.dtype == np.int32
@@ -236,6 +239,42 @@ def test_a_token_map_is_sliced_at_any_size_up_to_its_length():
     assert sub_vocabulary(listed, 3, 12, (7,), known).tolist() == [7, 11, 5]
     with pytest.raises(UserError, match=r"names 3 ids of the draft's own vocabulary"):
         sub_vocabulary(listed, 4, 12, (7,), known)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_written_as_a_token_map_is_read_as_one(tmp_path, form):
+    write_map(tmp_path / f"freq_6.{form}", np.array(ORDER, np.int32))
+    found = Ranking.read(tmp_path / f"freq_6.{form}", "abc", 12)
+    assert found.listed.tolist() == ORDER and found.ordered
+
+
+IDS = np.array([0, 2, 5, 7])  # that an EAGLE-3 draft's rows stand for
+D2T, T2D = IDS - np.arange(4), np.isin(np.arange(12), IDS)
+PAIRS = {
+    "both.safetensors": lambda file: save_file({"d2t": torch.tensor(D2T), "t2d": torch.tensor(T2D)}, file),
+    "both.pt": lambda file: torch.save({"t2d": torch.tensor(T2D), "d2t": torch.tensor(D2T)}, file),
+    "d2t.npy": lambda file: np.save(file, D2T),
+    "t2d.npy": lambda file: np.save(file, T2D),
+    "t2d.pt": lambda file: torch.save(torch.tensor(T2D), file),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_maps_of_an_eagle3_draft_name_ids_in_no_order_until_counts_give_them_one(tmp_path, name):
+    PAIRS[name](tmp_path / name)
+    found = Ranking.read(tmp_path / name, "abc", 12)
+    assert found.listed.tolist() == IDS.tolist() and not found.ordered
+    assert sub_vocabulary(found, 4, 12, (0,)).tolist() == IDS.tolist()
+    with pytest.raises(UserError, match=r"smaller than the map .* names 4 ids in no order; say 4, or give it an order"):
+        sub_vocabulary(found, 3, 12, (0,))
+    counts = [1, 90, 0, 0, 0, 8, 0, 3, 0, 0, 0, 0]
+    both = found + ranking(counts)
+    both.save(tmp_path / "r.npz")
+    for one in (both, ranking(counts) + found, Ranking.load(tmp_path / "r.npz")):
+        assert one.order[:6].tolist() == [5, 7, 0, 2, 1, 3]
+        assert sub_vocabulary(one, 2, 12, (0,)).tolist() == [5, 0]
+    ordered = dataclasses.replace(ranking([0] * 12), listed=np.array(ORDER, np.int32))
+    assert (ordered + found).order[:8].tolist() == [*ORDER, 2, 1] and (ordered + found).ordered
 
 
 def test_counts_order_what_a_token_map_does_not_name():
@@ -345,9 +384,9 @@ def test_the_hash_survives_saving_and_sees_added_tokens(tmp_path):
     assert tokenizer_hash(tokenizer) != name
 
 
-def test_control_ids_are_terminators_and_special_tokens():
+def test_control_ids_are_terminators_and_added_tokens():
     tokenizer = fast_tokenizer("<unk>", "<s>", "</s>", "a", "b", "<|end|>", bos_token="<s>", eos_token="</s>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|im_start|>"]})
-    tokenizer.add_tokens(["<tool>"])  # added, but not special
-    assert control_ids(tokenizer, [4], 100) == (1, 2, 4, 5, 6)
+    tokenizer.add_tokens(["<tool_call>", "<unused7>"])  # they steer, or wait for a meaning; neither is marked special
+    assert control_ids(tokenizer, [4], 100) == (1, 2, 4, 5, 6, 7)
     assert control_ids(tokenizer, [4, 4, 200], 6) == (1, 2, 4, 5)  # ids outside the vocabulary are left out

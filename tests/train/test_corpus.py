@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
-from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frspec_jax import records
 from frspec_jax.errors import UserError
-from train import corpus
-from train.corpus import COMPRESSIONS, FORMATS, Record, corpus_files, read_corpus
+from frspec_jax.records import COMPRESSIONS, FORMATS
+from tests.support.corpora import write
+from train.corpus import Record, Tally, corpus_files, read_corpus
 
 TEXTS = [f"Line {n}: naïve 日本語 \U0001f600 and more.\n" for n in range(40)]
 CHATS = [
     [("human", f"Question {n}?"), ("gpt", f"Answer {n}."), ("system", "Be brief."), ("user", ""), ("assistant", "ok")]
     for n in range(40)
 ]
-
-
-def zstd(data: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
-
-
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
-
-
-def write(folder: Path, rows: list, kind: str, compression: str = "", stem: str = "corpus") -> Path:
-    """Write records (or, to .txt, their texts) as a corpus file."""
-    if kind == ".txt":
-        data = "".join(row["text"] for row in rows).encode()
-    elif kind == ".jsonl":
-        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    elif kind == ".json":
-        data = json.dumps(rows, ensure_ascii=False).encode()
-    else:
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist([{"id": n, **row} for n, row in enumerate(rows)]), sink)
-        data = sink.getvalue().to_pybytes()
-    path = folder / f"{stem}{kind}{compression}"
-    path.write_bytes(COMPRESS[compression](data))
-    return path
 
 
 def texts(rows=TEXTS) -> list:
@@ -109,13 +77,13 @@ def test_byte_order_marks_blank_lines_and_half_surrogates(tmp_path):
     assert [record.text for record in read_corpus(tmp_path / "a.txt")] == ["one"]
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"])), max_size=8), st.data())
+@given(st.lists(st.text(st.characters(exclude_characters="\r\n\0", exclude_categories=["Cs"])), max_size=8), st.data())
 def test_long_text_files_come_in_blocks_that_end_with_a_line(tmp_path_factory, lines, data):
     file = tmp_path_factory.mktemp("corpus") / "long.txt"
     whole = "\n".join(lines).removeprefix("\ufeff")
     file.write_bytes(whole.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "TEXT_BLOCK", data.draw(st.integers(1, 12)))
+        patch.setattr(records, "TEXT_BLOCK", data.draw(st.integers(1, 12)))
         blocks = [record.text or "" for record in read_corpus(file)]
     assert "".join(blocks) == whole.removeprefix("\ufeff")
     assert all(block.endswith("\n") for block in blocks[:-1])
@@ -140,6 +108,38 @@ def test_records_come_before_the_file_is_read_whole(tmp_path):
     assert [next(records).text, next(records).text] == ["one", "two"]
     with pytest.raises(UserError, match="line 3"):
         next(records)
+
+
+# What is left out ---------------------------------------------------------------------------------
+
+
+def test_speakers_under_other_names_are_known_and_others_are_counted(tmp_path):
+    """One line with a speaker of whom nobody knows is no reason to stop a corpus of millions."""
+    said = [
+        ("Human", "a"),
+        ("function_call", "b"),
+        ("observation", "c"),
+        ("GPT", "d"),
+        ("developer", "e"),
+        ("tool", "f"),
+    ]
+    rows = [
+        {"conversations": [{"from": name, "value": text} for name, text in said]},
+        {"messages": [{"role": "ghost", "content": "x"}]},
+        {"text": "one"},
+        {"messages": [{"role": "ghost", "content": "y"}]},
+    ]
+    tally = Tally()
+    found = list(read_corpus(write(tmp_path, rows, ".jsonl"), tally=tally))
+    roles = ("user", "assistant", "tool", "assistant", "developer", "tool")
+    assert [record.turns for record in found] == [tuple(zip(roles, "abcdef", strict=True)), ()]
+    assert tally.said() == ("read 4 records; left out 2: speaker 'ghost' is not known (first: corpus.jsonl, line 2)")
+
+
+def test_what_stands_beside_what_is_said_is_kept_for_the_template(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0, "name": "x"}]
+    (record,) = read_corpus(write(tmp_path, [{"messages": turns}], ".jsonl"))
+    assert record.messages() == turns
 
 
 # Files and folders -------------------------------------------------------------------------------
@@ -172,20 +172,25 @@ def test_paths_that_are_no_corpus_are_refused(tmp_path):
     ("name", "content", "said"),
     [
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, line 1: not UTF-8 text \(byte 0xff\)"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: not JSON"),
         ("a.jsonl", b'{"text": "one"}\n{"body": "two"}\n', r'a\.jsonl, line 2: no "text", "messages", "conv'),
         ("a.jsonl", b'{"text": 3}', r'a\.jsonl, line 1: no "text"'),
         ("a.jsonl", b'["text"]', r'a\.jsonl, line 1: no "text"'),
-        ("a.jsonl", b'{"messages": [{"role": "ghost", "content": "x"}]}', r"line 1: speaker 'ghost' is not known"),
-        ("a.jsonl", b'{"messages": ["x"]}', "line 1: speaker None is not known"),
-        ("a.jsonl", b'{"messages": [{"role": ["user"], "content": "x"}]}', "line 1: speaker .* is not known"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"image": "x"}]}]}', 'line 1: "content" of the user'),
+        ("a.jsonl", b'{"messages": ["x"]}', "line 1: a turn has no speaker"),
+        ("a.jsonl", b'{"messages": [{"role": ["user"], "content": "x"}]}', "line 1: a turn has no speaker"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"image": "x"}]}]}',
+            '"content" of the user is not',
+        ),
         ("a.jsonl", b'{"conversations": [{"from": "gpt", "value": 7}]}', 'line 1: "value" of the gpt is not text'),
         ("a.json", b"{", r"a\.json: not JSON"),
         ("a.json", b'{"text": "one"}', r"a\.json is not a JSON array of records"),
         ("a.json", b'[{"text": "one"}, 2]', r"a\.json, record 2: no"),
-        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text; convert it first"),
+        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text \(byte 0xe9\); convert it first"),
+        ("a.txt", "café".encode("utf-16"), r"a\.txt, line 1: the file is UTF-16 text; save it as UTF-8"),
+        ("a.json", "[]".encode("utf-16-be"), r"a\.json, line 1: the file is UTF-16 text; save it as UTF-8"),
         ("a.parquet", b"PAR1 or not", r"a\.parquet is no Parquet file"),
         ("a.txt.gz", b"plain text", r"a\.txt\.gz cannot be read .*; mend or leave out the file"),
         ("a.txt.xz", b"plain text", r"a\.txt\.xz cannot be read"),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frspec_jax import files
+from frspec_jax import locks
 from frspec_jax.checkpoint import Checkpoint
 from tests.support.disk import files_of
 from tests.support.folders import checkpoint_folder
@@ -79,7 +79,7 @@ def test_a_full_disk_stops_a_run_in_one_sentence_and_with_room_it_goes_on(ckpt, 
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "cannot be written: File too large; make room and run the command again" in lines[0]
     assert str(work) in lines[0] and "Traceback" not in err and "absl" not in err
-    assert not any(".part-" in name or "orbax-checkpoint-tmp" in name or name == files.LOCK for name in left(work))
+    assert not any(".part-" in name or "orbax-checkpoint-tmp" in name or name == locks.LOCK for name in left(work))
     assert not (ckpt.path / "drafts" / name).exists()
     main(command(corpus, ckpt, work, name))
     assert same(drafted(ckpt, name)[1], whole[0])
@@ -95,7 +95,7 @@ def test_a_full_disk_stops_answers_and_with_room_they_go_on(ckpt, corpus, tmp_pa
     assert 0 < len(some) < len(store)
     main([str(arg) for arg in (*argv, tmp_path / "store")])
     again = FeatureStore(tmp_path / "store", ckpt)
-    assert len(again) == len(store) and files.LOCK not in left(tmp_path)
+    assert len(again) == len(store) and locks.LOCK not in left(tmp_path)
     assert {bytes(again.text(i)[0]) for i in range(len(again))} == {bytes(store.text(i)[0]) for i in range(len(store))}
 
 
@@ -291,19 +291,19 @@ def unread(self, dtype=None):
 
 def test_a_second_run_in_one_folder_is_refused_by_the_first_ones_number(ckpt, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Checkpoint, "params", unread)
-    with files.folder_lock(tmp_path / "work"):
+    with locks.folder_lock(tmp_path / "work"):
         said = refusal(capsys, command(whole[1], ckpt, tmp_path / "work", "second"))
     assert f"--work {tmp_path / 'work'} is being written by process {os.getpid()}" in said
 
 
 def test_a_second_writer_of_a_store_is_refused(ckpt, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Checkpoint, "params", unread)
-    with files.folder_lock(tmp_path / "store"):
+    with locks.folder_lock(tmp_path / "store"):
         said = refusal(capsys, ["answers", corpus, "--ckpt", ckpt.path, "--out", tmp_path / "store"])
     assert f"--out {tmp_path / 'store'} is being written by process {os.getpid()}" in said
     monkeypatch.undo()
     (tmp_path / "work" / "features").mkdir(parents=True)
-    with files.folder_lock(tmp_path / "work" / "features"):  # medusa-tree and copying may be at such a one
+    with locks.folder_lock(tmp_path / "work" / "features"):  # medusa-tree and copying may be at such a one
         said = refusal(capsys, command(corpus, ckpt, tmp_path / "work", "second"))
     assert f"features is being written by process {os.getpid()}" in said
 

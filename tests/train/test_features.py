@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from frspec_jax.errors import UserError
 from tests.support.folders import checkpoint_folder
 from tests.support.stores import checkpoint_like, tagged_store
-from train.corpus import Record
-from train.features import FeatureStore, FeatureWriter, encode, open_corpora
+from train.corpus import Tally
+from train.features import FeatureStore, FeatureWriter, open_corpora
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,47 @@ def test_texts_are_run_as_far_as_a_row_reaches_and_kept_for_these_texts_alone(ck
     other.write_text("the end of the tale")
 
     def lengths(file: Path, row: int, cache: Path) -> list[int]:
-        return open_corpora([file], ckpt, target, cache, row)[0].lengths.tolist()
+        return open_corpora([file], ckpt, target, cache, row, tally=Tally())[0].lengths.tolist()
 
     assert lengths(long, 16, cache) == [512] == lengths(long, 512, cache)
     assert lengths(long, 640, tmp_path / "longer") == [640]
     for file, row in ((other, 512), (long, 640)):
         with pytest.raises(UserError, match="features of other texts"):
-            open_corpora([file], ckpt, target, cache, row)
+            open_corpora([file], ckpt, target, cache, row, tally=Tally())
     assert lengths(long, 512, cache) == [512]
+
+
+def chats(file: Path, *pairs: tuple[str, str]) -> Path:
+    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in pairs]
+    file.write_text("".join(json.dumps({"messages": both}) + "\n" for both in turns))
+    return file
+
+
+def test_records_whose_answers_lie_behind_the_cut_are_left_out_and_counted(ckpt, tmp_path):
+    tally, long, short = Tally(), "the end of it " * 80, "the cat?"
+    file = chats(tmp_path / "half.jsonl", (long, "the"), (short, "it is"), (long + "!", "that"))
+    (store,) = open_corpora([file], ckpt, ckpt.params(), tmp_path / "cache", 64, tally=tally)
+    assert len(store) == 1 and store.sequence(0)[1].any()
+    assert tally.said() == (
+        "read 3 records; left out 2: their answers lie behind the first 512 tokens (--row) (first: half.jsonl, line 1)"
+    )
+
+
+def test_corpora_of_which_nothing_is_left_are_refused_for_that_reason(ckpt, tmp_path):
+    file = chats(tmp_path / "long.jsonl", ("the end of it " * 80, "the"))
+    with pytest.raises(UserError, match=r"nothing to train on: read 1 record; left out 1: their answers lie behind"):
+        open_corpora([file], ckpt, ckpt.params(), tmp_path / "cache", 64, tally=Tally())
+
+
+def test_a_cache_that_is_whole_leaves_out_the_same_again(ckpt, tmp_path):
+    """What a resumed run says of its corpora is what the first one said, though it computes nothing."""
+    file = chats(tmp_path / "half.jsonl", ("the end of it " * 80, "the"), ("the cat?", "it is"))
+    said = []
+    for _ in range(2):
+        tally = Tally()
+        (store,) = open_corpora([file], ckpt, ckpt.params(), tmp_path / "cache", 64, tally=tally)
+        said.append((tally.said(), len(store)))
+    assert said[0] == said[1] and said[0][1] == 1
 
 
 def test_stores_of_another_target_and_other_folders_are_refused(tmp_path):
@@ -66,22 +100,3 @@ def test_stores_of_another_target_and_other_folders_are_refused(tmp_path):
 def test_an_empty_store_can_be_opened(tmp_path):
     store = tagged_store(tmp_path / "store", [])
     assert len(store) == 0 and store.features.shape == (0, 4)
-
-
-# Which tokens are an answer's --------------------------------------------------------------------
-
-
-def test_answers_are_what_the_assistant_says(ckpt):
-    turns = (("system", "Be brief."), ("user", "Hi?"), ("assistant", "Hello the"), ("user", "So?"), ("assistant", "in"))
-    tokens, answer = encode(Record("x", turns=(*turns, ("user", "left out: nobody answers"))), ckpt.tokenizer)
-    text = ckpt.tokenizer.decode(tokens)
-    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi?") and "left out" not in text
-    spoken = "".join(ckpt.tokenizer.decode(token) if mine else "·" for token, mine in zip(tokens, answer, strict=True))
-    assert [part for part in spoken.split("·") if part] == ["Hello the<|im_end|>\n", "in<|im_end|>\n"]
-
-
-def test_all_of_a_text_counts_and_nothing_of_a_chat_without_answers(ckpt):
-    tokens, answer = encode(Record("x", "the end"), ckpt.tokenizer)
-    assert ckpt.tokenizer.decode(tokens) == "the end" and answer.all()
-    tokens, answer = encode(Record("x", turns=(("user", "Hi?"),)), ckpt.tokenizer)
-    assert len(tokens) == len(answer) == 0

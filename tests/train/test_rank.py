@@ -19,12 +19,13 @@ from transformers import PreTrainedTokenizerFast
 from frspec_jax.checkpoint import FORMAT, Checkpoint
 from frspec_jax.vocabulary import Ranking, control_ids, sub_vocabulary, tokenizer_hash
 from tests.support import toy
-from tests.train.test_corpus import chats, texts, write
+from tests.support.corpora import write
+from tests.train.test_corpus import chats, texts
 from train import rank
 from train.__main__ import main
-from train.corpus import COMPRESSIONS, FORMATS
+from train.corpus import COMPRESSIONS, FORMATS, Tally
 from train.features import FeatureWriter
-from train.rank import count_files
+from train.rank import Counting, count_files
 
 VOCAB = 400
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,8 @@ def by_hand(ckpt: Path, said: list[str]) -> np.ndarray:
 
 
 def counted(ckpt: Path, *files: Path, roles=BOTH, processes=2, limit=None, vocab_size=VOCAB) -> list[np.ndarray]:
-    return list(count_files(list(files), ckpt / "tokenizer.json", vocab_size, roles, processes, limit))
+    how = Counting(ckpt / "tokenizer.json", vocab_size, roles, processes, limit)
+    return list(count_files(list(files), how, Tally()))
 
 
 def command(*args: object) -> None:
@@ -117,7 +119,7 @@ def test_batches_are_of_bounded_size_and_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank, "BATCH", 1000)
     said = ["".join(sentences(300, seed=3)), *sentences(100, seed=4)]
     file = write(tmp_path, texts(said), ".jsonl")
-    positions, batches = zip(*rank._batches(file, BOTH), strict=True)
+    positions, batches = zip(*rank._batches(file, BOTH, Tally()), strict=True)
     assert "".join(text for batch in batches for text in batch) == "".join(said)
     longest = max(len(line) for text in said for line in text.splitlines(keepends=True))
     assert max(sum(map(len, batch)) for batch in batches) < 2 * 1000 + longest
@@ -266,8 +268,8 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(tmp_path, ckpt, capfd):
         ((good, "--evaluate", tmp_path / "absent.txt"), "absent.txt is no file or folder"),
         ((bad,), "bad.jsonl, line 2: not JSON"),
         ((good, "--evaluate", bad), "bad.jsonl, line 2: not JSON"),
-        ((empty,), "the corpus holds no text of the roles user,assistant"),
-        ((good, "--evaluate", empty), "--evaluate empty.txt holds no text"),
+        ((empty,), "the corpus holds nothing to count: read 0 records"),
+        ((good, "--evaluate", empty), "--evaluate empty.txt holds nothing to count: read 0 records"),
         (("--merge", tmp_path / "absent.npz"), "absent.npz is no file"),
         (("--merge", good), "good.txt is no ranking or is damaged"),
         (("--merge", other), "other.npz was counted with another tokenizer than the checkpoint's"),
@@ -277,13 +279,16 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(tmp_path, ckpt, capfd):
         assert not (tmp_path / "out.npz").exists()
     assert "does not exist; make it first" in refusal(capfd, good, "--ckpt", ckpt, "--out", tmp_path / "no" / "r.npz")
     assert "--ckpt" in refusal(capfd, good, "--ckpt", tmp_path / "absent")
+    said = refusal(capfd, good, "--ckpt", ckpt, "--out", tmp_path / "freq.json")
+    assert "would be no token map but a ranking with counts, an .npz file; name one" in said
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.jsonl", "empty.txt", "good.txt", "other.npz"]
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path, capfd):
     small = make_checkpoint(tmp_path / "small", sentences(200), vocab_size=20)
     (tmp_path / "a.txt").write_text("the quick fox")
-    assert "outside the vocabulary of 20; convert" in refusal(capfd, tmp_path / "a.txt", "--ckpt", small)
+    said = refusal(capfd, tmp_path / "a.txt", "--ckpt", small)
+    assert "nothing to count: read 1 record; left out 1: they hold tokens that the model has no embedding for" in said
     assert not (small / "ranking.npz").exists()
 
 
