@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from frspec_jax.config import Sampling, TreeConfig
     from frspec_jax.errors import UserError
 
+__version__ = "0.1.0"
+
 _HOMES = {
     **dict.fromkeys(("Draft", "Generator", "Request", "Result", "Text", "load"), "frspec_jax.api"),
     **dict.fromkeys(("Sampling", "TreeConfig"), "frspec_jax.config"),

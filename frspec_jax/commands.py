@@ -7,10 +7,25 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from rich.console import Console
 
+from frspec_jax.entry import spelled
 from frspec_jax.errors import reported
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that says commands as this user types them (`frspec_jax.entry`)."""
+
+    def __init__(self, prog: str | None = None, **settings: Any) -> None:
+        super().__init__(prog and spelled(prog), **settings)
+
+    def format_help(self) -> str:
+        return spelled(super().format_help())
+
+    def error(self, message: str) -> NoReturn:
+        super().error(spelled(message))
 
 
 def dispatch(
@@ -29,7 +44,7 @@ def dispatch(
     wait for JAX. home: the package of the modules, if it is not `package`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
+    parser = Parser(prog=f"python -m {package}", description=description)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     module = None
     for name, text in commands.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frspec_jax import flags, prompts
+from frspec_jax.commands import Parser
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError, reported
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m frspec_jax.generate",
         description="Generate text with FR-Spec: exactly what the target alone would write, sooner.",
         epilog="Without --prompt and --prompt-file the prompt is read from standard input.",
