@@ -84,9 +84,18 @@ def quoted(path: object) -> str:
     return shlex.quote(text) if any(letter.isspace() for letter in text) else text
 
 
+def without_advice() -> None:
+    """Keep transformers from telling whoever has no PyTorch, at each start, that it has no models then.
+
+    Only tokenizers are asked of it. It looks at the variable when it is imported.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Turn `UserError` into one line on stderr and exit status 2, and Ctrl-C into status 130."""
+    without_advice()
     if sys.stderr is None:  # closed (`2>&-`): what would be said there is said nowhere
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     if sys.stdout is None:

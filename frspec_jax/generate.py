@@ -10,12 +10,13 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from frspec_jax import flags, prompts
+from frspec_jax import flags, json_lines, prompts
 from frspec_jax.commands import Parser
 from frspec_jax.config import Sampling
-from frspec_jax.errors import UserError, reported
+from frspec_jax.entry import spelled
+from frspec_jax.errors import UserError, quoted, reported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from frspec_jax.api import Generator, Prompt, Request, Result
 
     Asked = tuple[np.ndarray, Request]
+
+
+ID_KEYS = ("id", "question_id", "task_id")  # what records of prompts are called by, in published question sets too
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -62,7 +66,11 @@ def arguments() -> argparse.ArgumentParser:
         help="of several prompts, answer so many at a time, each exactly as alone (default: 8, or 1 where "
         "--lossy-typical asks for what is not exact)",
     )
-    output.add_argument("--json", action="store_true", help="print one JSON object a prompt, not the text")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object a prompt, not the text; an id of its record stays with it",
+    )
     flags.add_sampling_flags(parser)
     flags.add_penalty_flags(parser)
     flags.add_draft_flags(parser)
@@ -77,6 +85,15 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     if args.prompt_file is None:
         return [_standard_input()]
     return list(prompts.read_prompts(args.prompt_file))
+
+
+def read_ids(args: argparse.Namespace, count: int) -> list[dict[str, Any]]:
+    """Of each prompt, what its record is called by (`ID_KEYS`), to stand in the answer's JSON too."""
+    file = args.prompt_file
+    if file is None or file.suffix != ".jsonl" or not args.json:
+        return [{}] * count
+    rows = [prompts.parsed(line) for _, line in json_lines.numbered(prompts.read_text(file, "--prompt-file"))]
+    return [{key: row[key] for key in ID_KEYS if key in row} if isinstance(row, dict) else {} for row in rows]
 
 
 def _standard_input() -> str:
@@ -147,25 +164,69 @@ def generate(args: argparse.Namespace, asked: list[Prompt], sampling: Sampling, 
             kernels=Kernels.all(args.kernels),
         )
     every = [model.encode(prompt, request) for prompt in asked]
-    for ids in every:  # a prompt that does not fit is refused before any is answered
-        model.check(ids, request)
+    for one in every:  # a prompt that does not fit is refused before any is answered
+        model.check(one, request)
+    ids = read_ids(args, len(asked))
+    for line in remarks(model, draft):
+        print(spelled(f"note: {line}"), file=sys.stderr)
     slots = args.slots or (1 if sampling.typical else SLOTS)
     if len(asked) > 1 and slots > 1:
-        together(args, model, [(ids, request) for ids in every], slots, console)
+        together(args, model, [(one, request) for one in every], ids, slots, console)
         return
     with console.status("compiling"):
         model.warm_up(sampling, logprobs=request.logprobs is not None)
-    for prompt in asked:
+    for number, prompt in enumerate(asked):
         stream = model.stream(prompt, request)
+        if len(asked) > 1 and not args.json:
+            print(parting(number, len(asked)))
         for piece in stream:
             if not args.json:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         assert stream.result is not None
-        show(args, stream.result, text="")
+        show(args, stream.result, ids[number], text="")
 
 
-def together(args: argparse.Namespace, model: Generator, asked: list[Asked], slots: int, console: Console) -> None:
+def remarks(model: Generator, draft: flags.DraftFlags) -> list[str]:
+    """What a user may not expect of the way in which a model drafts, and what would change it."""
+    checkpoint, args = model.checkpoint, draft.args
+    path, names = quoted(checkpoint.path), checkpoint.draft_names
+    if args.draft == "none":
+        return []
+    if model.drafting.folder is None:
+        if names:  # `eval tune` has found that none pays here
+            return []
+        return [f"{path} has no draft, so FR-Spec is off; train one: python -m train eagle PROMPTS --ckpt {path}"]
+    said = []
+    if args.draft is None and len(names) > 1:
+        said.append(f"drafting with {model.drafting.folder.name}; {path} holds {', '.join(names)}: --draft chooses")
+    cropped = model.drafting.method.cropped
+    if (
+        not cropped
+        and args.draft_vocab is None
+        and args.ranking is None
+        and not (checkpoint.path / "ranking.npz").exists()
+    ):
+        said.append(
+            f"{path} has no ranking, so the draft uses the whole vocabulary; count one: "
+            f"python -m train rank CORPUS --ckpt {path}"
+        )
+    return said
+
+
+def parting(number: int, total: int) -> str:
+    """The line that stands before one of several answers."""
+    return f"{chr(10) if number else ''}--- answer {number + 1} of {total} ---"
+
+
+def together(
+    args: argparse.Namespace,
+    model: Generator,
+    asked: list[Asked],
+    ids: list[dict[str, Any]],
+    slots: int,
+    console: Console,
+) -> None:
     """Answer prompts in a batch; what is said stands in their order."""
     from frspec_jax.batch import answers
 
@@ -176,15 +237,17 @@ def together(args: argparse.Namespace, model: Generator, asked: list[Asked], slo
             done[number] = result
             while shown in done:
                 answer = done.pop(shown)
-                show(args, answer, text=answer.text)
+                if not args.json:
+                    print(parting(shown, len(asked)))
+                show(args, answer, ids[shown], text=answer.text)
                 shown += 1
             status.update(f"{shown + len(done)} of {len(asked)} answered")
 
 
-def show(args: argparse.Namespace, answer: Result, text: str) -> None:
-    """One answer, of which `text` is not out yet."""
+def show(args: argparse.Namespace, answer: Result, ids: dict[str, Any], text: str) -> None:
+    """One answer, of which `text` is not out yet; ids: what its prompt's record is called by."""
     if args.json:
-        print(json.dumps(answer.to_json(), ensure_ascii=False), flush=True)
+        print(json.dumps(ids | answer.to_json(), ensure_ascii=False), flush=True)
     else:
         print(text, flush=True)
     print(answer.summary(), file=sys.stderr)
