@@ -30,11 +30,13 @@ FORMATS = tuple(dict.fromkeys(name for formats in LAYOUTS.values() for name in f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
     parser.add_argument(
-        "--draft", metavar="NAME", help="a draft's name or folder, or none: the ranking alone (default: the only one)"
+        "--draft",
+        metavar="NAME",
+        help="a draft's name or folder, or none: the ranking alone (default: the first that was there)",
     )
     parser.add_argument("--format", choices=FORMATS, help="whose layout (default: the one of the draft's publishers)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the tensors (default: bfloat16)")
-    parser.add_argument("--draft-vocab", type=int, metavar="N", help="write the N most frequent ids too, in both forms")
+    parser.add_argument("--draft-vocab", metavar="N", help="write the N (or 1/4) most frequent ids too, in both forms")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write")
 
 
@@ -77,8 +79,10 @@ def published(
     return tensors, config | {"about": about}
 
 
-def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int) -> None:
+def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int | str) -> None:
     """The sub-vocabulary of `size` ids: as a list of ids, most frequent first, and as EAGLE-3's maps, ascending.
+
+    size: a number, or a share of the vocabulary such as "1/4".
 
     Raises:
       UserError: there is no ranking, the size is out of range, or torch is missing.
@@ -92,6 +96,6 @@ def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int) -> None:
     except ImportError:
         raise UserError("--draft-vocab writes a file of torch's; run: pip install torch") from None
     ids = draft_ids(checkpoint, Draft(vocab=size))
-    torch.save([int(number) for number in ids], out / f"freq_{size}.pt")
+    torch.save([int(number) for number in ids], out / f"freq_{len(ids)}.pt")
     d2t, t2d = maps_of(np.sort(ids), checkpoint.config.vocab_size)
     (out / "vocabulary_map.safetensors").write_bytes(save({"d2t": d2t, "t2d": t2d}))

@@ -9,6 +9,8 @@ import argparse
 import importlib
 from collections.abc import Iterator
 
+from frspec_jax.entry import COMMAND
+
 FOLDERS = {"convert": "convert", "train": "train", "eval": "eval.commands"}
 ALONE = {"generate": "frspec_jax.generate", "serve": "frspec_jax.serve.__main__", "doctor": "frspec_jax.doctor"}
 HEAD = """# Every command
@@ -47,7 +49,7 @@ def page() -> str:
     parts = [HEAD]
     for name, parser in parsers():
         parser.prog = f"frspec {name}"
-        about = (parser.description or "").replace("python -m frspec_jax.", "frspec ").replace("python -m ", "frspec ")
+        about = _ours(parser.description or "")
         title = f"## frspec {name}\n"
         lead = f"*{helped[name]}*\n" if name in helped else ""
         parts.append("\n".join([title, lead, paragraphs(about), *tables(parser)]))
@@ -71,8 +73,8 @@ def tables(parser: argparse.ArgumentParser) -> Iterator[str]:
         known = ("options", "optional arguments", "positional arguments")
         title = "" if group.title in known or not group.title else f"**{group.title}**"
         if title and group.description:
-            title += f": {group.description}"
-        yield "\n".join(["", title, "", "| | |", "|---|---|", *(row(parser, formatter, one) for one in actions)])
+            title += f": {_ours(group.description)}"
+        yield "\n".join(["", title, "", "| flag | |", "|---|---|", *(row(parser, formatter, one) for one in actions)])
 
 
 def row(parser: argparse.ArgumentParser, formatter: argparse.HelpFormatter, action: argparse.Action) -> str:
@@ -83,9 +85,13 @@ def row(parser: argparse.ArgumentParser, formatter: argparse.HelpFormatter, acti
         name = ", ".join(action.option_strings) + values
     else:
         name = formatter._format_args(action, _metavar(action))
-    needed = " **Required.**" if action.required and action.option_strings else ""
-    said = said.replace("python -m frspec_jax.", "frspec ").replace("python -m ", "frspec ")
-    return f"| `{_cell(name)}` | {_cell(_plain(said))}{needed} |"
+    needed = "; **required**" if action.required and action.option_strings else ""
+    return f"| `{_cell(name)}` | {_cell(_plain(_ours(said)))}{needed} |"
+
+
+def _ours(text: str) -> str:
+    """The text with its commands behind one name."""
+    return COMMAND.sub(r"frspec \1", text)
 
 
 def _metavar(action: argparse.Action) -> str:

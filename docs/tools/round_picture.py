@@ -50,12 +50,12 @@ def drawing(
     words: list[str], chosen: list[str], path: list[int], parent: np.ndarray, depth: np.ndarray, said: str
 ) -> Figure:
     """Three panels of one tree: guessed, checked, kept."""
-    drawn = Figure(figsize=(13, 3.9), layout="constrained")
+    drawn = Figure(figsize=(10.5, 3.3), layout="constrained")
     axes: Any = drawn.subplots(1, 3)
     guesses = len(words) - 1
     titles = (
         f"1  Draft: {guesses} guesses, a level at a time",
-        "2  Verify: in one pass, the target's own\nnext word after each node",
+        "2  Verify: in one pass, the target's\nnext word after each",
         f"3  Accept: {len(path)} words from one pass",
     )
     for number, (axis, title) in enumerate(zip(axes, titles, strict=True)):
@@ -80,7 +80,7 @@ def _panel(
         ink = "white" if kept else GREY if number == 2 else "black"
         box = {"boxstyle": "round,pad=0.35", "facecolor": colour, "edgecolor": "none"}
         axis.text(
-            depth[node], places[node], words[node], ha="center", va="center", fontsize=11, color=ink, bbox=box, zorder=3
+            depth[node], places[node], words[node], ha="center", va="center", fontsize=12, color=ink, bbox=box, zorder=3
         )
         if number == 1:
             right = any(parent[n] == node and words[n] == chosen[node] for n in range(1, len(words)))
@@ -90,7 +90,7 @@ def _panel(
                 f"→ {chosen[node]}",
                 ha="center",
                 va="center",
-                fontsize=10,
+                fontsize=11,
                 color=ACCEPTED if right or node == path[-1] else GREY,
                 fontweight="bold" if right else "normal",
             )
@@ -102,7 +102,7 @@ def _panel(
             (depth[last] + 0.95, places[last]),
             ha="center",
             va="center",
-            fontsize=11,
+            fontsize=12,
             bbox={"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "black"},
             arrowprops={"arrowstyle": "-", "color": "black", "zorder": 0},
             zorder=0,

@@ -38,7 +38,9 @@ WIDTH = 40  # characters of the longest bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
     parser.add_argument(
         "--draft-vocab", default="1/4", metavar="N", help="FR-Spec's V', a number or a share (default: 1/4)"
     )

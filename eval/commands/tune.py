@@ -55,7 +55,9 @@ SPACES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
     parser.add_argument(
         "--draft-vocab",
         default="full,1/2,1/4,1/8,1/16",

@@ -248,16 +248,18 @@ def with_prefill(run: Run) -> Table:
 def coverage(run: Run) -> Table:
     """The share of emitted tokens inside each sub-vocabulary, by task."""
     rows = our_rows(run, run.drafting, lambda part: part.coverage)
-    body = []
+    body: dict[tuple[str, ...], str] = {}  # by the figures: methods of one V' that gave the same text share a row
     for row in rows:
         cells = (f"{row.values[task]:.1%}" if task in row.values else NOTHING for task in TASKS)
-        body.append((row.label, f"{run.methods[row.label]['draft_vocab']:,}", *cells, f"{row.average:.1%}"))
+        figures = (f"{run.methods[row.label]['draft_vocab']:,}", *cells, f"{row.average:.1%}")
+        body.setdefault((row.corpus, *figures), row.label)
     return Table(
         "coverage",
         "Coverage of the emitted tokens",
-        "The share of the tokens in the answers that the draft could have proposed at all.",
+        "The share of the tokens in the answers that the draft could have proposed at all. Methods of the same V' that "
+        "gave the same answers share a row.",
         ("Method", "V'", *TASKS, "Average"),
-        body,
+        [(label, *figures) for (_, *figures), label in body.items()],
     )
 
 
