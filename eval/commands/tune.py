@@ -105,8 +105,9 @@ def run(args: argparse.Namespace) -> None:
     if rivals["before"]["tokens_per_second"] > rivals["best"]["tokens_per_second"]:
         best, rivals["best"] = start, rivals["before"]  # what was measured one after the other does not hold up
     vanilla = rivals["vanilla"]["tokens_per_second"]
-    plots.save(tune_plots.sweeps(best, points, space, vanilla), out, "tuned-sweeps")
-    plots.save(tune_plots.trade_off(best, points, vanilla), out, "tuned-trade-off")
+    title = f"{checkpoint.path.resolve().name}, draft {folder.name}, on {tuned.machine().removeprefix('CPU: ')}"
+    plots.save(tune_plots.sweeps(best, points, space, vanilla, title), out, "tuned-sweeps")
+    plots.save(tune_plots.trade_off(best, points, vanilla, title), out, "tuned-trade-off")
     save(args.json, figures_of(bench, folder.name, points, rivals))
     pays = rivals["best"]["speed_up"] > 1
     setting, facts = (best.setting, rivals["best"]) if pays else (tuned.NO_TREE, rivals["vanilla"])

@@ -34,16 +34,21 @@ class Table:
     rows: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
-        """The table as Markdown: words to the left, figures to the right."""
+        """The table as Markdown: words to the left, figures to the right; beside the paper's rows, ours in bold."""
         words = [all(not _is_figure(row[i]) for row in self.rows) for i in range(len(self.headings))]
         rule = ("---" if left else "---:" for left in words)
         # A draft or a run may be named with what parts the cells.
-        lines = ([cell.replace("|", r"\|") for cell in line] for line in (self.headings, rule, *self.rows))
+        mine = [any(cell.startswith(f"{OURS}: ") for cell in row) for row in self.rows]
+        rows = (
+            [f"**{cell}**" if ours and not all(mine) else cell for cell in row]
+            for row, ours in zip(self.rows, mine, strict=True)
+        )
+        lines = ([cell.replace("|", r"\|") for cell in line] for line in (self.headings, rule, *rows))
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"### {self.title}\n\n{self.note}\n\n{body}\n"
 
     def csv(self) -> str:
-        """The table as CSV, with the cells of the Markdown."""
+        """The table as CSV."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.headings, *self.rows])
         return text.getvalue()
