@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
         choices.add_parser(name, help=text, add_help=False)
+    if not argv:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     command = parser.parse_args(argv[:1]).command
     with reported():
         home = COMMANDS[command][0]

@@ -135,7 +135,7 @@ class Generator:
         text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
         raw = request.raw or not tokenizer.chat_template
         if not (text if raw else text.strip()):
-            raise UserError("the prompt is empty; give some text with --prompt, --prompt-file or on standard input")
+            raise UserError("the prompt is empty; give some text")
         if raw:
             if request.system is not None:
                 raise UserError("--system needs a chat template; the model has none, or --raw switches it off")

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from docs.tools import commands
+from frspec_jax import api
 from frspec_jax.__main__ import main as frspec
 
 ROOT = Path(__file__).parents[2]
@@ -275,8 +276,10 @@ def test_python_compiles(name, block):
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/start.md", "docs/api.md"])
-def test_python_runs(name, desk, capsys):
-    """The short blocks, as they stand, on the toy; what drafts has fixed rounds, which compile sooner."""
+def test_python_runs(name, desk, capsys, monkeypatch):
+    """The short blocks, as they stand, on the toy, without a draft: one that drafts is compiled for the examples."""
+    load = api.load
+    monkeypatch.setattr(api, "load", lambda ckpt, draft=None, **more: load(ckpt, "none", **more))
     for page, block in python_blocks():
         if page == name:
             exec(compile(block, name, "exec"), {})

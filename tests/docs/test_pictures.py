@@ -1,4 +1,4 @@
-"""Pictures: each that is committed opens and shows something; those of reports name model and machine, and are legible."""
+"""Pictures: each that is committed opens and shows something; reports' name model and machine, and can be read."""
 
 from __future__ import annotations
 
