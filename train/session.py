@@ -19,6 +19,7 @@ from flax.training.train_state import TrainState
 from rich.console import Console
 
 from frspec_jax.checkpoint import Checkpoint, write_draft
+from frspec_jax.entry import spelled
 from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable, folder_lock, new_folder
 from frspec_jax.llama import LlamaParams
@@ -176,7 +177,8 @@ def rank_answers(settings: RunSettings[Any], stores: Sequence[FeatureStore], che
     names = tuple(path.name for path in settings.corpora)
     ranking = Ranking(counts, tokenizer_hash(checkpoint.tokenizer), tuple(f"answers to {name}" for name in names))
     ranking.save(file)
-    print(f"wrote {file}: {ranking.tokens:,} tokens of the answers; python -m train rank counts larger corpora")
+    counted = f"wrote {file}: {ranking.tokens:,} tokens of the answers; python -m train rank counts larger corpora"
+    print(spelled(counted))
 
 
 def by_frequency(stores: Sequence[FeatureStore], vocab_size: int) -> np.ndarray:
