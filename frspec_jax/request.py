@@ -24,8 +24,8 @@ Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and 
 class Request:
     """What may differ from one prompt to the next."""
 
-    max_new_tokens: int = 512
-    sampling: Sampling = Sampling()
+    max_new_tokens: int = 512  # tokens of the answer, at most
+    sampling: Sampling = Sampling()  # how tokens are chosen; greedy, if nothing is said
     seed: int = 0  # of 64 bits: -2^63 to 2^63 - 1
     raw: bool = False  # no chat template
     system: str | None = None  # the system message of a chat
@@ -102,17 +102,17 @@ def _is_int(value: Any) -> bool:
 class Result:
     """One answer, and how it came about. Printed, it is its text."""
 
-    text: str
+    text: str  # the answer
     tokens: list[int]  # the stop id included, where one ended the answer
-    prompt_tokens: int
+    prompt_tokens: int  # of the prompt, the chat template's own among them
     finish_reason: str | None  # "stop" or "length"; None while the answer goes on
     method: str  # `Method.name`: "vanilla", "eagle", "eagle+fr" (cropped), "eagle+fr+copying"
     draft_vocab: int | None  # V'; None where nothing drafts
-    rounds: int
+    rounds: int  # passes of the target after the prompt's
     accepted_length: float | None  # tokens a round, the bonus token counted; the first token is the prefill's
     accepted_histogram: list[int]  # rounds that emitted 1, 2, ... D+1 tokens
-    prefill_seconds: float
-    decode_seconds: float
+    prefill_seconds: float  # reading the prompt
+    decode_seconds: float  # all rounds
     context_slots: int = 0  # M, ids of the text so far that could be proposed besides V'
     logprobs: tuple[Likely, ...] | None = None  # of each token, where the request wants them
 
