@@ -12,7 +12,7 @@ ARG EXTRAS=serve
 ARG CONSTRAINTS=constraints.txt
 
 WORKDIR /app
-COPY pyproject.toml README.md constraints.txt ./
+COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY pallas_kernels ./pallas_kernels
 COPY frspec_jax ./frspec_jax
 COPY convert ./convert

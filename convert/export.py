@@ -32,7 +32,9 @@ FORMATS = tuple(dict.fromkeys(name for formats in LAYOUTS.values() for name in f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
     parser.add_argument(
-        "--draft", metavar="NAME", help="a draft's name or folder, or none: the ranking alone (default: the only one)"
+        "--draft",
+        metavar="NAME",
+        help="a draft's name or folder, or none: the ranking alone (default: the first that was there)",
     )
     parser.add_argument("--format", choices=FORMATS, help="whose layout (default: the one of the draft's publishers)")
     parser.add_argument(
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the name of what CKPT was converted from)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the tensors (default: bfloat16)")
-    parser.add_argument("--draft-vocab", type=int, metavar="N", help="write the N most frequent ids too, in both forms")
+    parser.add_argument("--draft-vocab", metavar="N", help="write the N (or 1/4) most frequent ids too, in both forms")
     parser.add_argument(
         "--map",
         nargs="+",
@@ -99,10 +101,12 @@ def published(
     return tensors, config | {"about": about}
 
 
-def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int, forms: Sequence[str]) -> None:
+def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int | str, forms: Sequence[str]) -> None:
     """The sub-vocabulary of `size` ids: as lists of ids, most frequent first, and as EAGLE-3's maps, ascending.
 
     forms: of the lists, among `token_maps.FORMS`.
+
+    size: a number, or a share of the vocabulary such as "1/4".
 
     Raises:
       UserError: there is no ranking, the size is out of range, or torch is missing.
@@ -113,6 +117,6 @@ def write_vocabulary(out: Path, checkpoint: Checkpoint, size: int, forms: Sequen
 
     ids = draft_ids(checkpoint, Draft(vocab=size))
     for form in forms:
-        token_maps.write_map(out / f"freq_{size}.{form}", ids)
+        token_maps.write_map(out / f"freq_{len(ids)}.{form}", ids)
     d2t, t2d = maps_of(np.sort(ids), checkpoint.config.vocab_size)
     (out / "vocabulary_map.safetensors").write_bytes(save({"d2t": d2t, "t2d": t2d}))

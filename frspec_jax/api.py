@@ -60,7 +60,7 @@ def load(
 
     Args:
       draft: what drafts, and how; a name alone stands for `Draft(name)`, "none" for vanilla decoding, and None for the
-        only draft there is.
+        checkpoint's default draft, which is the first that it had.
       dtype: of weights and caches, float32 or bfloat16. chunk: prompt tokens a pass, always as many, a divisor of
         256. None stands for what suits the device (`defaults`): long chunks for long prompts, short ones for the rest.
       context: tokens that prompt and answer may take together (default: as many as the model was trained for, and at

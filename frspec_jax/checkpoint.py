@@ -29,13 +29,14 @@ from jax.sharding import Mesh
 from frspec_jax import drafters, files, sharding
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.base import DraftSpec
-from frspec_jax.errors import UserError, quoted
+from frspec_jax.errors import UserError, quoted, without_advice
 from frspec_jax.files import orbax_refusals
 from frspec_jax.llama import LlamaParams
 from frspec_jax.shapes import model_shapes
 
 FORMAT = "frspec-jax 1"
 DRAFT_FORMAT = "frspec-jax draft 1"
+DEFAULT_DRAFT = "default"  # under drafts/: the name of the draft that stands for none being named
 EAGLE_FORMAT = "frspec-jax eagle 1"  # what drafts said before there were kinds of them
 
 
@@ -87,6 +88,7 @@ def write_draft(folder: Path, draft: DraftSpec, params: Any, target: str, about:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if jax.tree.leaves(params):
         save_params(folder / "params", params)
+    _keep_default(folder.parent)
 
 
 def add_draft(checkpoint: Checkpoint, name: str, draft: DraftSpec, params: Any = None) -> Path:
@@ -100,6 +102,22 @@ def add_draft(checkpoint: Checkpoint, name: str, draft: DraftSpec, params: Any =
     with files.new_folder(out, "--name") as folder:
         write_draft(folder, draft, params, checkpoint.fingerprint, {"source": draft.kind})
     return out
+
+
+def _draft_names(drafts: Path) -> list[str]:
+    # A leading dot marks what is being written, or was left over by a process that was killed.
+    every = drafts.iterdir() if drafts.is_dir() else ()
+    return sorted(path.name for path in every if not path.name.startswith(".") and (path / "config.json").is_file())
+
+
+def _keep_default(drafts: Path) -> None:
+    """Where a checkpoint's second draft is being written, note which was its only one.
+
+    So a command that names no draft goes on drafting with what it drafted with yesterday.
+    """
+    names, file = _draft_names(drafts), drafts / DEFAULT_DRAFT
+    if drafts.name == "drafts" and len(names) == 1 and not file.exists():
+        file.write_text(f"{names[0]}\n", "utf-8")
 
 
 def amend_draft(folder: Path, draft: DraftSpec, about: dict[str, Any]) -> None:
@@ -238,13 +256,17 @@ def interrupted(error: BaseException) -> bool:
     return False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Checkpoint:
     """An opened checkpoint folder; the weights and the tokenizer are read when they are first asked for."""
 
     path: Path
     config: ModelConfig
     fingerprint: str
+
+    def __repr__(self) -> str:
+        model = f"{self.config.architecture}, {self.config.num_layers} layers, {self.config.vocab_size:,} tokens"
+        return f"<Checkpoint {self.path}: {model}; drafts: {', '.join(self.draft_names) or 'none'}>"
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -296,6 +318,7 @@ class Checkpoint:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer, as transformers' `PreTrainedTokenizerFast`."""
+        without_advice()
         from transformers import PreTrainedTokenizerFast
 
         if not (self.path / "tokenizer.json").is_file():
@@ -336,19 +359,36 @@ class Checkpoint:
             ids.add(int(self.tokenizer.eos_token_id))
         return tuple(sorted(ids))
 
+    @property
+    def draft_names(self) -> list[str]:
+        """The drafts under drafts/, in the order of the alphabet."""
+        return _draft_names(self.path / "drafts")
+
+    @property
+    def default_draft(self) -> str | None:
+        """The draft that stands for none being named: the only one there, or the first one that ever was.
+
+        None: there is none, or several of which nobody knows which was first.
+        """
+        names = self.draft_names
+        if len(names) < 2:
+            return names[0] if names else None
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if (kept := (self.path / "drafts" / DEFAULT_DRAFT).read_text("utf-8").strip()) in names:
+                return kept
+        return "eagle" if "eagle" in names else None
+
     def draft_folder(self, name: str | None, flag: str = "--draft") -> Path | None:
-        """The folder of a draft: by path, by name under drafts/, or (None) the only one there, if any.
+        """The folder of a draft: by path, by name under drafts/, or (None) the default one, if any.
 
         flag: that the name was given with, for refusals.
         """
-        drafts = self.path / "drafts"
-        every = drafts.iterdir() if drafts.is_dir() else ()
-        # A leading dot marks what is being written, or was left over by a process that was killed.
-        names = sorted(p.name for p in every if not p.name.startswith(".") and (p / "config.json").is_file())
+        drafts, names = self.path / "drafts", self.draft_names
         if name is None:
-            if len(names) > 1:
+            name = self.default_draft
+            if name is None and names:
                 raise UserError(f"{quoted(self.path)} holds the drafts {', '.join(names)}; choose one with {flag}")
-            return drafts / names[0] if names else None
+            return drafts / name if name else None
         if name in names:
             return drafts / name
         if Path(name).is_dir():

@@ -6,11 +6,26 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from rich.console import Console
 
+from frspec_jax.entry import spelled
 from frspec_jax.errors import reported
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that says commands as this user types them (`frspec_jax.entry`)."""
+
+    def __init__(self, prog: str | None = None, **settings: Any) -> None:
+        super().__init__(prog and spelled(prog), **settings)
+
+    def format_help(self) -> str:
+        return spelled(super().format_help())
+
+    def error(self, message: str) -> NoReturn:
+        super().error(spelled(message))
 
 
 def dispatch(
@@ -20,16 +35,18 @@ def dispatch(
     argv: Sequence[str] | None = None,
     *,
     home: str | None = None,
+    after: Callable[[argparse.Namespace], Sequence[str]] | None = None,
 ) -> None:
     """Parse the command line and run `home.COMMAND`, a module with `add_arguments(parser)` and `run(args)`.
 
     A hyphen of a command is an underscore of its module.
 
     commands: name and one line of help. Only the command at hand is imported, so that the others' help need not
-    wait for JAX. home: the package of the modules, if it is not `package`.
+    wait for JAX. home: the package of the modules, if it is not `package`. after: given what was asked for and is
+    done, the commands that a user may want next; they go to standard error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
+    parser = Parser(prog=f"python -m {package}", description=description)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     module = None
     for name, text in commands.items():
@@ -42,6 +59,8 @@ def dispatch(
         args = parser.parse_args(argv)
         assert module is not None, "argparse has refused every other command"
         module.run(args)
+        for line in after(args) if after is not None else ():
+            print(spelled(f"next: {line}"), file=sys.stderr)
 
 
 def results_console() -> Console:

@@ -26,7 +26,7 @@ MOST_SLOTS = 1 << 16  # more would be a vocabulary
 class Draft:
     """What drafts and how: what `load` takes, what flags make, and what `python -m eval tune` searches."""
 
-    name: str | None = None  # a draft's name or folder, "none" for vanilla decoding; None: the only one there is
+    name: str | None = None  # a draft's name or folder, "none" for vanilla decoding; None: the default one
     # V', "full", or a share such as "1/4". None: what `eval tune` found best on this device, or a quarter of the
     # vocabulary where there is a ranking.
     vocab: int | str | None = None

@@ -10,6 +10,8 @@ import shlex
 import sys
 from collections.abc import Iterator
 
+from frspec_jax.entry import spelled
+
 
 class UserError(Exception):
     """A mistake in the input: one sentence that names the argument or file, and the mend.
@@ -19,12 +21,12 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        return in_python(super().__str__())
+        return in_python(self.on_the_command_line)
 
     @property
     def on_the_command_line(self) -> str:
-        """The sentence with flags."""
-        return super().__str__()
+        """The sentence with flags, and commands as this user types them."""
+        return spelled(super().__str__())
 
 
 class SlotFault(RuntimeError):
@@ -57,7 +59,9 @@ ARGUMENTS = {
 
 # A flag (the group), or what is passed over: something in quotes, which no letter touches, or a command to its end.
 FLAG = re.compile(
-    r"""(?<!\w)'[^']*'(?!\w) | (?<!\w)"[^"]*"(?!\w) | python\ -m\ .* | (?<![\w-])--([a-z][a-z0-9-]*)""", re.X | re.S
+    r"""(?<!\w)'[^']*'(?!\w) | (?<!\w)"[^"]*"(?!\w) | (?:python\ -m|\bfrspec)\ [a-z].*
+    | (?<![\w-])--([a-z][a-z0-9-]*)""",
+    re.X | re.S,
 )
 
 
@@ -80,9 +84,18 @@ def quoted(path: object) -> str:
     return shlex.quote(text) if any(letter.isspace() for letter in text) else text
 
 
+def without_advice() -> None:
+    """Keep transformers from telling whoever has no PyTorch, at each start, that it has no models then.
+
+    Only tokenizers are asked of it. It looks at the variable when it is imported.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Turn `UserError` into one line on stderr and exit status 2, and Ctrl-C into status 130."""
+    without_advice()
     if sys.stderr is None:  # closed (`2>&-`): what would be said there is said nowhere
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     if sys.stdout is None:

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frspec_jax.config import VANILLA, Sampling, TreeConfig
+from frspec_jax.config import TREE_LIMIT, VANILLA, Sampling, TreeConfig
 from frspec_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,8 +103,12 @@ def add_tree_flags(parser: Any) -> None:
         metavar="N",
         help="nodes of the draft tree, with the root (default: what suits the device)",
     )
-    parser.add_argument("--depth", type=int, metavar="D", help="levels below the root")
-    parser.add_argument("--draft-top-k", type=int, metavar="K", help="beams a level and children a node")
+    parser.add_argument(
+        "--depth", type=int, metavar="D", help="levels below the root (default: as many as --tree-size needs)"
+    )
+    parser.add_argument(
+        "--draft-top-k", type=int, metavar="K", help="beams a level and children a node (default: likewise)"
+    )
 
 
 def add_draft_flags(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +117,7 @@ def add_draft_flags(parser: argparse.ArgumentParser) -> None:
         "drafting", "changes the speed, never the text; python -m eval tune sets the defaults for a device"
     )
     group.add_argument(
-        "--draft", metavar="NAME", help="a draft's name or folder, or none (default: the only one there is)"
+        "--draft", metavar="NAME", help="a draft's name or folder, or none (default: the first that the checkpoint had)"
     )
     group.add_argument(
         "--draft-vocab",
@@ -182,15 +186,40 @@ def draft_of(args: argparse.Namespace) -> DraftFlags:
     return DraftFlags(args)
 
 
+# Shapes that suit trees of at most so many nodes: of those that were measured, the first that is large enough.
+SHAPES = (TreeConfig(4, 2, 2), TreeConfig(8, 3, 4), TreeConfig(24, 4, 6), TreeConfig(60, 6, 10))
+
+
 def tree_of(args: argparse.Namespace, default: TreeConfig) -> TreeConfig:
-    """The tree that the flags ask for; a flag that is not given keeps the default's figure, where it fits."""
+    """The tree that the flags ask for.
+
+    A flag that is not given keeps the default's figure where that fits the others. Where --tree-size asks for more
+    nodes than those can propose, the depth or the top-k that was not given grows.
+    """
     if (args.tree_size in (None, 1) and args.depth == 0) or (args.tree_size == 1 and args.depth is None):
         return VANILLA
-    depth = default.depth if args.depth is None else args.depth
-    top_k = default.top_k if args.draft_top_k is None else args.draft_top_k
-    if args.tree_size is not None:
-        return TreeConfig(args.tree_size, depth, top_k)
-    return TreeConfig(max(2, min(default.size, 1 + top_k + (depth - 1) * top_k**2)), depth, top_k)
+    size, depth, top_k = args.tree_size, args.depth, args.draft_top_k
+    if size is None:
+        depth = default.depth if depth is None else depth
+        top_k = default.top_k if top_k is None else top_k
+        return TreeConfig(max(2, min(default.size, 1 + top_k + (depth - 1) * top_k**2)), depth, top_k)
+    if not _fits(size, default.depth, default.top_k):
+        default = next((shape for shape in SHAPES if size <= shape.size), SHAPES[-1])
+    depth_fits = depth is None or depth > 0  # else it is refused below, whatever the top-k
+    if depth is None:
+        depth = default.depth
+        while top_k is not None and top_k > 1 and not _fits(size, depth, top_k):
+            depth += 1
+    if top_k is None:
+        top_k = default.top_k
+        while depth_fits and size <= TREE_LIMIT and not _fits(size, depth, top_k):
+            top_k += 1
+    return TreeConfig(size, depth, top_k)
+
+
+def _fits(size: int, depth: int, top_k: int) -> bool:
+    """Whether so many levels of so many beams propose enough nodes."""
+    return depth > 0 and top_k + (depth - 1) * top_k**2 >= size - 1
 
 
 # The device --------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frspec_jax import flags, hosts, prompts
+from frspec_jax.commands import Parser
 from frspec_jax.config import Sampling
+from frspec_jax.entry import spelled
 from frspec_jax.errors import UserError, quoted, reported
 from frspec_jax.prompts import Asked
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m frspec_jax.generate",
         description="Generate text with FR-Spec: exactly what the target alone would write, sooner.",
         epilog="Without --prompt and --prompt-file the prompt is read from standard input.",
@@ -60,7 +62,11 @@ def arguments() -> argparse.ArgumentParser:
         help="of several prompts, answer so many at a time, each exactly as alone (default: 8, or 1 where "
         "--lossy-typical asks for what is not exact)",
     )
-    output.add_argument("--json", action="store_true", help="print one JSON object a prompt, not the text")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object a prompt, not the text; an id of its record stays with it",
+    )
     flags.add_sampling_flags(parser)
     flags.add_penalty_flags(parser)
     flags.add_draft_flags(parser)
@@ -153,14 +159,19 @@ def generate(args: argparse.Namespace, asked: list[Asked], sampling: Sampling, d
     every = [model.encode(one.prompt, request, one.tools) for one in asked]
     for one, ids in zip(asked, every, strict=True):  # a prompt that does not fit is refused before any is answered
         _check(model, ids, request, args.prompt_file if one.where else None, one.where)
+    if hosts.first_process():
+        for line in remarks(model, draft):
+            print(spelled(f"note: {line}"), file=sys.stderr)
     slots = args.slots or (1 if sampling.typical else SLOTS)
     if len(asked) > 1 and slots > 1:
         together(args, model, asked, [(ids, request) for ids in every], slots)
         return
     with console.status("compiling"):
         model.warm_up(sampling, logprobs=request.logprobs is not None)
-    for one, ids in zip(asked, every, strict=True):
+    for number, (one, ids) in enumerate(zip(asked, every, strict=True)):
         stream = api.Stream(model, ids, request)
+        if len(asked) > 1 and not args.json and hosts.first_process():
+            print(parting(number, len(asked)))
         for piece in stream:
             if not args.json and hosts.first_process():
                 sys.stdout.write(piece)
@@ -179,6 +190,38 @@ def _check(model: Generator, ids: np.ndarray, request: Request, file: Path | Non
         raise UserError(f"--prompt-file {quoted(file)}, {where}: {error.on_the_command_line}") from None
 
 
+def remarks(model: Generator, draft: flags.DraftFlags) -> list[str]:
+    """What a user may not expect of the way in which a model drafts, and what would change it."""
+    checkpoint, args = model.checkpoint, draft.args
+    path, names = quoted(checkpoint.path), checkpoint.draft_names
+    if args.draft == "none":
+        return []
+    if model.drafting.folder is None:
+        if names:  # `eval tune` has found that none pays here
+            return []
+        return [f"{path} has no draft, so FR-Spec is off; train one: python -m train eagle PROMPTS --ckpt {path}"]
+    said = []
+    if args.draft is None and len(names) > 1:
+        said.append(f"drafting with {model.drafting.folder.name}; {path} holds {', '.join(names)}: --draft chooses")
+    cropped = model.drafting.method.cropped
+    if (
+        not cropped
+        and args.draft_vocab is None
+        and args.ranking is None
+        and not (checkpoint.path / "ranking.npz").exists()
+    ):
+        said.append(
+            f"{path} has no ranking, so the draft uses the whole vocabulary; count one: "
+            f"python -m train rank CORPUS --ckpt {path}"
+        )
+    return said
+
+
+def parting(number: int, total: int) -> str:
+    """The line that stands before one of several answers."""
+    return f"{chr(10) if number else ''}--- answer {number + 1} of {total} ---"
+
+
 def together(
     args: argparse.Namespace, model: Generator, asked: list[Asked], every: list[tuple[np.ndarray, Request]], slots: int
 ) -> None:
@@ -194,6 +237,8 @@ def together(
             done[number] = result
             while shown in done:
                 answer = done.pop(shown)
+                if not args.json and hosts.first_process():
+                    print(parting(shown, len(asked)))
                 show(args, asked[shown], answer, text=answer.text)
                 shown += 1
             status.update(f"{shown + len(done)} of {len(asked)} answered")

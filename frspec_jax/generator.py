@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, cast, overload
+from typing import Any, Self, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import BLOCK, rounded_capacity
 from frspec_jax.likelihood import Likelihood, Likely
 from frspec_jax.penalties import Bearing, Penalties
-from frspec_jax.request import Prompt, Request, Result, asked_of
+from frspec_jax.request import Prompt, Request, Result, Settings, asked_of
 from frspec_jax.sampling import rule_of
 from frspec_jax.sharding import AXIS, agreed
 from frspec_jax.writer import Writer
@@ -82,6 +82,16 @@ class Generator:
         self._compiling = threading.Lock()  # over the plans that are compiled
         self._warm: set[tuple[engine.Plan, int]] = set()  # with the chunks of a prompt
         self._paced = False  # whether the costs of a round are known
+
+    def __repr__(self) -> str:
+        what = [str(self.drafting.method.name)]
+        if self.draft_vocab is not None:
+            what.append(f"V' = {self.draft_vocab:,} of {self.checkpoint.config.vocab_size:,}")
+        if self.tree.size > 1:
+            most = "at most " if self.drafting.pace is not None else ""
+            what.append(f"trees of {most}{self.tree.size}")
+        how = f"{self.dtype_name}, context {self.runtime.context:,}"
+        return f"<Generator {self.checkpoint.path}: {', '.join(what)}; {how}>"
 
     @property
     def tree(self) -> TreeConfig:
@@ -137,7 +147,7 @@ class Generator:
         text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
         raw = request.raw or not tokenizer.chat_template
         if not (text if raw else text.strip()):
-            raise UserError("the prompt is empty; give some text with --prompt, --prompt-file or on standard input")
+            raise UserError("the prompt is empty; give some text")
         if raw:
             if request.system is not None:
                 raise UserError("--system needs a chat template; the model has none, or --raw switches it off")
@@ -293,11 +303,26 @@ class Generator:
         return Penalties.of(request.sampling, Bearing.of(request.sampling, ids, self.checkpoint.config.vocab_size))
 
     @overload
-    def generate(self, prompt: Prompt, request: Request = ...) -> Result: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, request: Request = ..., **settings: Unpack[Settings]
+    ) -> Result: ...
     @overload  # a list of prompts; an empty one counts as such
-    def generate(self, prompt: Sequence[Prompt], request: Request = ...) -> list[Result]: ...
-    def generate(self, prompt: Prompt | Sequence[Prompt], request: Request = Request()) -> Result | list[Result]:
-        """Answer one prompt; or a list of prompts, together in a batch (`frspec_jax.batch`)."""
+    def generate(
+        self, prompt: Sequence[Prompt], request: Request = ..., **settings: Unpack[Settings]
+    ) -> list[Result]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], request: Request = Request(), **settings: Unpack[Settings]
+    ) -> Result | list[Result]:
+        r"""Answer one prompt; or a list of prompts, together in a batch (`frspec_jax.batch`).
+
+        Args:
+          prompt: text; or a chat, messages with "role" and "content"; or a list of either.
+          settings: what differs from `request`, by name: temperature=0.7, max_new_tokens=64, seed=1, stop="\n", ...
+
+        Raises:
+          UserError: a prompt is empty or does not fit the context, or a setting makes no sense.
+        """
+        request = request.changed(**settings)
         if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
             return self.generate_ids(self.encode(cast(Prompt, prompt), request), request)
         from frspec_jax.batch import answers  # which imports this module
@@ -318,8 +343,12 @@ class Generator:
             text.advance()
             return text.result()
 
-    def stream(self, prompt: Prompt, request: Request = Request()) -> Stream:
-        """Answer one prompt, text as it comes: iterate over the pieces, then read `.result`."""
+    def stream(self, prompt: Prompt, request: Request = Request(), **settings: Unpack[Settings]) -> Stream:
+        """Answer one prompt, text as it comes: iterate over the pieces, then read `.result`.
+
+        settings: what differs from `request`, by name, as for `generate`.
+        """
+        request = request.changed(**settings)
         return Stream(self, self.encode(prompt, request), request)
 
     def reads_as(self, request: Request = Request()) -> Hashable:

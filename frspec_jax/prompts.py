@@ -36,7 +36,8 @@ CONVERSATIONS = (("conversations", "from", "value"), ("messages", "role", "conte
 SYSTEM = ("system", "system_prompt")
 KEYS = ("conversations", "messages", "prompt", "completion", "response", "instruction", "input", "output")
 FORMS = '"messages", "conversations", "prompt" or "instruction"'
-BESIDE = ("id", *SYSTEM, "tools")
+IDS = ("id", "question_id", "task_id")  # what a record is called by, in published question sets too
+BESIDE = (*IDS, *SYSTEM, "tools")
 
 Message = Mapping[str, Any]  # with "role" and "content", and what else a chat template may look at
 
@@ -208,7 +209,8 @@ def read_prompts(file: Path, what: str = "--prompt-file") -> list[Asked]:
     found: list[Asked] = []
     for row in read_records(file, what):
         try:
-            own = row.value.get("id") if isinstance(row.value, Mapping) else None
+            known = row.value if isinstance(row.value, Mapping) else {}
+            own = next((known[name] for name in IDS if known.get(name) is not None), None)
             found.append(Asked(prompt_of(row.value), own, row.where, tools_of(row.value)))
         except NoPrompt as error:
             raise UserError(f"{records.named(file, what)}, {row.where}: {error}") from None

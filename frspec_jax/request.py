@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -22,16 +24,18 @@ Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and 
 class Request:
     """What may differ from one prompt to the next."""
 
-    max_new_tokens: int = 512
-    sampling: Sampling = Sampling()
+    max_new_tokens: int = 512  # tokens of the answer, at most
+    sampling: Sampling = Sampling()  # how tokens are chosen; greedy, if nothing is said
     seed: int = 0  # of 64 bits: -2^63 to 2^63 - 1
     raw: bool = False  # no chat template
     system: str | None = None  # the system message of a chat
     sequence: int = 0  # tells apart answers of one seed to one prompt: 0, 1, 2, ...
-    stop: tuple[str, ...] = ()  # the answer ends before the first of these that it would hold
+    stop: str | Sequence[str] = ()  # the answer ends before the first of these texts that it would hold
     logprobs: int | None = None  # give each token's log-probability, and so many of the likeliest beside it; None: none
 
     def __post_init__(self) -> None:
+        # One text stands for itself: as a sequence it would be its letters.
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise UserError(f"--stop {self.stop!r} must be texts that are not empty")
         if self.logprobs is not None and not (_is_int(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS):
@@ -41,28 +45,82 @@ class Request:
         if not _is_int(self.seed) or not -(2**63) <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed!r} must be a whole number from -2^63 to 2^63 - 1")
 
+    def changed(self, **settings: Any) -> Request:
+        """The same request with other settings: fields of its own, or of its `Sampling`, by their names.
+
+        Request(seed=1).changed(temperature=0.7, max_new_tokens=64)
+
+        Raises:
+          TypeError: there is no such setting. UserError: a value makes no sense.
+        """
+        wrong = [name for name in settings if name not in SETTINGS]
+        if wrong:
+            near = difflib.get_close_matches(wrong[0], SETTINGS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SETTINGS)}"
+            raise TypeError(f"{wrong[0]} is no setting of a request; {hint}")
+        own = {name: value for name, value in settings.items() if name in OWN_SETTINGS}
+        of_sampling = {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
+        if "logit_bias" in of_sampling:  # a mapping, or pairs
+            pairs = of_sampling["logit_bias"]
+            of_sampling["logit_bias"] = tuple(map(tuple, pairs.items() if isinstance(pairs, Mapping) else pairs))
+        if of_sampling:
+            own["sampling"] = dataclasses.replace(own.get("sampling", self.sampling), **of_sampling)
+        return dataclasses.replace(self, **own)
+
+
+OWN_SETTINGS = tuple(field.name for field in dataclasses.fields(Request))
+SETTINGS = (*OWN_SETTINGS, *(field.name for field in dataclasses.fields(Sampling)))
+
+
+class Settings(TypedDict, total=False):
+    """The settings that `Generator.generate` and `stream` take by name: those of a `Request` and of its `Sampling`."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    raw: bool
+    system: str | None
+    sequence: int
+    stop: str | Sequence[str]
+    logprobs: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    typical: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]]
+
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
-    """One answer, and how it came about."""
+    """One answer, and how it came about. Printed, it is its text."""
 
-    text: str
+    text: str  # the answer
     tokens: list[int]  # the stop id included, where one ended the answer
-    prompt_tokens: int
+    prompt_tokens: int  # of the prompt, the chat template's own among them
     finish_reason: str | None  # "stop" or "length"; None while the answer goes on
     method: str  # `Method.name`: "vanilla", "eagle", "eagle+fr" (cropped), "eagle+fr+copying"
     draft_vocab: int | None  # V'; None where nothing drafts
-    rounds: int
+    rounds: int  # passes of the target after the prompt's
     accepted_length: float | None  # tokens a round, the bonus token counted; the first token is the prefill's
     accepted_histogram: list[int]  # rounds that emitted 1, 2, ... D+1 tokens
-    prefill_seconds: float
-    decode_seconds: float
+    prefill_seconds: float  # reading the prompt
+    decode_seconds: float  # all rounds
     context_slots: int = 0  # M, ids of the text so far that could be proposed besides V'
     logprobs: tuple[Likely, ...] | None = None  # of each token, where the request wants them
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"<Result {textwrap.shorten(self.text, 60, placeholder=' ...')!r}: {self.summary()}>"
 
     @property
     def decode_rate(self) -> float:

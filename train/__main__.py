@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+
 from frspec_jax.commands import dispatch
+from frspec_jax.errors import quoted
 
 COMMANDS = {
     "rank": "count tokens: which ones may the draft propose?",
@@ -17,8 +20,25 @@ COMMANDS = {
 }
 
 
+def following(args: argparse.Namespace) -> list[str]:
+    """What to type after a command."""
+    if args.command == "curves":
+        return []
+    ckpt = quoted(args.ckpt)
+    generate = f'python -m frspec_jax.generate --ckpt {ckpt} --prompt "Why is the sky blue?"'
+    if args.command == "answers":
+        return [f"python -m train eagle {quoted(args.out)} --ckpt {ckpt}"]
+    if args.command == "rank":
+        elsewhere = args.out is not None and args.out != args.ckpt / "ranking.npz"
+        return [f"{generate} --ranking {quoted(args.out)}" if elsewhere else generate]
+    if args.command in ("eagle", "eagle3", "medusa"):
+        name = quoted(args.name)
+        return [f"{generate} --draft {name}", f"python -m eval tune --ckpt {ckpt} --draft {name}"]
+    return [generate]
+
+
 def main(argv: list[str] | None = None) -> None:
-    dispatch("train", "From a target to its draft.", COMMANDS, argv)
+    dispatch("train", "From a target to its draft.", COMMANDS, argv, after=following)
 
 
 if __name__ == "__main__":

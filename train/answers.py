@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from frspec_jax import kv_cache, llama, sampling
 from frspec_jax.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ class AnswerSettings:
     temperature: float = 0.0
     seed: int = 0
     dtype: str | None = None  # of the target; None: what suits the device
-    limit_tokens: int | None = None  # no new prompt is taken once the store holds so many
+    limit_tokens: int | None = None  # of the store, more or less the last answer; None: all prompts are answered
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "slots", "limit_tokens"):
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the target (default: bfloat16 on a GPU and on a CPU with AMX, else float32)",
     )
     parser.add_argument(
-        "--limit-tokens", type=int, metavar="N", help="take no new prompt once the store holds N tokens"
+        "--limit-tokens", type=int, metavar="N", help="stop when the store holds N tokens, or little more"
     )
 
 
@@ -126,36 +126,45 @@ def _answer_files(
 ) -> Tally:
     """Answer what a store lacks; what was left out of the prompts."""
     tally = Tally()
-    longest = settings.capacity - 2 * STEPS
+    longest, limit = settings.capacity - 2 * STEPS, settings.limit_tokens
+    promised: dict[int, int] = {}  # prompts that are being answered, and the tokens that each may come to
 
-    def waiting() -> Iterator[tuple[int, list[int]]]:
+    def waiting() -> Iterator[tuple[int, list[int]] | None]:
         for number, prompt in enumerate(first_prompts(files, tally)):
-            if settings.limit_tokens and writer.tokens >= settings.limit_tokens:
-                return
-            if number not in writer.sources:
-                ids = prompt_ids(prompt, checkpoint, tally)
-                if len(ids) > longest:
-                    tally.leave_out(f"their prompts are longer than {longest} tokens (--capacity)", prompt.where)
-                elif ids:
-                    yield number, ids
+            if number in writer.sources:
+                continue
+            ids = prompt_ids(prompt, checkpoint, tally)
+            if len(ids) > longest:
+                tally.leave_out(f"their prompts are longer than {longest} tokens (--capacity)", prompt.where)
+            if not 0 < len(ids) <= longest:
+                continue
+            # Answers in the making may fill the store already; where they stay short, there is room for another.
+            while limit and writer.tokens + sum(promised.values()) >= limit:
+                if not promised:
+                    return
+                yield None
+            promised[number] = min(len(ids) + settings.max_new_tokens, settings.capacity)
+            yield number, ids
 
     def keep(number: int, tokens: np.ndarray, prompt: int, features: np.ndarray) -> None:
+        del promised[number]
         writer.append(number, tokens, (np.arange(len(tokens)) >= prompt).astype(np.uint8), features)
 
+    total = limit or sum(1 for _ in first_prompts(files, Tally()))  # tokens of the store, or answers
     columns = (
-        TextColumn(
-            "{task.fields[answers]:,} answers, {task.fields[tokens]:,} tokens decoded, "
-            "{task.fields[stored]:,} in the store"
-        ),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[answers]:,} answers, {task.fields[stored]:,} tokens in the store"),
+        BarColumn(20),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None, answers=0, tokens=0, stored=writer.tokens)
-        done = [0, 0]
+        begun = writer.tokens if limit else len(writer.sources)
+        task = progress.add_task("", total=total, completed=begun, answers=0, stored=writer.tokens)
+        done = [0]
 
         def show(answers: int, tokens: int) -> None:
-            done[0], done[1] = done[0] + answers, done[1] + tokens
-            progress.update(task, answers=done[0], tokens=done[1], stored=writer.tokens)
+            done[0] += answers
+            at = writer.tokens if limit else len(writer.sources)
+            progress.update(task, answers=done[0], stored=writer.tokens, completed=min(at, total))
 
         answer_prompts(
             params,
@@ -321,7 +330,7 @@ def loops(tokens: list[int], longest: int = 32, repeats: int = 3) -> bool:
 def answer_prompts(
     params: LlamaParams,
     config: ModelConfig,
-    prompts: Iterable[tuple[int, list[int]]],
+    prompts: Iterable[tuple[int, list[int]] | None],
     stop_ids: tuple[int, ...],
     keep: Callable[[int, np.ndarray, int, np.ndarray], None],
     *,
@@ -336,7 +345,8 @@ def answer_prompts(
     """Answer every prompt, `slots` at a time.
 
     Args:
-      prompts: (number, token ids) pairs; a prompt with no room for an answer is passed over.
+      prompts: (number, token ids) pairs; a prompt with no room for an answer is passed over. None: there is no prompt
+        for now; when an answer has ended, it is asked for again.
       keep: called with (number, tokens [L], prompt length, features [L, H] float32) for each answer
         that has ended: by a stop id, at `max_new_tokens`, at the capacity, or in a loop.
       capacity: rows of each slot's cache, a multiple of 64. steps: tokens between two looks at the host.
@@ -346,7 +356,7 @@ def answer_prompts(
     dtype = kv_cache.stored(params.embedding.dtype)
     layers = tuple(kv_cache.LayerKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
     state = Slots(layers, *(jnp.zeros(slots, jnp.int32) for _ in range(3)))
-    waiting: Iterator[tuple[int, list[int]]] = iter(prompts)
+    waiting: Iterator[tuple[int, list[int]] | None] = iter(prompts)
     running: dict[int, _Answer] = {}
     free = list(range(slots))
     rule, draw = sampling.rule_of(settings), Draw.of(settings, seed)

@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "corpus", nargs="+", type=Path, help="feature stores, or text or conversation files and folders"
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
     parser.add_argument("--sequences", type=int, default=200, metavar="N", help="to fit to, at most (default: 200)")
     parser.add_argument("--row", type=int, default=1024, help="tokens of each, at most (default: 1024)")
     parser.add_argument("--work", type=Path, help="folder for features of texts (default: CKPT/training/copying)")

@@ -65,7 +65,11 @@ PRESETS = {"default": Eagle3Recipe(), "eagle3": PUBLISHED}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, Eagle3Config.kind, PRESETS)
-    parser.add_argument("--draft-vocab", metavar="N", help="rows of the draft's head (default: a quarter, if ranked)")
+    parser.add_argument(
+        "--draft-vocab",
+        metavar="N",
+        help="rows of the draft's head: a number, or a share such as 1/4 (default: a quarter, if ranked)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -39,9 +39,9 @@ class Run:
             before = _read_settings(file)
             changed = [k for k in settings if before.get(k) != settings[k]]
             if changed:
+                what = _difference(changed[0], before.get(changed[0]), settings[changed[0]])
                 raise UserError(
-                    f"--work {folder} holds a run with another {changed[0]}; "
-                    "resume it as it was, or name another folder"
+                    f"--work {folder} holds a run with another {what}; resume it as it was, or name another folder"
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +141,15 @@ class Run:
 
 def _arrays(state: TrainState) -> dict[str, Any]:
     return {"step": jnp.asarray(state.step), "params": state.params, "opt_state": state.opt_state}
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What was changed, with the flag that would make it as it was: of a recipe, its first figure that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        flags = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in differing if key in before)
+        return f"{name} ({flags})" if flags else name
+    return f"{name} ({before})" if isinstance(before, str | int | float) else name
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

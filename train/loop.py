@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.errors import UserError
@@ -75,18 +75,11 @@ class Loop:
         self._task, self._folder = task, opened.folder
         tokens = settings.rows * settings.row
         self._speed = Speed(tokens, task.flops * tokens, task.recipe.compute, opened.mesh.size)
-        columns = (
-            TextColumn("step"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=opened.console)
+        self._progress = Progress(*columns(), console=opened.console)
         self._bar = self._progress.add_task("training", total=task.recipe.steps, shown="")
         self._flying: collections.deque[tuple[int, Metrics]] = collections.deque()  # steps whose loss nobody has seen
         self._record = -1.0  # of the evaluations so far
+        self._told = False  # how long the run will take
         self._every = (
             Every(settings.eval_every, self._evaluate, last=True),
             Every(settings.accept_every if opened.probe else 0, self._measure),
@@ -146,8 +139,13 @@ class Loop:
     def _report(self, step: int, metrics: Metrics) -> None:
         shown = {key: round(float(value), 4) for key, value in metrics.items()}
         self._folder.log({"step": step, **self._speed.figures(), **shown})
-        text = f"loss {shown['loss']:.3f}  top-1 {shown['top1_0']:.1%}  {self._speed}"
+        text = f"loss {shown['loss']:.3f}  top-1 {shown['top1_0']:.0%}  {self._speed.short}"
         self._progress.update(self._bar, shown=text)
+        if not self._told and (left := self._task.recipe.steps - step) > 0:
+            self._told = True
+            seconds = left / self._speed.steps_per_second
+            said = f"{left:,} steps are left, about {duration(seconds)} at this speed; --steps sets how many there are"
+            self._progress.console.print(said, highlight=False)
         self._speed.restart()
 
     def _evaluate(self, state: TrainState) -> None:
@@ -155,7 +153,9 @@ class Loop:
         found, step = self._task.held_out(state, self._opened.held_out), int(state.step)
         self._folder.log({"step": step, "held_out": found})
         self._progress.console.print(
-            f"step {step}: held-out top-1 by {self._task.parts} {found['top1']}, top-3 {found['top3']}"
+            f"step {step}: held-out top-1 by {self._task.parts} {percents(found['top1'])}, "
+            f"top-3 {percents(found['top3'])}",
+            highlight=False,
         )
         if _score(found) >= self._record:  # of equals the later, which has seen more
             self._record = _score(found)
@@ -186,6 +186,30 @@ class Loop:
             f"step {step}: {what}; train again with a lower --lr than {self._task.recipe.lr:g} and "
             f"another --work, for what {self._folder.folder} holds stays as it was saved"
         )
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """The line of progress, so short that step, loss and the time left stand side by side in 80 columns."""
+    return (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        BarColumn(6),
+    )
+
+
+def percents(shares: Sequence[float]) -> str:
+    """Shares for people: "53, 47, 45 %"."""
+    return ", ".join(f"{100 * share:.0f}" for share in shares) + " %"
+
+
+def duration(seconds: float) -> str:
+    """A time for people, to two figures: "40 s", "12 min", "1 h 50 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 @jax.jit

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "corpus", nargs="+", type=Path, help="feature stores, or text or conversation files and folders"
     )
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
     parser.add_argument("--draft-vocab", metavar="N", help="V' that the heads are cropped to (default: as in generate)")
     parser.add_argument("--nodes", type=int, default=63, help="paths below the root (default: 63)")
     parser.add_argument(

@@ -44,7 +44,9 @@ DOUBT = 8.0  # answers that what is known beforehand weighs as much as
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="+", type=Path, metavar="PROMPTS", help="conversation files or folders")
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder of the target")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
     parser.add_argument(
         "--draft-vocab", metavar="N", help="V', a number, full or a share (default: as tuned, or a quarter, if ranked)"
     )

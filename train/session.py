@@ -19,6 +19,7 @@ from flax.training.train_state import TrainState
 from rich.console import Console
 
 from frspec_jax.checkpoint import Checkpoint, write_draft
+from frspec_jax.entry import spelled
 from frspec_jax.errors import UserError
 from frspec_jax.files import check_writable, new_folder
 from frspec_jax.hosts import first_process
@@ -109,6 +110,8 @@ def open_run(
         f"{_tokens(stores):,} tokens in {sum(sequences):,} sequences, {packing.steps_per_epoch:,} steps an epoch, "
         f"{mesh.size} {'device' if mesh.size == 1 else 'devices'}{resumed}"
     )
+    for line in plan_of(settings, packing.steps_per_epoch, int(state.step)):
+        console.print(line, highlight=False)
     ranked = devices.everywhere(by_frequency(stores, checkpoint.config.vocab_size), mesh)
     probe = None
     if settings.accept_every:
@@ -146,6 +149,22 @@ def write(opened: Opened, state: TrainState) -> None:
     print(f"wrote {settings.out}: top-1 {found['top1'][0]:.1%}, top-3 {found['top3'][0]:.1%} on held-out answers")
 
 
+def plan_of(settings: RunSettings[Any], steps_per_epoch: int, done: int) -> list[str]:
+    """What a run is about to do, for people, and what in it is probably not meant."""
+    recipe, tokens = settings.recipe, settings.rows * settings.row
+    left = recipe.steps - done
+    lines = [
+        f"{left:,} steps of {tokens:,} tokens are to come: {left * tokens / 1e6:.2g} M tokens, "
+        f"{left / max(1, steps_per_epoch):.2g} times through the data"
+    ]
+    if recipe.warmup >= recipe.steps:
+        lines.append(
+            f"note: --warmup {recipe.warmup} is as long as the run or longer (--steps {recipe.steps}), "
+            f"so the learning rate never gets to --lr {recipe.lr:g}; lower --warmup"
+        )
+    return lines
+
+
 def own_answers(settings: RunSettings[Any], checkpoint: Checkpoint) -> Path:
     """The store of the target's answers to the corpora's prompts, made, gone on with, or whole already."""
     store, limit = settings.work / "answers", settings.own_answers
@@ -169,7 +188,8 @@ def rank_answers(settings: RunSettings[Any], stores: Sequence[FeatureStore], che
     names = tuple(path.name for path in settings.corpora)
     ranking = Ranking(counts, tokenizer_hash(checkpoint.tokenizer), tuple(f"answers to {name}" for name in names))
     ranking.save(file)
-    print(f"wrote {file}: {ranking.tokens:,} tokens of the answers; python -m train rank counts larger corpora")
+    counted = f"wrote {file}: {ranking.tokens:,} tokens of the answers; python -m train rank counts larger corpora"
+    print(spelled(counted))
 
 
 def by_frequency(stores: Sequence[FeatureStore], vocab_size: int) -> np.ndarray:

@@ -15,6 +15,32 @@ from frspec_jax.errors import UserError
 from train.optimiser import Optimisation
 
 Recipe = TypeVar("Recipe", bound=Optimisation)
+
+# What each figure of a recipe is, for --help.
+HELPS = {
+    "steps": "optimiser steps, a batch each",
+    "lr": "learning rate at its highest",
+    "warmup": "steps until the learning rate is there",
+    "decay": "how the learning rate falls to zero after that",
+    "optimizer": "muon: orthogonalised momentum for matrices, AdamW for the rest; adamw: AdamW for all",
+    "weight_decay": "of matrices, a step, as a share of the learning rate",
+    "clip": "gradients are scaled down to this norm",
+    "accumulate": "parts of a batch whose gradients are taken one after the other, to save memory",
+    "compute": "of products; weights and optimiser stay float32",
+    "remat": "heads: compute logits again for the gradient instead of keeping them, to save memory",
+    "loss_vocab": "the loss is taken over this many of the most frequent tokens; 0: over all",
+    "loss_random": "and over this many others, drawn anew each step",
+    "feature_weight": "weight of the loss on predicted features",
+    "ce_weight": "weight of the loss on predicted tokens",
+    "unroll": "passes: the first reads what the target did, each further one what the draft itself said",
+    "unroll_decay": "weight of each further pass, as a factor",
+    "noise": "uniform noise on the features of the first pass, plus or minus this much",
+    "start": "first weights of a new draft: fitted by least squares, or random",
+    "units": "that weights are trained in: measured on features and embeddings, or one",
+    "heads": "how many tokens ahead are guessed, a head each",
+    "layers": "residual blocks a head",
+    "head_decay": "weight of each further head, as a factor",
+}
 AT_LEAST = {"rows": 1, "row": 2, "eval_every": 1, "eval_batches": 1, "save_every": 1, "own_answers": 1}
 
 
@@ -76,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str, presets: Mapping[s
         "--own-answers",
         type=int,
         metavar="N",
-        help="let the target answer the prompts of these conversations first, N tokens or so, into WORK/answers, and "
+        help="let the target answer the prompts of these conversations first, N tokens, into WORK/answers, and "
         "train on that; counts the checkpoint's ranking too, where it has none",
     )
     parser.add_argument("--name", default=kind, help=f"the draft's name under CKPT/drafts (default: {kind})")
@@ -117,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: str, presets: Mapping[s
         flag, default = f"--{field.name.replace('_', '-')}", getattr(presets["default"], field.name)
         choices = typing.get_args(hints[field.name])  # of a Literal; nothing of other types
         what = {"choices": choices} if choices else {"type": type(default), "metavar": type(default).__name__.upper()}
-        recipe.add_argument(flag, help=f"default: {default}", **what)
+        recipe.add_argument(flag, help=f"{HELPS[field.name]} (default: {default})", **what)
     hosts.add_host_flags(
         parser, "the same command on each, which must see the same files; all devices of a host are always used"
     )

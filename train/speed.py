@@ -27,14 +27,20 @@ class Speed:
     def count(self) -> None:
         self._steps += 1
 
+    @property
+    def steps_per_second(self) -> float:
+        """Steps a second since the last report."""
+        return self._steps / (time.perf_counter() - self._mark)
+
     def figures(self) -> dict[str, float]:
         """Tokens a second, and the share of the rate of one large matrix product (model FLOP utilisation)."""
-        rate = self._steps / (time.perf_counter() - self._mark)
+        rate = self.steps_per_second
         return {
             "tokens_per_second": round(rate * self._tokens),
             "utilisation": round(rate * self._flops / self._peak, 3),
         }
 
-    def __str__(self) -> str:
-        found = self.figures()
-        return f"{found['tokens_per_second']:,} tokens/s, {found['utilisation']:.0%} of a product's rate"
+    @property
+    def short(self) -> str:
+        """Tokens a second, for a line of progress that has little room."""
+        return f"{self.figures()['tokens_per_second']:,} tokens/s"

@@ -67,7 +67,7 @@ def starting_draft(name: str | None, checkpoint: Checkpoint, kind: str) -> tuple
 def draft_to_fit(
     checkpoint: Checkpoint, name: str | None, spec_class: type[Spec], otherwise: str
 ) -> tuple[Path, Spec, Any]:
-    """The draft that --draft names, or the only one: its folder, its description and its weights.
+    """The draft that --draft names, or the default one: its folder, its description and its weights.
 
     Raises:
       UserError: there is none, or it is of another class; `otherwise` says why not, and what to give.

@@ -19,6 +19,7 @@ from rich.text import Text
 from eval.commands.flags import add_json_argument, decoding_request
 from eval.commands.speed import compare, show
 from eval.methods.side_by_side import methods
+from eval.runs import provenance
 from eval.runs.provenance import save
 from eval.show import plots
 from frspec_jax import compile_cache
@@ -38,7 +39,9 @@ WIDTH = 40  # characters of the longest bar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
     parser.add_argument(
         "--draft-vocab", default="1/4", metavar="N", help="FR-Spec's V', a number or a share (default: 1/4)"
     )
@@ -84,6 +87,8 @@ def run(args: argparse.Namespace) -> None:
         names = [row["name"] for row in figures["methods"]]
         plots.bars(axis, names, [speed_up(row) for row in figures["methods"]], digits=2)
         axis.set_xlabel("times as fast as vanilla decoding, over three prompts")
+        title = f"{checkpoint.path.resolve().name} on {provenance.machine().removeprefix('CPU: ')}"
+        axis.set_title(plots.plain(title), fontsize="medium", loc="left")
         plots.save(drawn, args.json.parent, args.json.stem)
 
 

@@ -26,6 +26,7 @@ from frspec_jax import api, compile_cache
 from frspec_jax.api import NO_DRAFT, Draft, Generator, Request
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import TreeConfig
+from frspec_jax.drafting import vocab_of
 from frspec_jax.errors import UserError
 from frspec_jax.tree import accepted_path
 from pallas_kernels.visibility import Sees
@@ -50,8 +51,14 @@ class Drawn:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
-    parser.add_argument("--draft-vocab", metavar="N", help="V' of the cropped tree (default: as in generate)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
+    parser.add_argument(
+        "--draft-vocab",
+        metavar="N",
+        help="V' of the cropped tree: a number, or a share such as 1/4 (default: as in generate)",
+    )
     parser.add_argument("--prompt", default="Why do leaves turn red in autumn?", metavar="TEXT")
     parser.add_argument(
         "--after",
@@ -69,10 +76,10 @@ def run(args: argparse.Namespace) -> None:
     tree = TreeConfig(args.tree_size, args.depth, args.draft_top_k)
     if args.after is not None and args.after < 0:
         raise UserError(f"--after {args.after} must be 0 or more")
-    if args.draft_vocab not in (None, "full") and not args.draft_vocab.isdecimal():
-        raise UserError(f"--draft-vocab {args.draft_vocab} must be a number of tokens")
     compile_cache.enable()
     checkpoint = Checkpoint.open(args.ckpt)
+    if args.draft_vocab not in (None, "full"):
+        vocab_of(args.draft_vocab, checkpoint.config.vocab_size)
     if checkpoint.draft_folder(args.draft) is None:
         raise UserError(f"{args.ckpt} holds no draft to draw; add one with python -m train eagle or convert eagle")
     vanilla = api.load(checkpoint, NO_DRAFT)

@@ -39,7 +39,9 @@ def add_model_arguments(
     """
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
     parser.add_argument(
-        "--draft", metavar="NAME,...", help="names or folders of drafts to measure (default: the only one there is)"
+        "--draft",
+        metavar="NAME,...",
+        help="names or folders of drafts to measure (default: the first that the checkpoint had)",
     )
     parser.add_argument(
         "--draft-vocab",

@@ -83,11 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     request = decoding_request(args)
-    _, methods = models(args)
+    checkpoint, methods = models(args)
     texts = [question.first for question in spread(read_questions(args.data), args.questions)]
     prompts = [methods["vanilla"].encode(text) for text in texts]
     rows = compare(methods, prompts, request)
-    plots.save(drawing(rows), args.out, "loops")
+    title = f"{checkpoint.path.resolve().name} on {provenance.machine().removeprefix('CPU: ')}"
+    plots.save(drawing(rows, title), args.out, "loops")
     save(args.json, {"prompts": len(prompts), "max_new_tokens": args.max_new_tokens, "methods": rows})
     show(rows)
 
@@ -127,7 +128,7 @@ def timed(model: Generator, drive: str, prompt: np.ndarray, request: Request) ->
     return result.tokens, result.rounds, result.decode_seconds
 
 
-def drawing(rows: list[dict[str, Any]]) -> Figure:
+def drawing(rows: list[dict[str, Any]], title: str) -> Figure:
     """Grouped bars: milliseconds a round, by method and drive."""
     drawn, (axis,) = plots.figure(width=8)
     width = 0.8 / len(DRIVES)
@@ -138,7 +139,7 @@ def drawing(rows: list[dict[str, Any]]) -> Figure:
         axis.bar_label(bars, fmt="%.3g", fontsize="x-small")
     axis.set_xticks(range(len(rows)), [plots.plain(row["name"]) for row in rows])
     axis.set_ylabel("milliseconds a round")
-    axis.set_title(provenance.machine(), fontsize="medium")
+    axis.set_title(plots.plain(title), fontsize="medium", loc="left")
     axis.legend(fontsize="small")
     return drawn
 

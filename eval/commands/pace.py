@@ -46,7 +46,9 @@ class Round:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
     parser.add_argument("--draft-vocab", metavar="N", help="V', a number, full or a share (default: as users get it)")
     add_dtype_flag(parser)
     parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="of the answer (default: 160)")

@@ -18,6 +18,7 @@ from eval.methods.contest import Contest, first_prompt
 from eval.runs import manifest, output, records
 from frspec_jax.api import Generator, Request
 from frspec_jax.config import Sampling
+from frspec_jax.entry import spelled
 from frspec_jax.errors import UserError
 
 
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     }
     with records.opened(args.out, configuration) as kept:
         fill(kept, asked, args.repeats, methods, args.peer, request)
-    print(f"{len(kept.lines)} answered questions in {args.out}; next: python -m eval report {args.out}")
+    print(spelled(f"{len(kept.lines)} answered questions in {args.out}; next: python -m eval report {args.out}"))
 
 
 def fill(

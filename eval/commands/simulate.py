@@ -32,7 +32,9 @@ from frspec_jax.flags import add_dtype_flag
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
     parser.add_argument("--draft-vocab", metavar="N", help="V', a number, full or a share (default: as users get it)")
     add_dtype_flag(parser)
     add_question_arguments(parser, questions=12, tokens=96)

@@ -57,7 +57,9 @@ SPACES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--draft", metavar="NAME", help="a draft's name or folder (default: the only one there is)")
+    parser.add_argument(
+        "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
+    )
     parser.add_argument(
         "--draft-vocab",
         default="full,1/2,1/4,1/8,1/16",
@@ -111,8 +113,9 @@ def search(args: argparse.Namespace, request: Request, checkpoint: Checkpoint, f
     if rivals["before"]["tokens_per_second"] > rivals["best"]["tokens_per_second"]:
         best, rivals["best"] = start, rivals["before"]  # what was measured one after the other does not hold up
     vanilla = rivals["vanilla"]["tokens_per_second"]
-    plots.save(tune_plots.sweeps(best, points, space, vanilla), out, "tuned-sweeps")
-    plots.save(tune_plots.trade_off(best, points, vanilla), out, "tuned-trade-off")
+    title = f"{checkpoint.path.resolve().name}, draft {folder.name}, on {tuned.machine().removeprefix('CPU: ')}"
+    plots.save(tune_plots.sweeps(best, points, space, vanilla, title), out, "tuned-sweeps")
+    plots.save(tune_plots.trade_off(best, points, vanilla, title), out, "tuned-trade-off")
     save(args.json, figures_of(bench, folder.name, points, rivals))
     pays = rivals["best"]["speed_up"] > 1
     setting, facts = (best.setting, rivals["best"]) if pays else (tuned.NO_TREE, rivals["vanilla"])

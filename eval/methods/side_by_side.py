@@ -54,7 +54,7 @@ def varied(
     paces: Sequence[Literal["fixed", "auto"]] = ("fixed",),
     slots: Sequence[int | None] = (None,),
 ) -> list[Draft]:
-    """Every draft (None: the only one there is) without and with copying, at each V', from each of the rankings.
+    """Every draft (None: the default one) without and with copying, at each V', from each of the rankings.
 
     tree: of a fixed pace; an auto one chooses by itself. rankings: instead of the checkpoint's own. slots: for ids of
     the text, besides each V'.

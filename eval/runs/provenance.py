@@ -29,7 +29,10 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command line, for a reader elsewhere: of a path that is absolute only the name."""
     program = Path(sys.argv[0])
-    start = "python -m eval" if program.name == "__main__.py" else f"python {program.parent.name}/{program.name}"
+    if program.stem == "frspec" or program.parts[-2:] == ("frspec_jax", "__main__.py"):
+        start = "frspec"
+    else:
+        start = "python -m eval" if program.name == "__main__.py" else f"python {program.parent.name}/{program.name}"
     return " ".join([start, *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from eval.show.tables import curves, our_rows, paper_rows
+from eval.show.tables import Row, curves, our_rows, paper_rows
 from eval.show.tallies import Run, acceptance_by_depth, mean_rate, speed_ups
 from frspec_jax.errors import UserError
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; grey is the paper's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PAPER = "#9a9a9a"
+OURS, OTHER, PLAIN = "#009E73", "#5b6770", "#9a9a9a"  # of bars: FR-Spec, other drafts, and decoding without any
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -54,15 +57,30 @@ def save(drawn: Figure, folder: Path, name: str) -> str:
     return name
 
 
+def hue(method: str) -> str:
+    """The colour of a method's bar, by its name in tables: FR-Spec stands out."""
+    known = method.startswith(("vanilla", "transformers"))
+    return PLAIN if known else OURS if method.startswith("FR-Spec") or "+ FR" in method else OTHER
+
+
 def bars(axis: Axes, names: Sequence[str], values: Sequence[float], errors: Any = None, digits: int = 1) -> None:
-    """Horizontal bars, the first on top, each with its figure inside."""
+    """Horizontal bars, the first on top, each with its figure inside and in the colour of its method."""
     places = np.arange(len(names))
-    axis.barh(places, values, xerr=errors, color=COLOURS[0], height=0.65, error_kw={"elinewidth": 1, "capsize": 3})
+    colours = [hue(name) for name in names]
+    axis.barh(places, values, xerr=errors, color=colours, height=0.65, error_kw={"elinewidth": 1, "capsize": 3})
     for place, value in enumerate(values):
         axis.annotate(f" {value:,.{digits}f}", (0, place), va="center", ha="left", color="white", fontweight="bold")
     axis.set_yticks(places, [plain(name) for name in names])
+    for label, name in zip(axis.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if hue(name) == OURS else "normal")
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
+
+
+def titled(run: Run) -> str:
+    """What a figure shows: the model, the machine, and the run where it has a name of its own."""
+    of = "" if run.name == run.model else f" ({run.name})"
+    return plain(f"{run.model} on {run.manifest['machine'].removeprefix('CPU: ')}, {run.manifest['dtype']}{of}")
 
 
 def tokens_per_second(run: Run) -> Figure:
@@ -76,11 +94,16 @@ def tokens_per_second(run: Run) -> Figure:
         values.append(value)
         low.append(max(0.0, value - up.low * vanilla))
         high.append(max(0.0, up.high * vanilla - value))
+    return rates(titled(run), list(run.methods), values, (low, high), vanilla)
+
+
+def rates(title: str, names: list[str], values: list[float], errors: Any, vanilla: float) -> Figure:
+    """A bar of tokens/s for each method, with its whiskers, against vanilla's."""
     drawn, (axis,) = figure(height=1.2 + 0.45 * len(values))
-    bars(axis, list(run.methods), values, errors=(low, high))
+    bars(axis, names, values, errors=errors)
     axis.axvline(vanilla, color="black", linewidth=1, linestyle=":")
-    axis.set_xlabel("tokens/s of decoding, mean over tasks\nwhiskers: 95 % interval of the speed-up over vanilla")
-    axis.set_title(plain(f"{run.name}: {run.model}, {run.manifest['machine']}"), fontsize="medium")
+    axis.set_xlabel("tokens/s of decoding, mean over tasks (dotted: vanilla)\nwhiskers: 95 % interval of the speed-up")
+    axis.set_title(title, fontsize="medium", loc="left")
     return drawn
 
 
@@ -91,41 +114,79 @@ def accepted_by_vocabulary(runs: Sequence[Run]) -> Figure:
         for run in runs
         for name, rows in curves(our_rows(run, run.drafting, lambda part: part.accepted_length)).items()
     }
-    lines = [*ours.items(), *curves(paper_rows("accepted_length", 0)).items()]
-    drawn, (length, share) = figure(width=10.5, height=4.8, columns=2)
-    for number, (name, rows) in enumerate(lines):
+    return kept(" and ".join(dict.fromkeys(titled(run) for run in runs)), ours)
+
+
+def kept(title: str, ours: Mapping[str, list[Row]]) -> Figure:
+    """The two panels of `accepted_by_vocabulary`, for curves of ours beside the paper's."""
+    theirs = curves(paper_rows("accepted_length", 0))
+    drawn, (length, share) = figure(width=10.5, height=5.6, columns=2)
+    for number, (name, rows) in enumerate([*theirs.items(), *ours.items()]):
         sizes, averages = [row.size for row in rows], [row.average for row in rows]
-        mine = number < len(ours)
+        mine = number >= len(theirs)
+        own = number - len(theirs)
         style: dict[str, Any] = {
-            "color": COLOURS[number % len(COLOURS)] if mine else PAPER,
+            "color": COLOURS[own % len(COLOURS)] if mine else PAPER,
             "marker": MARKERS[number % len(MARKERS)],
-            "markersize": 5,
+            "markersize": 7 if mine else 4,
+            "linewidth": 2.5 if mine else 1,
             "linestyle": "-" if mine else "--",
             "label": plain(name),
         }
         length.plot(sizes, averages, **style)
-        share.plot(sizes, np.divide(averages, max(averages)), **style)
-    for axis, text in ((length, "accepted length, bonus counted"), (share, "share of the full vocabulary's")):
+        share.plot(sizes, 100 * np.divide(averages, max(averages)), **style)
+    for axis, text in (
+        (length, "accepted length, bonus counted"),
+        (share, "% of the full vocabulary's accepted length"),
+    ):
         axis.set_xscale("log", base=2)
         axis.set_xticks([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16], ["full", "1/2", "1/4", "1/8", "1/16"])
+        axis.minorticks_off()
         axis.invert_xaxis()
-        axis.set_xlabel("V' / V")
+        axis.set_xlabel("V' / V, the share of the vocabulary that the draft keeps")
         axis.set_ylabel(text)
     length.set_ylim(1, None)
-    share.legend(fontsize="x-small")
+    drawn.suptitle(f"ours: {title}; dashed: the paper's", fontsize="medium")
+    handles, labels = share.get_legend_handles_labels()
+    order = [*range(len(theirs), len(labels)), *range(len(theirs))]  # ours first
+    shown = [handles[n] for n in order], [labels[n] for n in order]
+    drawn.legend(*shown, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     return drawn
 
 
 def acceptance(run: Run) -> Figure:
     """Acceptance by depth of the tree, one line a method."""
-    drawn, (axis,) = figure(width=6)
-    for number, name in enumerate(run.drafting):
-        shares = acceptance_by_depth(run.whole(name).histogram)
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        axis.plot(range(1, len(shares) + 1), shares, label=plain(name), color=colour, marker=marker)
-    axis.set_ylim(0, None)
+    rows = our_rows(run, run.drafting, lambda part: part.accepted_length)
+    lines = [(row, acceptance_by_depth(run.whole(row.label).histogram)) for row in rows]
+    return depths(titled(run), lines)
+
+
+def depths(title: str, lines: Sequence[tuple[Row, Sequence[float]]]) -> Figure:
+    """A line a method: whole vocabularies in grey, cropped ones the lighter the fewer tokens they keep.
+
+    Rankings are told apart by marker and dash, so that nine methods are nine lines.
+    """
+    drawn, (axis,) = figure(width=8.5)
+    families = list(dict.fromkeys(row.family for row, _ in lines))
+    corpora = list(dict.fromkeys(row.corpus for row, _ in lines))
+    for row, shares in lines:
+        fade = min(1.0, math.log2(1 / row.size) / 5)  # 0 for the whole vocabulary, 4/5 for a sixteenth
+        base = COLOURS[(2 + families.index(row.family)) % len(COLOURS)]
+        colour = OTHER if row.size == 1 else tuple(c + (1 - c) * (fade - 0.2) for c in to_rgb(base))
+        which = corpora.index(row.corpus)
+        axis.plot(
+            range(1, len(shares) + 1),
+            [100 * share for share in shares],
+            label=plain(row.label),
+            color=colour,
+            marker=MARKERS[(which + len(corpora) * families.index(row.family)) % len(MARKERS)],
+            linestyle=("-", "--", ":", "-.")[which % 4],
+            linewidth=2,
+        )
+    axis.set_ylim(85 * min((share for _, shares in lines for share in shares), default=0), None)  # lines lie close
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("depth in the draft tree")
-    axis.set_ylabel("accepted, of the rounds that got there")
-    axis.legend(fontsize="small")
+    axis.set_ylabel("% accepted, of the rounds that got there")
+    axis.set_title(title, fontsize="medium", loc="left")
+    drawn.legend(loc="outside right upper", fontsize="small", frameon=False)
     return drawn

@@ -34,16 +34,21 @@ class Table:
     rows: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
-        """The table as Markdown: words to the left, figures to the right."""
+        """The table as Markdown: words to the left, figures to the right; beside the paper's rows, ours in bold."""
         words = [all(not _is_figure(row[i]) for row in self.rows) for i in range(len(self.headings))]
         rule = ("---" if left else "---:" for left in words)
         # A draft or a run may be named with what parts the cells.
-        lines = ([cell.replace("|", r"\|") for cell in line] for line in (self.headings, rule, *self.rows))
+        mine = [any(cell.startswith(f"{OURS}: ") for cell in row) for row in self.rows]
+        rows = (
+            [f"**{cell}**" if ours and not all(mine) else cell for cell in row]
+            for row, ours in zip(self.rows, mine, strict=True)
+        )
+        lines = ([cell.replace("|", r"\|") for cell in line] for line in (self.headings, rule, *rows))
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"### {self.title}\n\n{self.note}\n\n{body}\n"
 
     def csv(self) -> str:
-        """The table as CSV, with the cells of the Markdown."""
+        """The table as CSV."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.headings, *self.rows])
         return text.getvalue()
@@ -248,16 +253,18 @@ def with_prefill(run: Run) -> Table:
 def coverage(run: Run) -> Table:
     """The share of emitted tokens inside each sub-vocabulary, by task."""
     rows = our_rows(run, run.drafting, lambda part: part.coverage)
-    body = []
+    body: dict[tuple[str, ...], str] = {}  # by the figures: methods of one V' that gave the same text share a row
     for row in rows:
         cells = (f"{row.values[task]:.1%}" if task in row.values else NOTHING for task in TASKS)
-        body.append((row.label, f"{run.methods[row.label]['draft_vocab']:,}", *cells, f"{row.average:.1%}"))
+        figures = (f"{run.methods[row.label]['draft_vocab']:,}", *cells, f"{row.average:.1%}")
+        body.setdefault((row.corpus, *figures), row.label)
     return Table(
         "coverage",
         "Coverage of the emitted tokens",
-        "The share of the tokens in the answers that the draft could have proposed at all.",
+        "The share of the tokens in the answers that the draft could have proposed at all. Methods of the same V' that "
+        "gave the same answers share a row.",
         ("Method", "V'", *TASKS, "Average"),
-        body,
+        [(label, *figures) for (_, *figures), label in body.items()],
     )
 
 

@@ -28,7 +28,7 @@ MATCHES = 16  # earlier places that a beam looks at: the longest matches, of equ
 
 @dataclasses.dataclass(frozen=True)
 class Copying:
-    """How much a match weighs. The defaults were chosen on SmolLM2-135M (docs/training.md)."""
+    """How much a match weighs. The defaults were chosen on SmolLM2-135M (docs/lab-book.md)."""
 
     gain: float = 6.0  # what a token's logit rises by, were all weight on places that it follows
     longer: float = 2.0  # log-weight of each further token that a match is long

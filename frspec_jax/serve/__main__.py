@@ -11,13 +11,14 @@ import os
 from pathlib import Path
 
 from frspec_jax import flags
+from frspec_jax.commands import Parser
 from frspec_jax.errors import UserError, quoted, reported
 
 KEY_VARIABLE = "FRSPEC_API_KEY"
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m frspec_jax.serve", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m frspec_jax.serve", description=__doc__.partition("\n")[0])
     parser.add_argument("--ckpt", required=True, metavar="CKPT", help="checkpoint folder, made by python -m convert")
     parser.add_argument(
         "--name",

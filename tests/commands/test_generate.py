@@ -13,7 +13,7 @@ import pytest
 import frspec_jax
 from frspec_jax import Request, Sampling, TreeConfig, api, defaults, generate
 from tests import conftest
-from tests.support.folders import VOCAB_SIZE
+from tests.support.folders import VOCAB_SIZE, checkpoint_folder
 
 KEYS = {
     "text", "tokens", "prompt_tokens", "finish_reason", "method", "draft_vocab", "rounds", "accepted_length",
@@ -217,3 +217,35 @@ def test_what_is_no_request_is_one_sentence(checkpoint, capsys, flags, sentence)
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and sentence in line
+
+
+def test_what_a_record_is_called_by_stays_with_its_answer(checkpoint, capsys, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"id": "a/1", "prompt": "the end"}, {"prompt": "in the"}, {"question_id": 7, "prompt": "he"}]
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    for slots in (1, 2):
+        said = answers(capsys, checkpoint, "--prompt-file", file, "--slots", slots)
+        assert [answer.get("id", answer.get("question_id")) for answer in said] == ["a/1", None, 7]
+
+
+def test_several_answers_are_told_apart(checkpoint, capsys, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "the end"}\n{"prompt": "in the"}\n')
+    flags = ["--ckpt", str(checkpoint.path), "--prompt-file", str(file), "--max-new-tokens", "6"]
+    for more in ([], ["--slots", "1"]):
+        generate.main([*flags, *more])
+        lines = capsys.readouterr().out.split("\n")
+        assert lines[0] == "--- answer 1 of 2 ---" and "--- answer 2 of 2 ---" in lines
+
+
+def test_what_is_off_is_said_once(tmp_path, capsys):
+    bare = checkpoint_folder(tmp_path / "bare", draft=False, ranking=False)
+    generate.main(["--ckpt", str(bare.path), "--prompt", "the", "--max-new-tokens", "2"])
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert "has no draft, so FR-Spec is off; train one: python -m train eagle" in note
+    whole = checkpoint_folder(tmp_path / "whole", ranking=False)
+    generate.main(["--ckpt", str(whole.path), "--prompt", "the", "--max-new-tokens", "2"])
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert "has no ranking, so the draft uses the whole vocabulary; count one: python -m train rank" in note
+    generate.main(["--ckpt", str(whole.path), "--prompt", "the", "--max-new-tokens", "2", "--draft-vocab", "full"])
+    assert "note: " not in capsys.readouterr().err

@@ -99,7 +99,7 @@ def test_the_tree_command(ckpt, tmp_path, capsys):
     for flags, words in (
         (("--after", "-1"), "--after -1"),
         (("--tree-size", "99"), "--tree-size 99"),
-        (("--draft-vocab", "few"), "--draft-vocab few"),
+        (("--draft-vocab", "few"), "--draft-vocab 'few' must be a number of tokens, full, or a share"),
         (("--prompt", " "), "empty"),
         (("--out", ckpt / "config.json" / "x"), "--out"),
     ):

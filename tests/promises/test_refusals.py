@@ -138,10 +138,12 @@ def test_a_draft_of_another_target(ckpt, capsys, tmp_path):
     assert "another target" in message
 
 
-def test_several_drafts_must_be_told_apart(ckpt, capsys, tmp_path):
+def test_several_drafts_of_which_none_is_the_first_must_be_told_apart(ckpt, capsys, tmp_path):
     both = copy(ckpt, tmp_path)
-    shutil.copytree(both / "drafts" / "eagle", both / "drafts" / "second")
-    assert "eagle, second" in refused(capsys, "--ckpt", both, *HI)
+    (both / "drafts" / "eagle").rename(both / "drafts" / "one")
+    shutil.copytree(both / "drafts" / "one", both / "drafts" / "second")
+    assert "holds the drafts one, second; choose one with --draft" in refused(capsys, "--ckpt", both, *HI)
+    assert "(" in (told := refused(capsys, "--ckpt", both, "--draft", "x", *HI)) and "one, second" in told
 
 
 def test_the_command_itself(ckpt):
