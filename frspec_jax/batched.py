@@ -64,7 +64,7 @@ def new_state(plan: Plan, weights: Weights, capacity: int, slots: int, dtype: An
         caches, asked = engine.new_caches(plan, capacity, dtype), Asked.of(engine.Sampling(), seed=0, limit=1)
         bearing = Bearing.on_nothing(1, plan.config.vocab_size)
         penalties = Penalties.of(engine.Sampling(), jax.tree.map(lambda x: x[0], bearing)) if plan.adjusts else None
-        return engine.prefill(plan, weights, caches, chunk, asked, penalties)
+        return engine.prefill_on_mesh(plan, weights, caches, chunk, asked, penalties)
 
     def many(x: Any) -> Any:
         return jnp.zeros((slots, *x.shape), x.dtype)

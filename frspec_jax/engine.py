@@ -270,7 +270,7 @@ def bound(plan: Plan, arrays: Any, where: Any) -> Any:
 
 
 @functools.wraps(prefill_chunk)
-def _prefill_on_mesh(
+def prefill_on_mesh(
     plan: Plan, weights: Weights, caches: Caches, chunk: Chunk, asked: Asked, penalties: Penalties | None = None
 ) -> DecodeState:
     program = functools.partial(prefill_chunk, plan)
@@ -278,7 +278,7 @@ def _prefill_on_mesh(
     return on_mesh(program, plan.mesh, given, state_on(caches))(weights, caches, chunk, asked, penalties)
 
 
-prefill = jax.jit(_prefill_on_mesh, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
+prefill = jax.jit(prefill_on_mesh, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))
 
 
 def adjusted(logits: Array, by: Penalties, tree: DraftTree, together: Together = ALONE) -> Array:
