@@ -33,8 +33,8 @@ from frspec_jax.pace import GRID
 from frspec_jax.pace_tables import Fitted
 from frspec_jax.placement import Placement
 from frspec_jax.tree import ALL_THE_WAY, Candidates
-from train.answers import first_prompts, prompt_ids
 from train.corpus import Tally, corpus_files
+from train.first_prompts import first_prompts, prompt_ids
 
 PASS = 256  # tokens of a text that run through target and draft at a time
 SURE = 0.98  # nothing is surer than that

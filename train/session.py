@@ -30,6 +30,7 @@ from train import answers, devices
 from train.batches import HELD_OUT, Packing
 from train.corpus import Tally, corpus_files
 from train.features import FeatureStore, Taps, open_corpora, stored_taps
+from train.first_prompts import first_prompts
 from train.folder import Run
 from train.loop import Loop, Opened
 from train.optimiser import new_state
@@ -172,7 +173,7 @@ def own_answers(settings: RunSettings[Any], checkpoint: Checkpoint) -> Path:
         raise UserError("--own-answers works on one host; make the store with python -m train answers, and name that")
     if stored := next((path for path in settings.corpora if stored_taps(path) is not None), None):
         raise UserError(f"--own-answers takes conversations, and {stored} is a store of answers; leave the flag out")
-    if next(answers.first_prompts(corpus_files(settings.corpora), Tally()), None) is None:
+    if next(first_prompts(corpus_files(settings.corpora), Tally()), None) is None:
         raise UserError(f"--own-answers {limit}: the corpora hold no prompt of a user; give conversations")
     if not (settings.work / "settings.json").exists():  # once training has begun, more answers would be another run
         answers.make_store(answers.AnswerSettings(settings.corpora, store, limit_tokens=limit), checkpoint)

@@ -15,8 +15,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.answers import first_prompts
 from train.corpus import Tally, corpus_files
+from train.first_prompts import first_prompts
 
 SHORTEST, LONGEST = 8, 1200  # characters
 MOST = 60_000  # prompts: more than a GPU answers in the time

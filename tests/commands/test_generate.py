@@ -13,6 +13,7 @@ import pytest
 import frspec_jax
 from frspec_jax import Request, Sampling, TreeConfig, api, defaults, generate
 from tests import conftest
+from tests.support.corpora import write
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
 
 KEYS = {
@@ -72,6 +73,19 @@ def test_text_and_figures_go_to_different_streams(checkpoint, capsys):
     (answer,) = answers(capsys, checkpoint, "--prompt", "hello")
     assert answer["text"].startswith(captured.out.rstrip("\n")[:4])
     assert "tokens/s" in captured.err and "with bonus" in captured.err
+
+
+def test_the_id_of_a_record_goes_to_its_answer(checkpoint, capsys, tmp_path):
+    """In a batch and one by one, out of a compressed list as out of lines."""
+    rows = [{"id": "q1", "prompt": "the end"}, {"prompt": "the cat"}, {"id": 7, "instruction": "the", "input": "hat"}]
+    rows[2]["tools"] = [{"name": "sum"}]  # of which the toy's template makes nothing
+    found = []
+    for kind, compression, slots in ((".json", ".gz", 3), (".jsonl", "", 1)):
+        file = write(tmp_path, rows, kind, compression)
+        found.append(answers(capsys, checkpoint, "--prompt-file", file, "--draft", "none", "--slots", slots))
+    assert [[answer.get("id") for answer in one] for one in found] == [["q1", None, 7]] * 2
+    assert ["id" in answer for answer in found[0]] == [True, False, True]
+    assert [answer["tokens"] for answer in found[0]] == [answer["tokens"] for answer in found[1]]
 
 
 def test_prompt_files_and_standard_input(checkpoint, capsys, tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ from frspec_jax.errors import UserError
 from frspec_jax.prompts import Asked, read_prompts
 from frspec_jax.records import COMPRESSIONS
 from tests.support.corpora import COMPRESS, write
-from train.answers import first_prompts
 from train.corpus import Tally, read_corpus
+from train.first_prompts import first_prompts
 
 SAY = [{"role": "user", "content": "Say yes"}]
 FORMS = [  # a record, the prompt that it is to generate, and the turns that it is to train

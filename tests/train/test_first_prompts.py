@@ -8,9 +8,9 @@ import pytest
 
 from tests.support.folders import checkpoint_folder
 from train.__main__ import main
-from train.answers import first_prompts, prompt_ids
 from train.corpus import Tally
 from train.features import FeatureStore
+from train.first_prompts import first_prompts, prompt_ids
 
 
 @pytest.fixture(scope="module")
