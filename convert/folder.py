@@ -90,6 +90,13 @@ class TensorFolder:
         other._loaders = {names[name]: load for name, load in self._loaders.items()}
         return other
 
+    def without(self, names: Iterable[str]) -> TensorFolder:
+        """The same, less some tensors."""
+        other, gone = copy.copy(self), set(names)
+        other._shapes = {name: shape for name, shape in self._shapes.items() if name not in gone}
+        other._dtypes = {name: dtype for name, dtype in self._dtypes.items() if name not in gone}
+        return other
+
     def described(self, config: dict[str, Any]) -> TensorFolder:
         """The same tensors with another config.json."""
         other = copy.copy(self)

@@ -1,4 +1,4 @@
-"""`python -m convert gguf FILE --out CKPT`: a llama or qwen2 model in llama.cpp's GGUF format.
+"""`python -m convert gguf FILE --out CKPT`: a model in llama.cpp's GGUF format.
 
 Weights of any quantisation that the gguf package reads are dequantised. The tokenizer and the chat
 template come out of the same file (gguf_tokenizer.py).
@@ -16,46 +16,19 @@ from typing import Any
 
 import numpy as np
 
+from convert.gguf_names import ARCHITECTURES, FREQUENCY_FACTORS, PAIRS_NEIGHBOURS, hf_name, unpermute
 from convert.gguf_tokenizer import save_tokenizer
 from convert.progress import tensor_progress
 from convert.weights import DTYPES, fill, model_parts, tensor_count
 from frspec_jax.checkpoint import write_model
 from frspec_jax.config import ModelConfig, RopeScaling
 from frspec_jax.errors import UserError
+from frspec_jax.families import BY_NAME, query_scale, unrotated_each, windows_of
 from frspec_jax.files import new_folder
 from frspec_jax.shapes import model_shapes
 
-# GGUF's names, and those of Hugging Face. `N` stands for the layer's number.
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "blk.N.attn_norm": "model.layers.N.input_layernorm",
-    "blk.N.attn_q": "model.layers.N.self_attn.q_proj",
-    "blk.N.attn_k": "model.layers.N.self_attn.k_proj",
-    "blk.N.attn_v": "model.layers.N.self_attn.v_proj",
-    "blk.N.attn_output": "model.layers.N.self_attn.o_proj",
-    "blk.N.ffn_norm": "model.layers.N.post_attention_layernorm",
-    "blk.N.ffn_gate": "model.layers.N.mlp.gate_proj",
-    "blk.N.ffn_up": "model.layers.N.mlp.up_proj",
-    "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
-}
-FREQUENCY_FACTORS = "rope_freqs.weight"  # what each rotary frequency is divided by; read into the config
-
-
-def hf_name(name: str) -> str:
-    """A GGUF tensor's name in Hugging Face's terms; unknown ones stay as they are."""
-    stem, _, end = name.rpartition(".")
-    layer = re.match(r"blk\.(\d+)\.", stem)
-    pattern = re.sub(r"^blk\.\d+\.", "blk.N.", stem)
-    if pattern not in NAMES:
-        return name
-    return NAMES[pattern].replace("N", layer[1] if layer else "N") + "." + end
-
-
-def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's order of Q and K rows, which pairs neighbours for rotation; ours pairs halves."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+# Models whose scores are divided by the square root of H / heads, by their layers; of the others, by that of head_dim.
+SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}
 
 
 class GgufFile:
@@ -72,16 +45,15 @@ class GgufFile:
         except Exception as error:  # the package raises many kinds for a file that is cut short or none of its own
             raise UserError(f"{path} cannot be read as GGUF ({error}); download it again") from None
         self._meta = reader.fields
-        self._tensors = {hf_name(t.name): t for t in reader.tensors}
         self.architecture = self.get("general.architecture")
         self._refuse_unsupported()
+        self._tensors = {hf_name(t.name, self.architecture): t for t in reader.tensors}
 
     def _refuse_unsupported(self) -> None:
         """Refuse what would otherwise be converted to something else than the model."""
-        if self.architecture not in ("llama", "qwen2"):
-            raise UserError(
-                f"{self.label} holds a model of architecture {self.architecture!r}; llama and qwen2 are supported"
-            )
+        if self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"{self.label} holds a model of architecture {self.architecture!r}; {known} are supported")
         if (parts := self.get("split.count", 1)) > 1:
             raise UserError(
                 f"{self.label} is one of {parts} parts; join them first: llama-gguf-split --merge FIRST_PART OUT.gguf"
@@ -113,7 +85,9 @@ class GgufFile:
             raise UserError(
                 f"{self.label}: quantisation {kind} of {name} is not supported; give a file of Q8_0 or F16"
             ) from None
-        if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj", name):
+        if (offset := BY_NAME[self.architecture].norm_offset) and name.endswith("norm.weight"):
+            array = array - offset  # llama.cpp stores 1 + w
+        if self.architecture in PAIRS_NEIGHBOURS and re.search(r"self_attn\.[qk]_proj", name):
             heads = "head_count" if "q_proj" in name else "head_count_kv"
             array = unpermute(array, int(self.get(f"{{arch}}.attention.{heads}")))
         return array
@@ -141,13 +115,16 @@ class GgufFile:
             raise UserError(
                 f"{self.label}: {rotated} of {head_dim} dimensions a head are rotated; only whole heads are supported"
             )
-        names = set(self.names())
+        names, layers, family = set(self.names()), need("block_count"), BY_NAME[self.architecture]
+        scalar = hidden / heads if SCALED_BY_HIDDEN.get(family.name) == layers else head_dim
+        windows = self._windows(layers)
+        local = self.get("{arch}.rope.freq_base_swa") or family.local_rope_theta
         return ModelConfig(
             architecture=self.architecture,
             vocab_size=self.shape("model.embed_tokens.weight")[0],
             hidden_size=hidden,
             intermediate_size=need("feed_forward_length"),
-            num_layers=need("block_count"),
+            num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -159,7 +136,28 @@ class GgufFile:
             attention_bias="model.layers.0.self_attn.q_proj.bias" in names,
             output_bias="model.layers.0.self_attn.o_proj.bias" in names,
             mlp_bias="model.layers.0.mlp.down_proj.bias" in names,
+            **family.arithmetic(hidden),
+            query_scale=query_scale(scalar, head_dim),
+            attention_cap=self._cap("attn_logit_softcapping"),
+            logits_cap=self._cap("final_logit_softcapping"),
+            windows=windows,
+            local_rope_theta=local if windows else 0.0,
+            unrotated=unrotated_each(layers) if family.name == "smollm3" else (),
         )
+
+    def _cap(self, key: str) -> float:
+        """A soft cap; where the file is silent, the one that the family's models have."""
+        return float(self.get("{arch}." + key) or BY_NAME[self.architecture].defaults.get(key) or 0.0)
+
+    def _windows(self, layers: int) -> tuple[int, ...]:
+        window = self.get("{arch}.attention.sliding_window")
+        family = BY_NAME[self.architecture]
+        if not window or not family.window_of_all:
+            return ()
+        pattern = self.get("{arch}.attention.sliding_window_pattern") or family.window_every
+        if isinstance(pattern, list):
+            return tuple(window if windowed else 0 for windowed in pattern)
+        return windows_of(window, layers, pattern)
 
     def _rope_scaling(self, context: int) -> RopeScaling:
         if FREQUENCY_FACTORS in self._tensors:

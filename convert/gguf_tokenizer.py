@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from frspec_jax.errors import UserError
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # llama.cpp's token types; there are more
-END_OF_TURN = {"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>"}
+END_OF_TURN = {"<|endoftext|>", "<end_of_turn>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "</s>"}
 
 # How llama.cpp's pre-tokenizer kinds split text, as the regular expressions of the models' own tokenizers.
 QWEN2_SPLIT = (

@@ -1,4 +1,4 @@
-"""`python -m convert hf FOLDER --out CKPT`: a Llama or Qwen2 model in Hugging Face's format.
+"""`python -m convert hf FOLDER --out CKPT`: a model in Hugging Face's format.
 
 Weights come from safetensors or `.bin`, in one file or in shards. The tokenizer's files are copied
 as they are; where only SentencePiece's tokenizer.model is there, they are built from it.
@@ -25,6 +25,7 @@ from convert.weights import DTYPES, fill, model_parts, tensor_count
 from frspec_jax.checkpoint import write_model
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
+from frspec_jax.families import read_config
 from frspec_jax.files import new_folder
 from frspec_jax.shapes import model_shapes
 
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     source = TensorFolder(folder)
     if kind := draft_kind(source):
         raise UserError(f"{folder} is an EAGLE draft; run: python -m convert {kind} {folder} --target CKPT --name NAME")
-    config = ModelConfig.from_hf(source.config, f"{folder / 'config.json'}")
+    config = read_config(source.config, f"{folder / 'config.json'}")
+    source, left_out = text_half(source)
     shapes, parts = model_shapes(config), model_parts(config)
     dtype = source.lossless_dtype if args.dtype == "auto" else DTYPES[args.dtype]
     with new_folder(args.out) as out:
@@ -68,6 +70,29 @@ def run(args: argparse.Namespace) -> None:
         f"wrote {args.out}: {config.architecture}, {config.num_layers} layers, "
         f"vocabulary {config.vocab_size:,}, {np.dtype(dtype).name}"
     )
+    if left_out:
+        print(f"left out, since it is not the text half: {', '.join(left_out)}")
+
+
+def text_half(source: TensorFolder) -> tuple[TensorFolder, list[str]]:
+    """The tensors of a multimodal model's text half under the names that they have by themselves.
+
+    Also what the other half consists of, by name; of a model of text alone: all tensors, and nothing.
+    """
+    if not isinstance(source.config.get("text_config"), Mapping):
+        return source, []
+
+    def name_of(name: str) -> str:
+        for prefix, mine in (("language_model.model.", "model."), ("model.language_model.", "model.")):
+            if name.startswith(prefix):
+                return mine + name.removeprefix(prefix)
+        return name.removeprefix("language_model.")
+
+    renamed = source.renamed(name_of)
+    others = [
+        name for name in renamed.names() if not name.startswith(("model.embed", "model.layers", "model.norm", HEAD))
+    ]
+    return renamed.without(others), sorted({name.removeprefix("model.").split(".")[0] for name in others})
 
 
 def model_folder(path: Path) -> Path:
@@ -78,9 +103,26 @@ def model_folder(path: Path) -> Path:
         raise UserError(
             f"{path} is no folder; download a model of the Hub first: hf download {path} --local-dir {path.name}"
         )
+    if (path / "snapshots").is_dir():
+        return of_hub_cache(path)
     if (path / "params").is_dir():
         raise UserError(f"{path} is a folder that python -m convert has written; give it to --ckpt as it is")
     return path
+
+
+def of_hub_cache(path: Path) -> Path:
+    """The folder of a model in the Hub's cache, models--OWNER--NAME: the snapshot that its main branch points to.
+
+    Raises:
+      UserError: there is no such snapshot, but none or several others.
+    """
+    main = path / "refs" / "main"
+    if main.is_file() and (path / "snapshots" / main.read_text().strip()).is_dir():
+        return path / "snapshots" / main.read_text().strip()
+    snapshots = [folder for folder in sorted((path / "snapshots").iterdir()) if folder.is_dir()]
+    if len(snapshots) != 1:
+        raise UserError(f"{path} holds {len(snapshots)} snapshots of a model; give one of them: {path}/snapshots/NAME")
+    return snapshots[0]
 
 
 def _leftover(name: str, config: ModelConfig, source: TensorFolder) -> bool:

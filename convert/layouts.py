@@ -29,7 +29,7 @@ FAMILY = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 def eagle(spec: EagleConfig, params: EagleParams, target: Checkpoint, dtype: Any) -> Published:
     """EAGLE-2 as SafeAILab published it (`cnets1.py`); FR-Spec and CPM.cu read it too."""
-    family = target.config.architecture
+    family = "qwen2" if target.config.architecture == "qwen2" else "llama"  # whose layer the draft's one is
     config = _llama_config(spec, target, FAMILY[family], family)
     config |= {"bias": spec.fc_bias, "qkv_bias": spec.attention_bias}
     return spread(params, draft_parts(spec.layer_of(target.config)), dtype), config

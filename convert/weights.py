@@ -43,9 +43,16 @@ def layer_parts(config: ModelConfig, prefix: str) -> dict[str, Parts]:
         "output": (("self_attn.o_proj.weight", hidden),),
         "output_bias": (("self_attn.o_proj.bias", hidden),),
         "mlp_norm": (("post_attention_layernorm.weight", hidden),),
+        "query_norm": (("self_attn.q_norm.weight", config.head_dim),),
+        "key_norm": (("self_attn.k_norm.weight", config.head_dim),),
         "down": (("mlp.down_proj.weight", hidden),),
         "down_bias": (("mlp.down_proj.bias", hidden),),
     }
+    if config.norms == "around":
+        fields["attention_out_norm"] = fields["mlp_norm"]
+        fields["mlp_norm"] = (("pre_feedforward_layernorm.weight", hidden),)
+    fields.setdefault("attention_out_norm", ())
+    fields["mlp_out_norm"] = (("post_feedforward_layernorm.weight", hidden),)
     for suffix, end in (("", "weight"), ("_bias", "bias")):
         fields["qkv" + suffix] = tuple((f"self_attn.{x}_proj.{end}", q if x == "q" else kv) for x in "qkv")
         fields["gate_up" + suffix] = tuple((f"mlp.{x}_proj.{end}", inner) for x in ("gate", "up"))

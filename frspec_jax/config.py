@@ -14,7 +14,6 @@ from typing import Any, Literal
 from frspec_jax.errors import UserError
 from frspec_jax.schema import Entries, checked
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 TREE_LIMIT = 256  # nodes; ancestor sets are int32 words, eight of them at this size
 
 
@@ -110,10 +109,21 @@ def check_layer(config: Any, *others: str, file: str = "config.json") -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A target of the Llama family (Llama 2 and 3, SmolLM2, Qwen2 and 2.5)."""
+class LayerKind:
+    """What sets a layer of a model apart from its others."""
 
-    architecture: Literal["llama", "qwen2"]
+    window: int = 0  # tokens that each token sees, itself among them; 0: all before it
+    rotary: Literal["global", "local", "none"] = "global"  # by `rope_theta`, by `local_rope_theta`, or not at all
+
+
+USUAL_LAYER = LayerKind()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A target of Llama's kind. What the fields from `activation` on say is what sets families apart (`families`)."""
+
+    architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -129,62 +139,45 @@ class ModelConfig:
     attention_bias: bool = False  # bias on Q, K and V (Qwen2; Llama with attention_bias)
     output_bias: bool = False  # bias on the attention's output (Llama with attention_bias)
     mlp_bias: bool = False
+    activation: Literal["silu", "gelu"] = "silu"  # of the gate; gelu: approximated by tanh
+    norms: Literal["before", "around"] = "before"  # attention and MLP norm what they read, or what they add too
+    norm_offset: float = 0.0  # added to the weight of every norm (Gemma: 1)
+    head_norms: bool = False  # each head's queries and keys are normed before they are rotated
+    embedding_scale: float = 1.0  # of what the first layer reads
+    query_scale: float = 0.0  # of scores; 0: 1 / sqrt(head_dim)
+    attention_cap: float = 0.0  # scores are kept within it by tanh; 0: none
+    logits_cap: float = 0.0  # so are logits
+    windows: tuple[int, ...] = ()  # by layer, see `LayerKind.window`; (): none has one
+    local_rope_theta: float = 0.0  # of layers with a window, which then have no rope scaling; 0: as the others
+    unrotated: tuple[int, ...] = ()  # numbers of the layers without rotary embedding
 
     def __post_init__(self) -> None:
         check_layer(self, "vocab_size", "num_layers", "max_context")
+        if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
+            raise UserError(f"config.json: windows must be {self.num_layers} numbers from 0 on, one for each layer")
+        for name in ("query_scale", "attention_cap", "logits_cap", "local_rope_theta"):
+            if getattr(self, name) < 0:
+                raise UserError(f"config.json: {name} is {getattr(self, name)}, and must be at least 0")
 
     @property
     def queries_per_kv(self) -> int:
         return self.num_heads // self.num_kv_heads
 
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-        """Read a Hugging Face config.json.
+    def kind(self, layer: int) -> LayerKind:
+        """What sets the layer of this number apart."""
+        window = self.windows[layer] if self.windows else 0
+        if layer in self.unrotated:
+            return LayerKind(window, "none")
+        return LayerKind(window, "local" if window and self.local_rope_theta else "global")
 
-        Raises:
-          UserError: an architecture, activation, sliding window or rope scaling that is not
-            supported, or a missing entry.
+    def plain_layer(self, **changes: Any) -> ModelConfig:
+        """A layer of Llama's kind as a model of one layer, which shares this one's embedding and its global rotation.
+
+        changes: fields that it has of its own.
         """
-        entries = Entries(hf, source)
-        names = hf.get("architectures") or []
-        known = (
-            [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
-            if isinstance(names, list)
-            else []
-        )
-        if not known:
-            raise UserError(
-                f"{source}: architecture {names or hf.get('model_type')!r} is not supported; "
-                f"supported are {', '.join(ARCHITECTURES)}"
-            )
-        architecture = ARCHITECTURES[known[0]]
-        if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{source}: hidden_act {hf['hidden_act']!r} is not supported; the family uses silu")
-        if hf.get("use_sliding_window"):
-            raise UserError(f"{source}: use_sliding_window is set; sliding-window attention is not supported")
-        heads, hidden = entries.whole("num_attention_heads"), entries.whole("hidden_size")
-        context = entries.whole("max_position_embeddings", 2048)
-        rope = entries.inner("rope_parameters", "rope_scaling")
-        theta = rope.number("rope_theta", entries.number("rope_theta", 10000.0))
-        bias = entries.flag("attention_bias")
-        return cls(
-            architecture=architecture,  # type: ignore[arg-type]
-            vocab_size=entries.whole("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=entries.whole("intermediate_size"),
-            num_layers=entries.whole("num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=entries.whole("num_key_value_heads", heads),
-            head_dim=entries.whole("head_dim", max(1, hidden // heads)),
-            rms_norm_eps=entries.number("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=RopeScaling.from_hf(rope, context),
-            max_context=context,
-            tied_head=entries.flag("tie_word_embeddings"),
-            attention_bias=architecture == "qwen2" or bias,
-            output_bias=architecture == "llama" and bias,
-            mlp_bias=entries.flag("mlp_bias"),
-        )
+        usual = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
+        usual |= {"num_layers": 1, "embedding_scale": self.embedding_scale}
+        return dataclasses.replace(self, **{**usual, **changes})
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

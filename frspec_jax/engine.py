@@ -194,7 +194,7 @@ def prefill_chunk(
     feature, length = features[chunk.count - 1], chunk.start + chunk.count
 
     def first_token(feature: Array) -> tuple[Array, Likelihood | None]:
-        logits = llama.logits(weights.target, feature[None])
+        logits = llama.logits(weights.target, plan.config, feature[None])
         scores = logits
         if penalties is not None:
             scores = adjusted(logits, penalties, DraftTree.of_root(jnp.int32(0)))
@@ -353,7 +353,7 @@ def verify(
             kernels=plan.kernels,
             taps=plan.drafter.taps,
         )
-        logits = scores = llama.logits(weights.target, features)
+        logits = scores = llama.logits(weights.target, plan.config, features)
     if state.penalties is not None:
         scores = adjusted(logits, state.penalties, tree, together)
     following = length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)

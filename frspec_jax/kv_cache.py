@@ -15,7 +15,7 @@ from frspec_jax.placement import Placement
 from pallas_kernels import device
 from pallas_kernels.compaction import compact as compacted
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.rotary_append import Rotation
+from pallas_kernels.rotary_append import HeadNorms, Rotation
 from pallas_kernels.rotary_append import rotary_append as rotate_and_append
 
 BLOCK = 256  # capacities are multiples of it, so that attention may walk the cache in whole blocks
@@ -63,7 +63,12 @@ def empty(config: ModelConfig, capacity: int, dtype: jnp.dtype) -> KVCache:
 
 
 def rotary_append(
-    cache: LayerKV, qkv: Array, by: Rotation, where: Placement, implementation: Implementation = "auto"
+    cache: LayerKV,
+    qkv: Array,
+    by: Rotation,
+    where: Placement,
+    norms: HeadNorms | None = None,
+    implementation: Implementation = "auto",
 ) -> tuple[Array, LayerKV]:
     """Rotated queries [T, heads, head_dim], and the cache with what T tokens bring (`pallas_kernels.rotary_append`)."""
     q, keys, values = rotate_and_append(
@@ -74,6 +79,7 @@ def rotary_append(
         where.write_at,
         slot=cache.slot,
         skip=where.skip,
+        norms=norms,
         implementation=implementation,
     )
     return q, LayerKV(keys, values, cache.slot)

@@ -1,4 +1,4 @@
-"""The parts of a Llama decoder layer, shared by the target and the EAGLE draft."""
+"""The parts of a decoder layer, shared by the target and the EAGLE draft."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from frspec_jax import kv_cache
-from frspec_jax.config import ModelConfig
+from frspec_jax.config import USUAL_LAYER, LayerKind, ModelConfig, RopeScaling
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.fused_linear import Norm, fused_linear, gate
-from pallas_kernels.products import linear
-from pallas_kernels.rotary_append import Rotation, rotate
+from pallas_kernels.fused_linear import Norm, fused_linear, gated
+from pallas_kernels.products import linear, take_rows
+from pallas_kernels.rotary_append import HeadNorms, Rotation, rotate
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -40,11 +41,26 @@ class LayerParams:
     gate_up_bias: Array | None  # [2 F]
     down: Array  # [H, F]
     down_bias: Array | None  # [H]
+    # Of families that have them.
+    query_norm: Array | None = None  # [head_dim]
+    key_norm: Array | None = None  # [head_dim]
+    attention_out_norm: Array | None = None  # [H], of what attention adds
+    mlp_out_norm: Array | None = None  # [H], of what the MLP adds
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
+def embedded(table: Array, tokens: ArrayLike, config: ModelConfig) -> Array:
+    """What the first layer reads of tokens [T]: their rows [T, H] of the embedding [V, H], scaled by some families."""
+    rows = take_rows(table, tokens)
+    return rows if config.embedding_scale == 1 else rows * jnp.asarray(config.embedding_scale, rows.dtype)
+
+
+def rope_frequencies(config: ModelConfig, kind: LayerKind = USUAL_LAYER) -> np.ndarray:
     """Angle a position, in radians, of each of the head_dim / 2 rotated pairs: float32 [head_dim / 2]."""
     dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    if kind.rotary == "none":
+        return np.zeros(dim // 2, np.float32)
+    if kind.rotary == "local":
+        theta, scaling = config.local_rope_theta, RopeScaling()
     base = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
     if scaling.kind == "linear":
         base = base / scaling.factor
@@ -71,14 +87,16 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return base.astype(np.float32)
 
 
-def rotation(config: ModelConfig, positions: Array) -> Rotation:
-    """The rotation of tokens at `positions` [T] int32: computed where it is used, so no table limits the context.
+def rotation(config: ModelConfig, positions: Array, kind: LayerKind = USUAL_LAYER) -> Rotation:
+    """How layers of a kind rotate tokens at `positions` [T] int32.
+
+    It is computed where it is used, so no table limits the context.
 
     The barrier keeps XLA from working out the angles again within each layer's fusion, once for every
     head: on a CPU that was a tenth of a pass over eight tokens.
     """
-    angle = positions[:, None, None].astype(jnp.float32) * rope_frequencies(config)
-    scale = config.rope_scaling.attention_factor
+    angle = positions[:, None, None].astype(jnp.float32) * rope_frequencies(config, kind)
+    scale = config.rope_scaling.attention_factor if kind.rotary == "global" else 1.0
     return Rotation(
         lax.optimization_barrier(jnp.concatenate([jnp.cos(angle) * scale, jnp.sin(angle) * scale], axis=-1))
     )
@@ -86,7 +104,7 @@ def rotation(config: ModelConfig, positions: Array) -> Rotation:
 
 @struct.dataclass
 class Pass:
-    """What every layer of one pass over T tokens shares."""
+    """What the layers of one kind share in one pass over T tokens."""
 
     config: ModelConfig = struct.field(pytree_node=False)
     kernels: Kernels = struct.field(pytree_node=False)  # which implementations run
@@ -94,8 +112,12 @@ class Pass:
     by: Rotation  # their keys and queries are rotated
 
     @classmethod
-    def of(cls, config: ModelConfig, where: Placement, kernels: Kernels = AUTO) -> Pass:
-        return cls(config, kernels, where, rotation(config, where.positions))
+    def of(cls, config: ModelConfig, where: Placement, kernels: Kernels = AUTO, kind: LayerKind = USUAL_LAYER) -> Pass:
+        return cls(config, kernels, where.within(kind.window), rotation(config, where.positions, kind))
+
+    def norm(self, weight: Array) -> Norm:
+        """The model's kind of norm, with this weight."""
+        return Norm(weight, self.config.rms_norm_eps, self.config.norm_offset)
 
 
 def project_qkv(layer: LayerParams, config: ModelConfig, x: Array, by: Rotation) -> tuple[Array, Array, Array]:
@@ -106,29 +128,45 @@ def project_qkv(layer: LayerParams, config: ModelConfig, x: Array, by: Rotation)
     return rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
 
 
+def head_norms(layer: LayerParams, config: ModelConfig) -> HeadNorms | None:
+    """What a layer's queries and keys go through before they are rotated; None: nothing."""
+    if layer.query_norm is None or layer.key_norm is None:
+        return None
+    return HeadNorms(layer.query_norm, layer.key_norm, config.rms_norm_eps, config.norm_offset)
+
+
 def gated_mlp(layer: LayerParams, x: Array) -> Array:
     """down(silu(gate(x)) * up(x)), as training runs it."""
-    return linear(gate(linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+    return linear(gated(linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
 
 
 def decoder_layer(
     layer: LayerParams, x: Array, here: Pass, cache: LayerKV, *, attend_from: Array | None = None
 ) -> tuple[Array, LayerKV]:
-    """One Llama decoder layer over T tokens, whose keys and values are put into the cache first.
+    """One decoder layer over T tokens, whose keys and values are put into the cache first.
 
     Args:
-      x: [T, H] residual stream. here: where the tokens stand, and what the layers of this pass share.
+      x: [T, H] residual stream. here: where the tokens stand, and what the layers of its kind share.
       attend_from: what Q, K and V read; None: x, through the layer's own norm if it has one.
     """
     config, kernels = here.config, here.kernels
     product = functools.partial(fused_linear, implementation=kernels.product)
+
+    def added(y: Array, weight: Array, bias: Array | None, x: Array, out_norm: Array | None) -> Array:
+        """x, and the product of y beside it, which goes through a norm first where the family has one there."""
+        if out_norm is None:
+            return product(y, weight, bias, residual=x)
+        return x + here.norm(out_norm)(product(y, weight, bias))
+
     with jax.named_scope("attention"):
         norm = None
         if attend_from is None:
             attend_from = x
-            norm = None if layer.attention_norm is None else Norm(layer.attention_norm, config.rms_norm_eps)
+            norm = None if layer.attention_norm is None else here.norm(layer.attention_norm)
         qkv = product(attend_from, layer.qkv, layer.qkv_bias, norm=norm)
-        q, cache = kv_cache.rotary_append(cache, qkv, here.by, here.where, kernels.attention)
+        q, cache = kv_cache.rotary_append(cache, qkv, here.by, here.where, head_norms(layer, config), kernels.attention)
+        if config.query_scale:
+            q = q * jnp.asarray(config.query_scale * math.sqrt(config.head_dim), q.dtype)
         mixed = tree_attention(
             q,
             cache.keys,
@@ -137,10 +175,11 @@ def decoder_layer(
             slot=cache.slot,
             implementation=kernels.attention,
             rows=kernels.rows,
+            cap=config.attention_cap,
             steady=kernels.steady,
         )
-        x = product(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias, residual=x)
+        x = added(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias, x, layer.attention_out_norm)
     with jax.named_scope("mlp"):
-        norm = Norm(layer.mlp_norm, config.rms_norm_eps)
-        inner = product(x, layer.gate_up, layer.gate_up_bias, norm=norm, gated=True)
-        return product(inner, layer.down, layer.down_bias, residual=x), cache
+        norm = here.norm(layer.mlp_norm)
+        inner = product(x, layer.gate_up, layer.gate_up_bias, norm=norm, gate=config.activation)
+        return added(inner, layer.down, layer.down_bias, x, layer.mlp_out_norm), cache

@@ -1,4 +1,4 @@
-"""The target: a Llama-family model as a pure function over a pytree of weights."""
+"""The target: a model of Llama's kind as a pure function over a pytree of weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jax import Array
 
 from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
-from frspec_jax.layers import LayerParams, Pass, decoder_layer
+from frspec_jax.layers import LayerParams, Pass, decoder_layer, embedded
 from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO, Kernels
-from pallas_kernels.products import rms_norm, rows_f32, take_rows
+from pallas_kernels.products import capped, rms_norm, rows_f32
 
 
 @struct.dataclass
@@ -51,20 +51,22 @@ def forward(
       Features [T, (1 + taps) H]: the hidden state after the final norm, which is the LM head's input, and
       beside it the residual stream at each tap. And the cache.
     """
-    x = take_rows(params.embedding, tokens)
-    here = Pass.of(config, where, kernels)
+    x = embedded(params.embedding, tokens, config)
+    kinds = [config.kind(index) for index in range(config.num_layers)]
+    passes = {kind: Pass.of(config, where, kernels, kind) for kind in dict.fromkeys(kinds)}
     updated = []
     streams = [x]  # what each layer reads
     for index, (layer, layer_cache) in enumerate(zip(params.layers, cache, strict=True)):
         with jax.named_scope(f"layer_{index}"):
-            x, layer_cache = decoder_layer(layer, x, here, layer_cache)
+            x, layer_cache = decoder_layer(layer, x, passes[kinds[index]], layer_cache)
         updated.append(layer_cache)
         streams.append(x)
-    features = rms_norm(x, params.final_norm, config.rms_norm_eps)
+    features = rms_norm(x, params.final_norm, config.rms_norm_eps, config.norm_offset)
     return jnp.concatenate([features, *(streams[tap] for tap in taps)], axis=-1), tuple(updated)
 
 
-def logits(params: LlamaParams, features: Array) -> Array:
+def logits(params: LlamaParams, config: ModelConfig, features: Array) -> Array:
     """Full-vocabulary logits [T, V], float32, of features [T, H], which may have taps beside them."""
     with jax.named_scope("lm_head"):
-        return rows_f32(features[:, : params.head.shape[1]], params.head)
+        scores = rows_f32(features[:, : params.head.shape[1]], params.head)
+        return capped(scores, config.logits_cap)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
 from frspec_jax.tree import Beam, DraftTree
-from pallas_kernels.visibility import Sees, causal
+from pallas_kernels.visibility import Sees, bit_words, causal
 
 
 @struct.dataclass
@@ -18,6 +20,20 @@ class Placement:
     write_at: Array  # int32 scalar, a cache row: the first token stands `skip` rows behind it, and the others follow
     sees: Sees
     skip: int = struct.field(pytree_node=False, default=0)
+
+    def within(self, window: int) -> Placement:
+        """The same where each token sees only `window` tokens, itself among them; 0: all that it saw.
+
+        For targets, whose committed rows are the text's positions, and whose rows after them are the T tokens here.
+        """
+        if not window:
+            return self
+        assert self.skip == 0, "the rows of a draft's earlier levels have positions that are not known here"
+        tokens, words = self.positions.shape[0], self.sees.ancestors.shape[1]
+        oldest = self.positions - (window - 1)
+        near = jnp.pad(self.positions[None] >= oldest[:, None], ((0, 0), (0, 32 * words - tokens)))
+        sees = Sees(self.sees.committed, self.sees.ancestors & bit_words(near), jnp.maximum(oldest, 0))
+        return dataclasses.replace(self, sees=sees)
 
     @classmethod
     def chain(cls, start: Array, tokens: int) -> Placement:

@@ -13,23 +13,32 @@ from frspec_jax.config import ModelConfig, RopeScaling, Sampling
 from frspec_jax.drafters.base import NO_WEIGHTS
 from frspec_jax.drafters.eagle import Eagle, EagleConfig, EagleWeights
 from frspec_jax.engine import Asked, DecodeState, Plan, Weights, new_caches, state_after
+from frspec_jax.families import BY_NAME, windows_of
 from frspec_jax.shapes import model_shapes
 from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.models import SHAPES, Shape
 
+WINDOW = 512  # of a family whose layers have one
 SPREAD = 0.02  # standard deviation of random weights
 
 
 def model_config(name: str) -> ModelConfig:
     """The target of a name in `pallas_kernels.models.SHAPES`."""
-    return config_of(SHAPES[name], qwen=name.startswith("qwen"))
+    return config_of(SHAPES[name], family_of(name))
 
 
-def config_of(shape: Shape, qwen: bool = False) -> ModelConfig:
+def family_of(name: str) -> str:
+    """The family of such a model."""
+    return next((family for family in BY_NAME if name.startswith(family)), "llama")
+
+
+def config_of(shape: Shape, family: str = "llama") -> ModelConfig:
     """A target of these sizes; what does not change the speed is Llama 3's."""
+    row = BY_NAME[family]
+    windows = windows_of(WINDOW, shape.layers, row.window_every) if row.window_every else ()
     return ModelConfig(
-        architecture="qwen2" if qwen else "llama",
+        architecture=family,
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -42,7 +51,10 @@ def config_of(shape: Shape, qwen: bool = False) -> ModelConfig:
         rope_scaling=RopeScaling(),
         max_context=8192,
         tied_head=shape.tied_head,
-        attention_bias=qwen,
+        attention_bias=row.attention_bias == "qkv",
+        **row.arithmetic(shape.hidden),
+        windows=windows,
+        local_rope_theta=row.local_rope_theta,
     )
 
 

@@ -39,6 +39,10 @@ def layer_shapes(
         gate_up_bias=struct(dtype, 2 * inner) if config.mlp_bias else None,
         down=struct(dtype, hidden, inner),
         down_bias=struct(dtype, hidden) if config.mlp_bias else None,
+        query_norm=struct(dtype, config.head_dim) if config.head_norms else None,
+        key_norm=struct(dtype, config.head_dim) if config.head_norms else None,
+        attention_out_norm=struct(dtype, hidden) if config.norms == "around" else None,
+        mlp_out_norm=struct(dtype, hidden) if config.norms == "around" else None,
     )
 
 

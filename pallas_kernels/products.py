@@ -137,6 +137,17 @@ def mean_square(x: Array) -> Array:
     return square.mean(-1, keepdims=True)[: x.shape[0]]
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Scale to unit mean square, in float32, and back to x's dtype before the learned weight."""
-    return (x.astype(jnp.float32) * lax.rsqrt(mean_square(x) + eps)).astype(x.dtype) * weight
+def rms_norm(x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
+    """Scale to unit mean square, in float32, and back to x's dtype before the learned weight.
+
+    offset: is added to the weight (Gemma's 1 + w), and then all of it is done in float32.
+    """
+    normed = x.astype(jnp.float32) * lax.rsqrt(mean_square(x) + eps)
+    if offset:
+        return (normed * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
+    return normed.astype(x.dtype) * weight
+
+
+def capped(scores: Array, cap: float) -> Array:
+    """Scores that a soft cap (Gemma 2) keeps within -cap and cap; 0: as they are."""
+    return scores if cap == 0 else cap * jnp.tanh(scores / cap)

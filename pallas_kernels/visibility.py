@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -48,15 +49,21 @@ class Sees:
         y:  1 1 | 1 0 1 0
         z:  1 1 | 1 1 0 1
 
-    A chain of ancestors (`causal`) is ordinary causal attention.
+    A chain of ancestors (`causal`) is ordinary causal attention. Where attention has a window, `first` takes away the
+    committed rows that lie too far back, and `ancestors` has no bit for such rows of the tree.
     """
 
     committed: Array  # int32 scalar, rows that every token sees
     ancestors: Array  # [T, W] int32 bit words over the rows from `committed` on, each token's own included
+    first: Array | None = None  # [T] int32, the first committed row that each token sees; None: all see all of them
 
     def each(self) -> Sees:
         """The same as that of a batch of one."""
-        return Sees(self.committed[None], self.ancestors[None])
+        return jax.tree.map(lambda x: x[None], self)
+
+    def only(self) -> Sees:
+        """The one of a batch of one."""
+        return jax.tree.map(lambda x: x[0], self)
 
     @property
     def end(self) -> Array:
@@ -65,7 +72,10 @@ class Sees:
 
     def rows(self, row: Array) -> Array:
         """Whether each token sees the cache rows `row` [R] int32: booleans [T, R]."""
-        return (row < self.committed)[None] | has_bit(self.ancestors, row - self.committed)
+        committed = (row < self.committed)[None]
+        if self.first is not None:
+            committed = committed & (row[None] >= self.first[:, None])
+        return committed | has_bit(self.ancestors, row - self.committed)
 
     def dense(self, capacity: int) -> Array:
         """The whole mask, for references and plots: booleans [T, capacity]."""

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +128,7 @@ def _answer_files(
         for number, text in enumerate(first_turns(files)):
             if number in writer.sources:
                 continue
-            messages = [{"role": "user", "content": text}]
-            ids = checkpoint.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = prompt_ids(checkpoint.tokenizer, text)
             if not 0 < len(ids) <= longest:
                 continue
             # Answers in the making may fill the store already; where they stay short, there is room for another.
@@ -172,6 +172,16 @@ def _answer_files(
             seed=settings.seed,
             progress=show,
         )
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a prompt as inference gives it: by the chat template, or as it stands where there is none."""
+    if not tokenizer.chat_template:
+        ids: list[int] = tokenizer(text)["input_ids"]
+        return ids
+    messages = [{"role": "user", "content": text}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ids
 
 
 def first_turns(files: Iterable[Path]) -> Iterator[str]:
@@ -220,7 +230,7 @@ def _admit(
     where = Placement.chain(jnp.int32(0), prompt.tokens.shape[0])
     features, own = llama.forward(params, config, prompt.tokens, where, own, kernels=XLA)
     cache = jax.tree.map(lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, slot, 0), slots.cache, own)
-    last = llama.logits(params, features[count - 1][None])
+    last = llama.logits(params, config, features[count - 1][None])
     draw = dataclasses.replace(draw, sequence=prompt.source)
     first = sampling.choose(last, rule, draw, count[None], jnp.zeros(1, jnp.int32))[0]
     slots = Slots(
@@ -244,7 +254,7 @@ def _decode(
 
     def step(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
         features, cache = jax.vmap(one)(slots.cache, slots.last, slots.length)
-        scores = llama.logits(params, features)
+        scores = llama.logits(params, config, features)
 
         def following(row: Array, source: Array, position: Array) -> Array:
             mine = dataclasses.replace(draw, sequence=source)

@@ -52,7 +52,7 @@ def new_task(
 ) -> Task:
     """What is trained: a new draft, or `found`, a draft's description and weights."""
     words = seed_words(seed)
-    table = np.asarray(target.embedding, np.float32)
+    table = np.asarray(target.embedding, np.float32) * np.float32(checkpoint.config.embedding_scale)
     units = Units.measured(packing, table) if recipe.units == "measured" else ONE
     if found is None:
         draft = EagleConfig.like(checkpoint.config)

@@ -21,8 +21,8 @@ from jax import Array
 
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
-from frspec_jax.layers import LayerParams, gated_mlp, project_qkv, rotation
-from pallas_kernels.products import einsum_f32, linear, rms_norm, take_rows
+from frspec_jax.layers import LayerParams, embedded, gated_mlp, project_qkv, rotation
+from pallas_kernels.products import einsum_f32, linear, rms_norm
 from train.batches import Batch
 from train.optimiser import TargetHeadLoss, gradients, head_logits, key_of
 from train.start import ONE, Units, folded
@@ -118,10 +118,10 @@ def unrolled_passes(
 ) -> list[Array]:
     """`self_fed_passes` of EAGLE-2's layer; embedding: [V, H]."""
     features = jnp.asarray(batch.features)
-    embedded = take_rows(embedding, batch.next_tokens).reshape(-1, features.shape[-1])
+    rows = embedded(embedding, batch.next_tokens, config).reshape(-1, features.shape[-1])
 
     def enter(features: Array) -> tuple[Array, Array]:
-        x = linear(jnp.concatenate([embedded, features], axis=-1), params.fc, params.fc_bias)
+        x = linear(jnp.concatenate([rows, features], axis=-1), params.fc, params.fc_bias)
         return x, x
 
     return self_fed_passes(params.layer, config, enter, features, batch, unroll)

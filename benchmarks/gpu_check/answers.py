@@ -126,7 +126,7 @@ def _read(
 
     features, cache = jax.vmap(one)(cache, tokens)
     last = jnp.take_along_axis(features, (counts - 1)[:, None, None], axis=1)[:, 0]
-    return cache, features, jnp.argmax(llama.logits(params, last), -1).astype(jnp.int32)
+    return cache, features, jnp.argmax(llama.logits(params, config, last), -1).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("cache",))
@@ -149,7 +149,7 @@ def _decoded(
     def step(carry: Any, _: None) -> Any:
         cache, last, lengths, done = carry
         features, cache = jax.vmap(one)(cache, last, lengths)
-        following = jnp.argmax(llama.logits(params, features), -1).astype(jnp.int32)
+        following = jnp.argmax(llama.logits(params, config, features), -1).astype(jnp.int32)
         return (cache, following, lengths + 1, done | jnp.isin(last, stops)), (last, features)
 
     (cache, last, lengths, done), out = lax.scan(step, (cache, last, lengths, done), None, length=steps)

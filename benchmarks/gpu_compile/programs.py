@@ -22,7 +22,7 @@ from frspec_jax.drafters.base import Vanilla
 from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.engine import Chunk, Plan
 from frspec_jax.pace_tables import DEFAULT, tables_of
-from frspec_jax.presets import config_of, eagle_of, random_weights, state_at
+from frspec_jax.presets import config_of, eagle_of, family_of, random_weights, state_at
 from frspec_jax.sampling import Rule
 from pallas_kernels.device import H100, compiling_for
 from pallas_kernels.dispatch import Kernels
@@ -127,7 +127,7 @@ def _topology() -> Any:
 
 def _config(case: Case) -> ModelConfig:
     shape = dataclasses.replace(SHAPES[case.model], layers=case.layers or SHAPES[case.model].layers)
-    return config_of(shape, qwen=case.model.startswith("qwen"))
+    return config_of(shape, family_of(case.model))
 
 
 def _plan(case: Case) -> tuple[Plan, Any, Any]:

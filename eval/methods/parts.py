@@ -59,7 +59,7 @@ def target_stages(plan: engine.Plan, weights: engine.Weights, context: int, dtyp
         return nudged(tokens, features), cache
 
     def head(held: engine.Weights, features: Array) -> Array:
-        return nudged(features, jnp.argmax(llama.logits(held.target, features), -1))
+        return nudged(features, jnp.argmax(llama.logits(held.target, config, features), -1))
 
     caches = kv_cache.empty(config, capacity, dtype)
     features = jnp.ones((nodes, config.hidden_size), dtype)

@@ -127,7 +127,7 @@ def choice_gap(model: Generator, ids: np.ndarray, request: Request) -> float:
     """
     with model.begin(ids, dataclasses.replace(request, max_new_tokens=1)) as text:
         state = text.state
-        scores = llama.logits(model.weights.target, state.accepted.features[:1])
+        scores = llama.logits(model.weights.target, text.plan.config, state.accepted.features[:1])
         if text.plan.rule != "greedy":
             scores = sampling.scored(scores, state.asked.draw, state.length[None], jnp.zeros(1, jnp.int32))
         best, second = jax.lax.top_k(scores[0], 2)[0].tolist()

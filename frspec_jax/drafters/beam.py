@@ -19,12 +19,12 @@ from frspec_jax.config import ModelConfig, TreeConfig
 from frspec_jax.drafters.base import DraftMemory, DraftWeights, Turn
 from frspec_jax.drafters.copying import Copies, Copying, NoCopies, NoCopying
 from frspec_jax.kv_cache import LayerKV
+from frspec_jax.layers import embedded
 from frspec_jax.placement import Placement
 from frspec_jax.slots import Slots
 from frspec_jax.tree import ALL_THE_WAY, Beam, Candidates, DraftTree, Going, rerank
 from frspec_jax.vocabulary import DraftHead, WholeHead
 from pallas_kernels.dispatch import Kernels
-from pallas_kernels.products import take_rows
 from pallas_kernels.subvocab_head import Extra, subvocab_top_k
 
 
@@ -165,7 +165,7 @@ class BeamDrafter(abc.ABC, Generic[W]):
             def deeper(ended: Frontier, level: int = level, at: Frontier = at) -> Frontier:
                 beam = at.beam
                 where = Placement.of_level(beam, level, turn.length)
-                embeddings = take_rows(weights.embedding, beam.tokens)
+                embeddings = embedded(weights.embedding, beam.tokens, self.config)
                 outputs, kv = self.extend(weights, embeddings, at.inputs, where, ended.kv)
                 scores, tokens = at.copies.raised(*self._best_tokens(weights, tree, outputs, extra))
                 beam, parents = beam.grow(going.likely(scores, level), tokens, self.kernels.attention)
@@ -191,7 +191,7 @@ class BeamDrafter(abc.ABC, Generic[W]):
         self, weights: W, features: Array, next_tokens: Array, start: Array, memory: BeamMemory
     ) -> tuple[Array, BeamMemory]:
         """Run pairs whose features are the target's own, at positions from `start` on."""
-        inputs, embeddings = self.fused(weights, features), take_rows(weights.embedding, next_tokens)
+        inputs, embeddings = self.fused(weights, features), embedded(weights.embedding, next_tokens, self.config)
         where = Placement.chain(start, features.shape[0])
         outputs, kv = self.extend(weights, embeddings, inputs, where, memory.kv)
         return outputs, dataclasses.replace(memory, kv=kv)

@@ -122,18 +122,14 @@ class EagleConfig:
 
     def layer_of(self, target: ModelConfig) -> ModelConfig:
         """The draft's layer as a one-layer model that shares the target's rotary embedding."""
-        return dataclasses.replace(
-            target,
+        return target.plain_layer(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
-            num_layers=1,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             rms_norm_eps=self.rms_norm_eps,
             attention_bias=self.attention_bias,
-            output_bias=False,
-            mlp_bias=False,
         )
 
     @classmethod

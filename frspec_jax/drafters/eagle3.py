@@ -194,9 +194,8 @@ class Eagle3Config:
             "rope_scaling",
             "attention_bias",
         )
-        return dataclasses.replace(
-            target, num_layers=1, output_bias=False, mlp_bias=False, **{name: getattr(self, name) for name in own}
-        )
+        # Its embeddings go through a norm: their size does not matter.
+        return target.plain_layer(embedding_scale=1.0, **{name: getattr(self, name) for name in own})
 
     def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> Eagle3Params:
         hidden = self.hidden_size

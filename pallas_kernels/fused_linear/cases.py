@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import power_of_two
-from pallas_kernels.fused_linear import Config, Norm, fused_linear
+from pallas_kernels.fused_linear import Config, Gate, Norm, fused_linear
 from pallas_kernels.models import SHAPES
 from pallas_kernels.timing import Case
 
@@ -60,17 +60,18 @@ def timed(name: str, rows: int, product: Product, dtype: DTypeLike) -> Case:
         lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) / np.sqrt(s.shape[-1]), dtype),
         arguments(name, rows, product, dtype),
     )
-    gated = product == "gate and up"
-    outputs = weight.shape[0] // (1 + gated)
+    gate: Gate | None = "silu" if product == "gate and up" else None
+    halves = 1 if gate is None else 2
+    outputs = weight.shape[0] // halves
 
     def run(x: Array, weight: Array, around: dict[str, Any], **how: Any) -> Array:
-        return fused_linear(x, weight, gated=gated, **around, **how)
+        return fused_linear(x, weight, gate=gate, **around, **how)
 
     return Case(
         operation="fused_linear",
         label=f"{name}, {product} of {rows} rows",
         dtype=weight.dtype.name,
-        shape={"rows": power_of_two(rows), "inputs": x.shape[1], "outputs": outputs, "halves": 1 + gated},
+        shape={"rows": power_of_two(rows), "inputs": x.shape[1], "outputs": outputs, "halves": halves},
         bytes=weight.nbytes,
         run=run,
         moving=x,

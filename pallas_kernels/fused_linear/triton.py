@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import check_blocks, power_of_two
-from pallas_kernels.fused_linear.xla import Norm
+from pallas_kernels.fused_linear.xla import Gate, Norm
 from pallas_kernels.products import precision_of
 
 MOST_ROWS = 64
@@ -46,13 +47,13 @@ class Config:
         return cls(block_o=next((b for b in (64, 32) if outputs // b >= PROGRAMS), 16), block_i=block_i)
 
 
-@functools.partial(jax.jit, static_argnames=("gated", "config", "interpret"))  # equal layers are lowered once
+@functools.partial(jax.jit, static_argnames=("gate", "config", "interpret"))  # equal layers are lowered once
 def fused_linear(
     x: Array,
     weight: Array,
     bias: Array | None,
     norm: Norm | None,
-    gated: bool,
+    gate: Gate | None,
     residual: Array | None,
     *,
     config: Config,
@@ -61,11 +62,16 @@ def fused_linear(
     """`pallas_kernels.fused_linear.fused_linear`, by the kernel; arguments and result as there."""
     beside = {"bias": bias, "norm": None if norm is None else norm.weight, "residual": residual}
     given = {name: array for name, array in beside.items() if array is not None}
-    out = weight.shape[0] // (2 if gated else 1)
+    out = weight.shape[0] // (2 if gate else 1)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(
-            _kernel, names=tuple(given), config=config, gated=gated, eps=0.0 if norm is None else norm.eps
+            _kernel,
+            names=tuple(given),
+            config=config,
+            gate=gate,
+            eps=0.0 if norm is None else norm.eps,
+            offset=0.0 if norm is None else norm.offset,
         ),
         grid=(-(-out // config.block_o),),
         in_specs=[whole] * (2 + len(given)),
@@ -78,7 +84,14 @@ def fused_linear(
 
 
 def _kernel(
-    x_ref: Any, weight_ref: Any, *refs: Any, names: tuple[str, ...], config: Config, gated: bool, eps: float
+    x_ref: Any,
+    weight_ref: Any,
+    *refs: Any,
+    names: tuple[str, ...],
+    config: Config,
+    gate: Gate | None,
+    eps: float,
+    offset: float,
 ) -> None:
     """One block of outputs for all rows.
 
@@ -91,7 +104,7 @@ def _kernel(
     row, line = start + lax.iota(jnp.int32, block_o), lax.iota(jnp.int32, columns)
     precision = precision_of(x_ref)
     ragged = outputs % block_o != 0 or inputs % block_i != 0
-    halves = 2 if gated else 1
+    halves = 2 if gate else 1
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         number, squares, totals = carry
@@ -103,7 +116,7 @@ def _kernel(
         if "norm" in beside:
             wide = x.astype(jnp.float32)
             squares += (wide * wide).sum(1)
-            scale = plt.load(beside["norm"].at[column], mask=column < inputs, other=0).astype(jnp.float32)
+            scale = plt.load(beside["norm"].at[column], mask=column < inputs, other=0).astype(jnp.float32) + offset
             x = (wide * scale[None]).astype(x.dtype)
         added = []
         for half, total in enumerate(totals):
@@ -132,8 +145,10 @@ def _kernel(
         return total
 
     y = finished(totals[0], 0)
-    if gated:
-        y = y * jax.nn.sigmoid(y) * finished(totals[1], 1)
+    if gate is not None:
+        # GELU by tanh is y sigmoid(2 z), since (1 + tanh z) / 2 is sigmoid(2 z).
+        steep = y if gate == "silu" else 2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)
+        y = y * jax.nn.sigmoid(steep) * finished(totals[1], 1)
     mine = (row < outputs)[:, None] & (line < count)[None]
     at = tuple(jnp.broadcast_to(a, mine.shape) for a in (line[None], row[:, None]))
     if "residual" in beside:

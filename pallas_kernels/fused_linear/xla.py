@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -16,18 +18,27 @@ class Norm:
 
     weight: Array  # [H]
     eps: float = struct.field(pytree_node=False)
+    offset: float = struct.field(pytree_node=False, default=0.0)  # added to the weight (Gemma's 1 + w)
+
+    def __call__(self, x: Array) -> Array:
+        """x [..., H] normed, in its dtype."""
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
 
-def gate(gate_up: Array) -> Array:
+Gate = Literal["silu", "gelu"]  # gelu: approximated by tanh, as Gemma has it
+
+
+def gated(gate_up: Array, by: Gate = "silu") -> Array:
     """silu(gate) * up of [T, 2 F], in float32, where a CPU is quicker at exponentials: [T, F] in its dtype."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+    activated = jax.nn.silu(gate) if by == "silu" else jax.nn.gelu(gate, approximate=True)
+    return (activated * up).astype(gate_up.dtype)
 
 
 def fused_linear(
-    x: Array, weight: Array, bias: Array | None, norm: Norm | None, gated: bool, residual: Array | None
+    x: Array, weight: Array, bias: Array | None, norm: Norm | None, gate: Gate | None, residual: Array | None
 ) -> Array:
     """`pallas_kernels.fused_linear.fused_linear`; arguments and result as there."""
-    y = linear(x if norm is None else rms_norm(x, norm.weight, norm.eps), weight, bias)
-    y = gate(y) if gated else y
+    y = linear(x if norm is None else norm(x), weight, bias)
+    y = y if gate is None else gated(y, gate)
     return y if residual is None else residual + y

@@ -12,9 +12,9 @@ from jax import Array
 from pallas_kernels.batching import in_pool
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.rotary_append import triton, xla
-from pallas_kernels.rotary_append.xla import Rotation, rotate, written
+from pallas_kernels.rotary_append.xla import HeadNorms, Rotation, rotate, written
 
-__all__ = ["Rotation", "rotary_append", "rotate", "written"]
+__all__ = ["HeadNorms", "Rotation", "rotary_append", "rotate", "written"]
 
 
 def rotary_append(
@@ -26,6 +26,7 @@ def rotary_append(
     *,
     slot: Array | None = None,
     skip: int = 0,
+    norms: HeadNorms | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[Array, Array, Array]:
     """Rotated queries, and a layer's cache with the keys and values of T tokens in its rows from `start + skip` on.
@@ -39,6 +40,7 @@ def rotary_append(
         window back and overwrite rows before it.
       slot: int32, which part of a pool is this sequence's. Under vmap no two sequences may have the same one, unless
         nobody reads it.
+      norms: what queries and keys go through first; None: nothing.
       implementation: see `dispatch`.
 
     Returns:
@@ -48,16 +50,16 @@ def rotary_append(
     run = functools.partial(triton.rotary_append, skip=skip, interpret=implementation == "interpret")
     if slot is None:
         if implementation == "xla":  # apart, since its update of a cache seen as a pool of one would copy the cache
-            return xla.rotary_append(qkv, by, keys, values, start + skip)
-        q, keys, values = (x[0] for x in run(qkv[None], by.each(), keys[None], values[None], start[None], None))
+            return xla.rotary_append(qkv, by, keys, values, start + skip, norms)
+        q, keys, values = (x[0] for x in run(qkv[None], by.each(), keys[None], values[None], start[None], None, norms))
         return q, keys, values
 
     def each(pool: tuple[Array, Array], own: tuple[Array, Rotation, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         qkv, by, start, slot = own
         if implementation == "xla":
-            q, keys, values = xla.in_slots(qkv, by, *pool, start + skip, slot)
+            q, keys, values = xla.in_slots(qkv, by, *pool, start + skip, slot, norms)
         else:
-            q, keys, values = run(qkv, by, *pool, start, slot)
+            q, keys, values = run(qkv, by, *pool, start, slot, norms)
         return q, (keys, values)
 
     q, (keys, values) = in_pool(each, (keys, values), (qkv, by, start, slot))

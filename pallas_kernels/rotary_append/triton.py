@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.bits import bits_of, floats_of
 from pallas_kernels.dispatch import power_of_two
-from pallas_kernels.rotary_append.xla import Rotation
+from pallas_kernels.rotary_append.xla import HeadNorms, Rotation
 
 MOST_TOKENS = 32  # a program
 
@@ -26,6 +26,7 @@ def rotary_append(
     values: Array,
     start: Array,
     slot: Array | None,
+    norms: HeadNorms | None,
     *,
     skip: int,
     interpret: bool,
@@ -35,13 +36,15 @@ def rotary_append(
     slot = jnp.zeros(batch, jnp.int32) if slot is None else slot
     heads = width // head_dim - 2 * kv_heads
     block = min(MOST_TOKENS, power_of_two(tokens, least=1))
-    kernel = functools.partial(_kernel, heads=heads, block=block, skip=skip)
+    learned = () if norms is None else (jnp.stack([norms.query, norms.key]),)
+    scaling = None if norms is None else (norms.eps, norms.offset)
+    kernel = functools.partial(_kernel, heads=heads, block=block, skip=skip, scaling=scaling)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     k, v = floats_of(keys), floats_of(values)
     q, k, v = pl.pallas_call(
         kernel,
         grid=(heads + 2 * kv_heads, -(-tokens // block), batch),
-        in_specs=[whole] * 6,
+        in_specs=[whole] * (6 + len(learned)),
         out_specs=[whole] * 3,
         out_shape=[
             jax.ShapeDtypeStruct((batch, tokens, heads, head_dim), qkv.dtype),
@@ -52,13 +55,16 @@ def rotary_append(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="rotary_append",
-    )(qkv, by.cos_sin[:, :, 0], start, slot, k, v)
+    )(qkv, by.cos_sin[:, :, 0], start, slot, k, v, *learned)
     return q, bits_of(k, keys.dtype), bits_of(v, values.dtype)
 
 
-def _kernel(*refs: Any, heads: int, block: int, skip: int) -> None:
-    """One head of `block` tokens. The caches come twice, as what is read and as what is written: they are the same."""
-    qkv_ref, cos_sin_ref, start_ref, slot_ref, _keys, _values, q_ref, keys_ref, values_ref = refs
+def _kernel(*refs: Any, heads: int, block: int, skip: int, scaling: tuple[float, float] | None) -> None:
+    """One head of `block` tokens. The caches come twice, as what is read and as what is written: they are the same.
+
+    scaling: eps and offset of the heads' norms, whose weights [2, head_dim] come too; None: there are none.
+    """
+    qkv_ref, cos_sin_ref, start_ref, slot_ref, _keys, _values, *learned, q_ref, keys_ref, values_ref = refs
     tokens, half, kv_heads = cos_sin_ref.shape[1], cos_sin_ref.shape[2] // 2, keys_ref.shape[1]
     sequence = pl.program_id(2)
     head, token = pl.program_id(0), pl.program_id(1) * block + lax.iota(jnp.int32, block)
@@ -72,6 +78,15 @@ def _kernel(*refs: Any, heads: int, block: int, skip: int) -> None:
     cos = plt.load(cos_sin_ref.at[text, row, low], mask=real, other=0.0)
     sin = plt.load(cos_sin_ref.at[text, row, low + half], mask=real, other=0.0)
     a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
+    if scaling is not None:
+        (weights_ref,), (eps, offset) = learned, scaling
+        # Values are not rotated, nor normed: what becomes of them here is not stored.
+        which = jnp.broadcast_to(jnp.minimum(head // heads, 1), pair.shape)
+        scale = lax.rsqrt((a32 * a32 + b32 * b32).sum(1) / (2 * half) + eps)[:, None]
+        a32, b32 = (
+            _normed(x, scale, plt.load(weights_ref.at[which, pair + at], mask=pair < half, other=0), offset, a.dtype)
+            for x, at in ((a32, 0), (b32, half))
+        )
     turned = (a32 * cos - b32 * sin).astype(a.dtype), (b32 * cos + a32 * sin).astype(b.dtype)
 
     at = start_ref[sequence] + skip + row
@@ -87,3 +102,12 @@ def _kernel(*refs: Any, heads: int, block: int, skip: int) -> None:
         plt.store(keys_ref.at[slot, mine, at, column], rotated.astype(keys_ref.dtype), mask=real & is_key)
         mine = jnp.broadcast_to(jnp.clip(value, 0, kv_heads - 1), real.shape)
         plt.store(values_ref.at[slot, mine, at, column], plain.astype(values_ref.dtype), mask=real & is_value)
+
+
+def _normed(x: Array, scale: Array, weight: Array, offset: float, dtype: Any) -> Array:
+    """`products.rms_norm` of float32 x [T, pairs], rounded as there."""
+    if offset:
+        rounded = (x * scale * (weight.astype(jnp.float32) + offset)[None]).astype(dtype)
+    else:
+        rounded = (x * scale).astype(dtype) * weight[None]
+    return rounded.astype(jnp.float32)

@@ -8,6 +8,7 @@ from flax import struct
 from jax import Array, lax
 
 from pallas_kernels.bits import bits_of
+from pallas_kernels.products import rms_norm
 
 
 @struct.dataclass
@@ -29,17 +30,36 @@ class Rotation:
         return Rotation(self.cos_sin[None])
 
 
+@struct.dataclass
+class HeadNorms:
+    """Norms of each head's query and key, before they are rotated (Qwen3, Gemma 3)."""
+
+    query: Array  # [head_dim]
+    key: Array  # [head_dim]
+    eps: float = struct.field(pytree_node=False)
+    offset: float = struct.field(pytree_node=False, default=0.0)  # added to the weights
+
+    def __call__(self, split: Array, heads: int, kv_heads: int) -> Array:
+        """Heads [..., heads + 2 kv_heads, head_dim], queries first, then keys, and the values as they are."""
+        parts = jnp.split(split, (heads, heads + kv_heads), axis=-2)
+        normed = (rms_norm(x, w, self.eps, self.offset) for x, w in zip(parts, (self.query, self.key), strict=False))
+        return jnp.concatenate([*normed, parts[2]], axis=-2)
+
+
 def rotate(x: Array, by: Rotation) -> Array:
     """Rotary position embedding of x [..., T, heads, head_dim]: halves of head_dim form pairs, as in Hugging Face."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * by.cos - b * by.sin, b * by.cos + a * by.sin], axis=-1).astype(x.dtype)
 
 
-def rotary_append(qkv: Array, by: Rotation, keys: Array, values: Array, start: Array) -> tuple[Array, Array, Array]:
+def rotary_append(
+    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, norms: HeadNorms | None
+) -> tuple[Array, Array, Array]:
     """`pallas_kernels.rotary_append.rotary_append` of one sequence; arguments and result as there."""
     kv_heads, head_dim = keys.shape[0], keys.shape[2]
     split = qkv.reshape(qkv.shape[0], -1, head_dim)
     heads = split.shape[1] - 2 * kv_heads
+    split = split if norms is None else norms(split, heads, kv_heads)
     rotated = rotate(split[:, : heads + kv_heads], by)
     keys = written(keys, rotated[:, heads:], start)
     return rotated[:, :heads], keys, written(values, split[:, heads + kv_heads :], start)
@@ -52,7 +72,7 @@ def written(cache: Array, rows: Array, start: Array) -> Array:
 
 
 def in_slots(
-    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, slot: Array
+    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, slot: Array, norms: HeadNorms | None
 ) -> tuple[Array, Array, Array]:
     """The same of B sequences in a pool: each argument with an axis for them.
 
@@ -61,6 +81,7 @@ def in_slots(
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     split = qkv.reshape(*qkv.shape[:2], -1, head_dim)
     heads = split.shape[2] - 2 * kv_heads
+    split = split if norms is None else norms(split, heads, kv_heads)
     rotated = rotate(split[:, :, : heads + kv_heads], by)
     keys = _in_slots(keys, rotated[:, :, heads:], start, slot)
     return rotated[:, :, :heads], keys, _in_slots(values, split[:, :, heads + kv_heads :], start, slot)

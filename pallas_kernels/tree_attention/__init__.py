@@ -33,6 +33,7 @@ def tree_attention(
     implementation: Implementation = "auto",
     config: Config | mosaic_config.Config | None = None,
     rows: int | None = None,
+    cap: float = 0.0,
     steady: bool = True,
 ) -> Array:
     """Softmax attention with float32 scores, scaled by 1/sqrt(head_dim).
@@ -45,13 +46,15 @@ def tree_attention(
       slot: int32, which part of a pool is this sequence's.
       implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape. Its class says
         whether that is Triton's or Mosaic's; where Mosaic's cannot be had for these arrays, Triton's runs as it suits.
+      cap: scores go through cap tanh(score / cap) before the mask (Gemma 2); 0: as they are.
       rows: none beyond these is seen; None: all of S may be. XLA on a GPU then reads no others.
       steady: see `xla.steady_mix`; matters for bfloat16 on a CPU alone.
 
     Returns:
       [T, heads, head_dim] in q's dtype.
     """
-    run = functools.partial(_of_each, implementation=implementation, config=config, rows=rows, steady=steady)
+    how = xla.How(cap, steady)
+    run = functools.partial(_of_each, implementation=implementation, config=config, rows=rows, how=how)
     if slot is None:
         return run(q[None], keys[None], values[None], sees.each(), None)[0]
 
@@ -71,7 +74,7 @@ def _of_each(
     implementation: Implementation,
     config: Config | mosaic_config.Config | None,
     rows: int | None,
-    steady: bool,
+    how: xla.How,
 ) -> Array:
     """`tree_attention` of B sequences: q, sees and slot with an axis for them, keys and values with one for slots.
 
@@ -94,22 +97,21 @@ def _of_each(
     if implementation == "xla":
         if current().platform == "gpu":
             at = slice(None) if slot is None else slot
-            return jax.vmap(xla.straight)(q, keys[at, :, :rows], values[at, :, :rows], sees)
+            straight = functools.partial(xla.straight, cap=how.cap)
+            return jax.vmap(straight)(q, keys[at, :, :rows], values[at, :, :rows], sees)
         if slot is None:
-            return xla.tree_attention(q[0], keys[0], values[0], Sees(sees.committed[0], sees.ancestors[0]), steady)[
-                None
-            ]
-        return xla.in_slots(q, keys, values, sees, slot, steady)
+            return xla.tree_attention(q[0], keys[0], values[0], sees.only(), how)[None]
+        return xla.in_slots(q, keys, values, sees, slot, how)
     keys, values, interpret = floats_of(keys), floats_of(values), implementation == "interpret"
     if isinstance(chosen, mosaic_config.Config):
-        # A text by itself; several in a pool are Triton's.
-        if slot is None and batch == 1 and mosaic_config.takes(q[0], keys[0], chosen, interpret):
+        # A text by itself; several in a pool are Triton's, and so is attention with a window or a cap.
+        plain = slot is None and batch == 1 and sees.first is None and how.cap == 0
+        if plain and mosaic_config.takes(q[0], keys[0], chosen, interpret):
             from pallas_kernels.tree_attention import mosaic  # which imports a compiler
 
-            own = Sees(sees.committed[0], sees.ancestors[0])
-            return mosaic.tree_attention(q[0], keys[0], values[0], own, chosen, interpret)[None]
+            return mosaic.tree_attention(q[0], keys[0], values[0], sees.only(), chosen, interpret)[None]
         chosen = Config.suited_to(folded, kv_heads * batch)
-    return triton.tree_attention(q, keys, values, sees, slot, chosen, interpret)
+    return triton.tree_attention(q, keys, values, sees, slot, chosen, how.cap, interpret)
 
 
 def attention_rows(capacity: int, implementation: Implementation) -> tuple[int, ...]:

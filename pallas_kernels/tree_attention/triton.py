@@ -53,9 +53,9 @@ class Config:
         return cls(block_q=block_q, splits=min(16, power_of_two(-(-PROGRAMS // programs), least=1)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))  # equal layers are lowered once
+@functools.partial(jax.jit, static_argnames=("config", "cap", "interpret"))  # equal layers are lowered once
 def tree_attention(
-    q: Array, keys: Array, values: Array, sees: Sees, slot: Array | None, config: Config, interpret: bool
+    q: Array, keys: Array, values: Array, sees: Sees, slot: Array | None, config: Config, cap: float, interpret: bool
 ) -> Array:
     """`pallas_kernels.tree_attention._of_each`, by the kernels; arguments and result as there."""
     batch, tokens, heads, head_dim = q.shape
@@ -65,10 +65,11 @@ def tree_attention(
     blocks = -(-tokens * group // config.block_q)
     padded = blocks * config.block_q
     whole = pl.BlockSpec(memory_space=pl.ANY)
+    window = () if sees.first is None else (sees.first,)
     mixed, weight = pl.pallas_call(
-        functools.partial(_attend, config=config, group=group),
+        functools.partial(_attend, config=config, group=group, cap=cap),
         grid=(batch * kv_heads, blocks, config.splits),
-        in_specs=[whole] * 6,
+        in_specs=[whole] * (6 + len(window)),
         out_specs=[
             pl.BlockSpec((None, None, config.block_q, head_dim), lambda head, row, split: (split, head, row, 0)),
             pl.BlockSpec((None, None, config.block_q), lambda head, row, split: (split, head, row)),
@@ -80,7 +81,7 @@ def tree_attention(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="tree_attention",
-    )(q, keys, values, sees.ancestors, sees.committed, slot)
+    )(q, keys, values, sees.ancestors, sees.committed, slot, *window)
     return pl.pallas_call(
         functools.partial(_combine, splits=config.splits, group=group),
         grid=(batch * kv_heads, padded // COMBINED),
@@ -93,13 +94,14 @@ def tree_attention(
     )(mixed, weight)
 
 
-def _attend(*refs: Any, config: Config, group: int) -> None:
+def _attend(*refs: Any, config: Config, group: int, cap: float) -> None:
     """One block of rows against one share of the cache.
 
     Refs: q [B, T, heads, head_dim]; keys and values [slots, kv_heads, S, head_dim]; ancestors [B, T, W]; committed and
-    slot [B]; out [block_q, head_dim] and weight [block_q], the log-sum-exp of the share's scores.
+    slot [B]; first [B, T], if there is a window; out [block_q, head_dim] and weight [block_q], the log-sum-exp of the
+    share's scores.
     """
-    q_ref, keys_ref, values_ref, ancestors_ref, committed_ref, slot_ref, out_ref, weight_ref = refs
+    q_ref, keys_ref, values_ref, ancestors_ref, committed_ref, slot_ref, *window, out_ref, weight_ref = refs
     text, head = divided(pl.program_id(0), keys_ref.shape[1])
     split, step = pl.program_id(2), config.block_k
     tokens, head_dim = q_ref.shape[1], q_ref.shape[3]
@@ -122,6 +124,7 @@ def _attend(*refs: Any, config: Config, group: int) -> None:
     words = [
         plt.load(ancestors_ref.at[mine, token, jnp.full_like(token, word)]) for word in range(ancestors_ref.shape[2])
     ]
+    nearest = [plt.load(ref.at[mine, token]) for ref in window]  # the first row that each sees, if there is a window
     precision = precision_of(q)
 
     def rows_of(ref: Any, block: Array) -> Array:
@@ -135,6 +138,8 @@ def _attend(*refs: Any, config: Config, group: int) -> None:
     def visible(block: Array) -> Array:
         row = block * step + _count(step) - committed  # counted from the first row of the tree
         seen = jnp.broadcast_to((row < 0)[None], (config.block_q, step))
+        for first in nearest:
+            seen = seen & (row[None] >= (first - committed)[:, None])
         for number, line in enumerate(words):
             bit = lax.shift_right_logical(line[:, None], jnp.broadcast_to((row & 31)[None], seen.shape)) & 1
             seen = seen | (((row >> 5) == number)[None] & (bit == 1))
@@ -146,6 +151,9 @@ def _attend(*refs: Any, config: Config, group: int) -> None:
         scores = lax.dot_general(
             q.astype(k.dtype), k, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
         ) * (head_dim**-0.5)
+        if cap:
+            # tanh by the exponential, as Triton has it.
+            scores = cap * (2 * jax.nn.sigmoid(scores * (2 / cap)) - 1)
         if masked:
             scores = jnp.where(visible(block), scores, MASKED)
         new_peak = jnp.maximum(peak, scores.max(-1))
@@ -161,10 +169,12 @@ def _attend(*refs: Any, config: Config, group: int) -> None:
         return new_peak, total * old + weights.sum(-1), mixed * old[:, None] + mix
 
     blocks = (committed + tokens + step - 1) // step
-    share = (blocks + config.splits - 1) // config.splits
-    first = jnp.minimum(split * share, blocks)
+    begin = functools.reduce(jnp.minimum, [rows.min() // step for rows in nearest], blocks) if nearest else 0
+    share = (blocks - begin + config.splits - 1) // config.splits
+    first = jnp.minimum(begin + split * share, blocks)
     last = jnp.minimum(first + share, blocks)
-    whole = jnp.clip(committed // step, first, last)  # blocks below it are committed as a whole
+    # Blocks below it are committed as a whole, and seen as a whole where there is no window.
+    whole = first if nearest else jnp.clip(committed // step, first, last)
     carry = (
         jnp.full((config.block_q,), MASKED, jnp.float32),
         jnp.zeros((config.block_q,), jnp.float32),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.bits import floats_of
-from pallas_kernels.products import einsum_f32
+from pallas_kernels.products import capped, einsum_f32
 from pallas_kernels.tree_attention.triton import MASKED
 from pallas_kernels.visibility import Sees
 
@@ -21,17 +21,28 @@ MANY = 64  # tokens from which on the queries, and no longer the keys, are most 
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
 
 
-def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, steady: bool) -> Array:
+def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, how: How) -> Array:
     """`pallas_kernels.tree_attention.tree_attention` as a CPU is quick at it; arguments and result as there."""
-    return _of_one(q, Rows(keys, values), sees, steady)
+    return _of_one(q, Rows(keys, values), sees, how)
 
 
-def in_slots(q: Array, keys: Array, values: Array, sees: Sees, slot: Array, steady: bool) -> Array:
+def in_slots(q: Array, keys: Array, values: Array, sees: Sees, slot: Array, how: How) -> Array:
     """The same of B sequences in a pool, one after the other: no sequence waits for longer ones."""
     if q.shape[0] == 1:
-        only = Rows(keys, values, slot[0])
-        return _of_one(q[0], only, Sees(sees.committed[0], sees.ancestors[0]), steady)[None]
-    return lax.map(lambda own: _of_one(own[0], Rows(keys, values, own[2]), own[1], steady), (q, sees, slot))
+        return _of_one(q[0], Rows(keys, values, slot[0]), sees.only(), how)[None]
+    return lax.map(lambda own: _of_one(own[0], Rows(keys, values, own[2]), own[1], how), (q, sees, slot))
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What is done with scores, beside the softmax."""
+
+    cap: float = 0.0  # see `products.capped`
+    steady: bool = False  # see `steady_mix`
+
+    def scores(self, products: Array, head_dim: int) -> Array:
+        """Scores of the products of queries and keys."""
+        return capped(products * head_dim**-0.5, self.cap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +79,17 @@ class Rows:
         return keys[0], values[0]
 
 
-def _of_one(q: Array, rows: Rows, sees: Sees, steady: bool) -> Array:
+def _of_one(q: Array, rows: Rows, sees: Sees, how: How) -> Array:
     """The same of one sequence: [T, heads, head_dim]."""
     tokens, heads, head_dim = q.shape
     kv_heads, capacity, _ = rows.shape
     group = heads // kv_heads
-    if tokens >= MANY and capacity > DENSE_LIMIT and not (steady and rows.dtype == jnp.uint16):
-        return _of_many(q, rows, sees)
+    steady = how.steady and rows.dtype == jnp.uint16  # bfloat16 on a CPU
+    if tokens >= MANY and capacity > DENSE_LIMIT and not steady:
+        return _of_many(q, rows, sees, how)
     # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
     # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
     columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
-    steady = steady and rows.dtype == jnp.uint16  # bfloat16 on a CPU
     spare = max(0, _least_columns(kv_heads) - tokens * group) if steady else 0
     columns = jnp.pad(columns, ((0, 0), (0, 0), (0, spare)))
 
@@ -91,7 +102,7 @@ def _of_one(q: Array, rows: Rows, sees: Sees, steady: bool) -> Array:
             visible = sees.rows(first + jnp.arange(k.shape[1], dtype=jnp.int32))  # [T, k]
             masked = jnp.repeat(visible, group, axis=0)
             masked = jnp.pad(masked, ((0, spare), (0, 0)), constant_values=True)[None]
-            return jnp.where(masked, products * head_dim**-0.5, MASKED)
+            return jnp.where(masked, how.scores(products, head_dim), MASKED)
 
     mix = steady_mix if steady else functools.partial(_mix, q.dtype)
     if capacity <= DENSE_LIMIT:
@@ -101,24 +112,25 @@ def _of_one(q: Array, rows: Rows, sees: Sees, steady: bool) -> Array:
         out /= total[..., None]
     else:
         step = functools.partial(_block, scores, mix, rows)
-        _, total, out = lax.fori_loop(0, _live_blocks(capacity, sees), step, _nothing(rows, columns.shape[2]))
+        first, live = _first_block(sees), _live_blocks(capacity, sees)
+        _, total, out = lax.fori_loop(first, live, step, _nothing(rows, columns.shape[2]))
         out /= total[..., None]
     out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
-def _of_many(q: Array, rows: Rows, sees: Sees) -> Array:
+def _of_many(q: Array, rows: Rows, sees: Sees, how: How) -> Array:
     """The same for a chunk of a prompt: 0.7 of the time, for 256 tokens of SmolLM2-135M on two cores.
 
-    Only the last blocks have rows that some token does not see; before them nothing is masked. And the queries of a
-    KV head stand group by group, so that one mask serves all groups.
+    Without a window only the last blocks have rows that some token does not see; before them nothing is masked. And
+    the queries of a KV head stand group by group, so that one mask serves all groups.
     """
     (tokens, heads, head_dim), kv_heads = q.shape, rows.shape[0]
     group = heads // kv_heads
     queries = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
 
     def scores(first: Array, k: Array) -> Array:
-        return einsum_f32("hqd,hkd->hqk", queries, floats_of(k).astype(q.dtype)) * head_dim**-0.5
+        return how.scores(einsum_f32("hqd,hkd->hqk", queries, floats_of(k).astype(q.dtype)), head_dim)
 
     def masked(first: Array, k: Array) -> Array:
         visible = sees.rows(first + jnp.arange(k.shape[1], dtype=jnp.int32))  # [T, k]
@@ -128,14 +140,18 @@ def _of_many(q: Array, rows: Rows, sees: Sees) -> Array:
         return jnp.where(visible, by_group, MASKED).reshape(kv_heads, -1, k.shape[1])
 
     mix, count = functools.partial(_mix, q.dtype), queries.shape[1]
-    whole, live = sees.committed // BLOCK, _live_blocks(rows.shape[1], sees)
-    carry = lax.fori_loop(0, whole, functools.partial(_block, scores, mix, rows), _nothing(rows, count))
-    carry = lax.fori_loop(whole, live, functools.partial(_block, masked, mix, rows), carry)
+    live, carry = _live_blocks(rows.shape[1], sees), _nothing(rows, count)
+    begin = _first_block(sees)
+    if sees.first is None:
+        whole = sees.committed // BLOCK
+        carry = lax.fori_loop(begin, whole, functools.partial(_block, scores, mix, rows), carry)
+        begin = whole
+    carry = lax.fori_loop(begin, live, functools.partial(_block, masked, mix, rows), carry)
     out = (carry[2] / carry[1][..., None]).reshape(kv_heads, group, tokens, head_dim)
     return out.transpose(2, 0, 1, 3).reshape(q.shape).astype(q.dtype)
 
 
-def straight(q: Array, keys: Array, values: Array, sees: Sees) -> Array:
+def straight(q: Array, keys: Array, values: Array, sees: Sees, cap: float = 0.0) -> Array:
     """The same for a GPU: the textbook's formula over the whole cache, in straight-line code.
 
     A loop whose end is not known beforehand would make the host wait for the device at each iteration.
@@ -144,7 +160,8 @@ def straight(q: Array, keys: Array, values: Array, sees: Sees) -> Array:
     group = heads // kv_heads
     rows = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
     visible = jnp.repeat(sees.dense(keys.shape[1]), group, axis=0)[None]
-    scores = jnp.where(visible, einsum_f32("hqd,hkd->hqk", rows, keys.astype(q.dtype)) * head_dim**-0.5, MASKED)
+    scores = How(cap).scores(einsum_f32("hqd,hkd->hqk", rows, keys.astype(q.dtype)), head_dim)
+    scores = jnp.where(visible, scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     mixed = einsum_f32("hqk,hkd->hqd", weights, values.astype(q.dtype)).astype(q.dtype)
     return mixed.reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3).reshape(q.shape)
@@ -185,6 +202,10 @@ def _nothing(rows: Rows, queries: int) -> Softmax:
     kv_heads, _, head_dim = rows.shape
     zeros = jnp.zeros((kv_heads, queries), jnp.float32)
     return zeros + MASKED, zeros, jnp.zeros((kv_heads, queries, head_dim), jnp.float32)
+
+
+def _first_block(sees: Sees) -> Array:
+    return jnp.int32(0) if sees.first is None else sees.first.min() // BLOCK
 
 
 def _live_blocks(capacity: int, sees: Sees) -> Array:

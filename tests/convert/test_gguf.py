@@ -1,5 +1,6 @@
 """Conversion from GGUF: the weights against the Hugging Face path."""
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -10,7 +11,7 @@ import torch
 from gguf.quants import dequantize, quantize
 
 import convert.gguf
-from convert.gguf import NAMES, unpermute
+from convert.gguf_names import unpermute
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.layers import rope_frequencies
 from tests.support.tiny_hf import converted, model_of, ours, refusal, save, theirs
@@ -42,7 +43,9 @@ def write_gguf(file: Path, model, kind: str = "F32", extra=None) -> Path:
 
     extra: called with the writer before it closes.
     """
-    config, arch = model.config, model.config.model_type
+    config, kind_of_model = model.config, model.config.model_type
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(kind_of_model, kind_of_model)
+    permuted = arch in ("llama", "smollm3")
     writer = gguf.GGUFWriter(file, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -51,7 +54,7 @@ def write_gguf(file: Path, model, kind: str = "F32", extra=None) -> Path:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"])
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -62,24 +65,25 @@ def write_gguf(file: Path, model, kind: str = "F32", extra=None) -> Path:
     writer.add_token_types([2, 3, 3] + [1] * (len(tokens) - 3))
     for number, add in enumerate((writer.add_unk_token_id, writer.add_bos_token_id, writer.add_eos_token_id)):
         add(number)
-    names = {hf: ours for ours, hf in NAMES.items()}
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, tensor in model.named_parameters():  # a tied head is not among them, nor in a GGUF file
-        stem, _, end = name.rpartition(".")
-        layer = next((part for part in stem.split(".") if part.isdigit()), "N")
         array = tensor.detach().numpy()
+        if arch.startswith("gemma") and "norm" in name:
+            array = array + 1
         stored = QUANTISATIONS[kind] if array.ndim == 2 else QUANTISATIONS["F32"]
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+        if permuted and ("q_proj" in name or "k_proj" in name):
             array = permute(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         data = quantize(array, stored)
-        writer.add_tensor(
-            names[stem.replace(f".{layer}.", ".N.")].replace("N", layer) + "." + end, data, raw_dtype=stored
-        )
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=stored)
         with torch.no_grad():
             plain = dequantize(data, stored).reshape(array.shape)
-            if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            if permuted and ("q_proj" in name or "k_proj" in name):
                 heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
                 order = np.argsort(permute(np.arange(len(plain)), heads))  # back by sorting, not by our own function
                 plain = plain[order]
+            if arch.startswith("gemma") and "norm" in name:
+                plain = plain - 1
             tensor.copy_(torch.from_numpy(plain.copy()))
     if extra:
         extra(writer)
@@ -116,6 +120,33 @@ def both_ways(tmp_path: Path, model, kind: str = "F32", extra=None) -> tuple[Che
 def test_gguf_equals_hugging_face(family, changes, kind, tmp_path):
     by_gguf, by_hf = both_ways(tmp_path, model_of(family, **SIZES, **changes), kind)
     assert by_gguf.config == by_hf.config
+    assert equal(by_gguf.params(), by_hf.params())
+
+
+def windowed(writer: gguf.GGUFWriter) -> None:
+    writer.add_sliding_window(16)
+    if writer.arch == "gemma2":
+        writer.add_attn_logit_softcapping(50.0)
+        writer.add_final_logit_softcapping(30.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "extra"),
+    [
+        ("Mistral", {"sliding_window": None, "head_dim": 24}, None),
+        ("Qwen3", {"head_dim": 24}, None),
+        ("SmolLM3", {"num_hidden_layers": 5, "pad_token_id": 0}, None),
+        ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}, windowed),
+        (
+            "Gemma3",
+            {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "num_hidden_layers": 7},
+            windowed,
+        ),
+    ],
+)
+def test_other_families_through_gguf_equal_hugging_face(family, changes, extra, tmp_path):
+    by_gguf, by_hf = both_ways(tmp_path, model_of(family, **SIZES, **changes), extra=extra)
+    assert dataclasses.replace(by_gguf.config, architecture=by_hf.config.architecture) == by_hf.config
     assert equal(by_gguf.params(), by_hf.params())
 
 
@@ -200,7 +231,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, capsys):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert "architecture 'gpt2'; llama and qwen2 are supported" in refusal(
+    assert "architecture 'gpt2'; llama, qwen2, qwen3, smollm3, gemma2, gemma3 are" in refusal(
         capsys, "gguf", tmp_path / "other.gguf", *out
     )
     assert not list((tmp_path / "new").glob("*"))

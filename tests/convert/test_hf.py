@@ -242,3 +242,39 @@ def test_help_names_the_formats_without_loading_jax():
     )
     assert all(name in shown.stdout for name in ("hf", "gguf", "eagle"))
     assert re.search(r"\|\s+argparse$", shown.stderr, re.M) and not re.search(r"\|\s+jax$", shown.stderr, re.M)
+
+
+def test_the_text_half_of_a_multimodal_model(tmp_path, capsys):
+    """Both ways in which tensors are called there; what is left out is named."""
+    model = model_of("Gemma3", head_dim=16, sliding_window=24)
+    alone = converted("hf", save(model, tmp_path / "text"), tmp_path / "alone")
+    text = json.loads((tmp_path / "text" / "config.json").read_text())
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
+    tensors = load_file(tmp_path / "text" / "model.safetensors")
+    beside = {"vision_tower.patch.weight": np.ones(3, np.float32), "multi_modal_projector.x": np.ones(2, np.float32)}
+    for number, prefix in enumerate(("language_model.model.", "model.language_model.")):
+        folder = shutil.copytree(tmp_path / "text", tmp_path / f"whole{number}")
+        (folder / "config.json").write_text(json.dumps(whole))
+        (folder / "model.safetensors").unlink()
+        renamed = {prefix + name.removeprefix("model."): value for name, value in tensors.items()}
+        save_file(renamed | beside, folder / "model.safetensors")
+        checkpoint = converted("hf", folder, tmp_path / f"ckpt{number}")
+        assert checkpoint.config == alone.config and same(checkpoint.params(), alone.params())
+        assert "not the text half: multi_modal_projector, vision_tower" in capsys.readouterr().out
+
+
+def test_a_folder_of_the_hubs_cache(source, target, tmp_path, capsys):
+    """models--OWNER--NAME: blobs, and snapshots of links to them."""
+    cache = tmp_path / "models--someone--tiny"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "0123abc"
+    shutil.copytree(source, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    for name, folder in (("by-link", snapshot), ("one", cache)):
+        assert same(converted("hf", folder, tmp_path / name).params(), target.params())
+    (cache / "snapshots" / "4567def").mkdir()
+    assert "holds 2 snapshots of a model; give one of them" in refusal(capsys, "hf", cache, "--out", tmp_path / "two")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abc")
+    assert same(converted("hf", cache, tmp_path / "by-ref").params(), target.params())

@@ -261,7 +261,7 @@ def reference_logits(model, ids):
     cache = kv_cache.empty(config, 256, jnp.float32)
     where = Placement.chain(jnp.int32(0), len(ids))
     features, _ = jax.jit(llama.forward, static_argnums=1)(model.weights.target, config, ids, where, cache)
-    return np.asarray(llama.logits(model.weights.target, features))[-1]
+    return np.asarray(llama.logits(model.weights.target, config, features))[-1]
 
 
 def refused(capsys, *argv):

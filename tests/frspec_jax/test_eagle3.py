@@ -186,7 +186,9 @@ def test_taps_are_the_streams_that_transformers_layers_read(tmp_path):
     expected = np.concatenate([final, *(inner[n][0].numpy() for n in (0, 2, 3))], axis=-1)
     np.testing.assert_allclose(np.asarray(features), expected, atol=1e-4)
     plain, _ = llama.forward(params, config, tokens, where, cache)
-    np.testing.assert_array_equal(np.asarray(llama.logits(params, features)), np.asarray(llama.logits(params, plain)))
+    np.testing.assert_array_equal(
+        np.asarray(llama.logits(params, config, features)), np.asarray(llama.logits(params, config, plain))
+    )
 
 
 # The vocabulary ----------------------------------------------------------------------------------

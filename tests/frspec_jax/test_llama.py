@@ -52,6 +52,25 @@ MEMBERS = {
 }
 
 
+WINDOWED = {"sliding_window": 24, "head_dim": 16}  # the prompt is longer
+BOTH = ["sliding_attention", "full_attention"]
+TWO_BASES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+MEMBERS |= {
+    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": 24}),
+    "mistral_nemo": ("Mistral", {"sliding_window": None, "head_dim": 20}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "gemma2": ("Gemma2", {**WINDOWED, "layer_types": BOTH, "query_pre_attn_scalar": 12}),
+    "gemma3": ("Gemma3", {**WINDOWED, "layer_types": BOTH, "query_pre_attn_scalar": 16}),
+    "gemma3_long": ("Gemma3", {**WINDOWED, "layer_types": BOTH, "rope_parameters": TWO_BASES}),
+}
+
+
 @pytest.mark.parametrize("member", MEMBERS)
 def test_features_and_logits_equal_transformers(member, tmp_path):
     family, changes = MEMBERS[member]

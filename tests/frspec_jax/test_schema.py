@@ -10,6 +10,7 @@ from frspec_jax import drafters
 from frspec_jax.checkpoint import Checkpoint, write_draft
 from frspec_jax.config import ModelConfig
 from frspec_jax.errors import UserError
+from frspec_jax.families import read_config
 from tests.support import toy
 from tests.support.folders import checkpoint_folder
 from tests.support.tiny_hf import edit_json
@@ -47,9 +48,9 @@ def spoilt(data):
 
 
 def test_a_hugging_face_config_of_wrong_entries_is_one_sentence():
-    ModelConfig.from_hf(HF)
+    read_config(HF)
     names = {"architectures": "architecture", "rope_type": "rope"}
-    refused = [refused_or_read(ModelConfig.from_hf, data, names.get(key, key)) for data, key in spoilt(HF)]
+    refused = [refused_or_read(read_config, data, names.get(key, key)) for data, key in spoilt(HF)]
     assert sum(refused) > 150
 
 

@@ -350,9 +350,9 @@ OPERATIONS = {
         lambda x, head, ids: subvocab_top_k(x, head, 3, ids=ids, implementation="interpret"),
         (some(4, 32), some(9, 32), jnp.arange(9, dtype=jnp.int32)),
     ),
-    "product": (functools.partial(fused_linear, gated=True), (some(2, 16), some(6, 16))),
+    "product": (functools.partial(fused_linear, gate="silu"), (some(2, 16), some(6, 16))),
     "product, kernel": (
-        functools.partial(fused_linear, gated=True, implementation="interpret"),
+        functools.partial(fused_linear, gate="silu", implementation="interpret"),
         (some(2, 16), some(6, 16)),
     ),
     "quantised": (quantised, (some(9, 16),)),

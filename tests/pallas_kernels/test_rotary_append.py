@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.rotary_append import Rotation, rotary_append, written
+from pallas_kernels.products import rms_norm
+from pallas_kernels.rotary_append import HeadNorms, Rotation, rotary_append, rotate, written
 
 WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
 append = {how: jax.jit(functools.partial(rotary_append, implementation=how), static_argnames="skip") for how in WAYS}
@@ -65,6 +66,27 @@ def test_bfloat16_is_rounded_once_and_its_bits_may_be_kept(how):
     assert [x.dtype for x in floats] == 3 * [jnp.bfloat16] and bits[1].dtype == bits[2].dtype == jnp.uint16
     assert all(np.array_equal(x, y.view(jnp.bfloat16)) for x, y in zip(floats, bits, strict=True))
     assert np.array_equal(floats[2][:, 3:10], qkv.reshape(7, -1, 16)[:, 6:].swapaxes(0, 1))
+
+
+@both
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_heads_are_normed_before_they_are_rotated(how, offset, dtype):
+    for shape in SHAPES[1:5]:
+        tokens, heads, kv_heads, head_dim = shape
+        qkv, by, keys, values = case(shape, dtype)
+        query, key = jnp.asarray(np.random.default_rng(1).normal(size=(2, head_dim)), dtype)
+        norms = HeadNorms(query, key, 1e-6, offset)
+        q, new_keys, new_values = append[how](qkv, by, keys, values, jnp.int32(9), norms=norms)
+        split = qkv.reshape(tokens, -1, head_dim)
+        by_hand = [
+            rotate(rms_norm(x, weight, 1e-6, offset), by)
+            for x, weight in ((split[:, :heads], query), (split[:, heads : heads + kv_heads], key))
+        ]
+        near = functools.partial(np.testing.assert_allclose, atol=1e-5 if dtype == jnp.float32 else 0.04, rtol=2e-2)
+        near(np.asarray(q, np.float32), np.asarray(by_hand[0], np.float32))
+        near(np.asarray(new_keys[:, 9 : 9 + tokens].swapaxes(0, 1), np.float32), np.asarray(by_hand[1], np.float32))
+        assert np.array_equal(new_values[:, 9 : 9 + tokens].swapaxes(0, 1), split[:, heads + kv_heads :])
 
 
 def test_written_rounds_to_the_caches_dtype():

@@ -22,6 +22,7 @@ WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("x
 attend = {how: jax.jit(functools.partial(tree_attention, implementation=how)) for how in WAYS}
 attend["straight"] = jax.jit(xla.straight)  # XLA's on a GPU
 both = pytest.mark.parametrize("how", list(attend))
+WAY = {how: {} if how == "straight" else {"implementation": how} for how in attend}
 
 # (tokens, KV heads, queries per KV head, head_dim, capacity); the last two walk the cache in blocks.
 SHAPES = [(8, 2, 3, 64, 256), (70, 2, 1, 80, 256), (5, 1, 3, 8, 512), (70, 2, 3, 64, 1024), (33, 3, 1, 8, 1024)]
@@ -125,6 +126,39 @@ def test_rows_that_a_query_does_not_see_change_nothing(how, shape):
     assert np.array_equal(ours(how, q, keys, values, committed, line)[0], before[0])
     keys[:, committed] += 1
     assert not np.array_equal(ours(how, q, keys, values, committed, line)[0], before[0])
+
+
+@both
+@pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:])
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_a_window_and_a_cap(how, shape, cap):
+    """Of the committed rows each query sees those from a first one on; scores are kept within a cap before the mask."""
+    tokens, kv_heads, group, head_dim, capacity = shape
+    attend_so = jax.jit(functools.partial(xla.straight if how == "straight" else tree_attention, **WAY[how], cap=cap))
+    for seed, fill in enumerate((0.0, 0.4, 1.0)):
+        committed = round(fill * (capacity - tokens))
+        q, keys, values, _, line = case(shape, committed, "any", seed, spread=3.0)
+        rng = np.random.default_rng(seed)
+        first = rng.integers(0, committed + 2, tokens) if seed else np.zeros(tokens, int)
+        first = np.sort(first) if seed == 1 else first
+        keys[:, : max(first.min() - 1, 0)] = GARBAGE  # before what any query sees
+        whose = sees(committed, line)
+        seen = Sees(whose.committed, whose.ancestors, jnp.asarray(first, jnp.int32))
+        mine = np.asarray(attend_so(q, keys, values, seen), np.float64)
+        wide = [np.asarray(x, np.float64) for x in (q, keys, values)]
+        dense = np.asarray(dense_of(seen, capacity))
+        rows = np.arange(capacity)
+        assert np.array_equal(dense[:, :committed], (rows >= first[:, None])[:, :committed])
+        for t in range(tokens):
+            at = np.flatnonzero(dense[t])
+            for head in range(kv_heads * group):
+                scores = wide[1][head // group, at] @ wide[0][t, head] / np.sqrt(head_dim)
+                scores = cap * np.tanh(scores / cap) if cap else scores
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                v = wide[2][head // group, at]
+                exact, size = weights @ v, weights @ np.abs(v)
+                assert (np.abs(mine[t, head] - exact) / size).max() < 2e-5
 
 
 def test_both_paths_agree():

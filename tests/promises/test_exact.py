@@ -34,7 +34,7 @@ def one_by_one(cfg, params, prompt, settings, seed, limit):
     def following(tokens, count):  # tokens [64], `count` of them real
         cache = kv_cache.empty(cfg, 256, jnp.float32)
         features, _ = llama.forward(params, cfg, tokens, Placement.chain(jnp.int32(0), 64), cache)
-        scores = llama.logits(params, features[count - 1][None])
+        scores = llama.logits(params, cfg, features[count - 1][None])
         rule, draw = sampling.rule_of(settings), Draw.of(settings, seed)
         return sampling.choose(scores, rule, draw, count[None], jnp.zeros(1, jnp.int32))[0]
 

@@ -23,7 +23,7 @@ from tests.support import toy
 def decoded(plan, w, read, asked, count):
     """Three tokens of each of `count` sequences after a prompt, [count, 3]: one program whatever the settings."""
     feature = read.accepted.features[0]
-    scores = llama.logits(w.target, feature[None])
+    scores = llama.logits(w.target, plan.config, feature[None])
 
     def decode(sequence):
         mine = asked.replace(draw=asked.draw.replace(sequence=sequence))
@@ -39,7 +39,7 @@ def shares(cfg, params, text, settings):
     """The target's distribution after each token of a text: [T, V]."""
     cache = kv_cache.empty(cfg, 256, jnp.float32)
     features, _ = llama.forward(params, cfg, text, Placement.chain(jnp.int32(0), len(text)), cache)
-    return jax.nn.softmax(sampling.warp(llama.logits(params, features), settings), axis=-1)
+    return jax.nn.softmax(sampling.warp(llama.logits(params, cfg, features), settings), axis=-1)
 
 
 @pytest.mark.parametrize("settings", [Sampling(1.0), Sampling(0.7, top_k=5)])

@@ -45,7 +45,7 @@ def test_with_a_pace(kind):
     """Rounds that draft nothing put off what the slots see as well."""
     plan, w = toy.paced(CFG, kind, ids=KEPT, slots=SLOTS, lookup=kind == "eagle")
     vanilla, outside = toy.vanilla_plan(CFG), 0
-    for size, levels in ((0, 0), (3, 1), (3, 3)):
+    for size, levels in ((0, 0), (2, 1), (2, 3)):
         mine = dataclasses.replace(w, pace=dataclasses.replace(w.pace, costs=forced(plan.pace, size, levels)))
         for seed in range(4):
             prompt = np.random.default_rng(seed).integers(0, 12, 30)

@@ -24,7 +24,7 @@ from frspec_jax.serve.life import Server, bound
 from frspec_jax.serve.served import Served, Settings
 
 # Each call of httpx2.post would make a TLS context of its own, which takes longer than most of what is asked here.
-HTTP = httpx2.Client(timeout=60, verify=False, limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0))
+HTTP = httpx2.Client(timeout=300, verify=False, limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0))
 
 
 class Tampered:

@@ -35,7 +35,9 @@ SIZES = {
 
 def model_of(family: str = "Llama", seed: int = 0, **changes):
     """A random model (transformers, float32) whose every tensor matters: no bias is zero, no norm is one."""
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(
+        **{**SIZES, **changes}
+    )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -83,7 +85,11 @@ forward = jax.jit(llama.forward, static_argnums=1)
 
 def ours(checkpoint: Checkpoint, tokens: np.ndarray, chunks: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Features [T, H] and logits [T, V] by our target, run in one pass or in chunks of the given lengths."""
-    config, params = checkpoint.config, checkpoint.params()
+    return ours_of(checkpoint.config, checkpoint.params(), tokens, chunks)
+
+
+def ours_of(config, params, tokens: np.ndarray, chunks: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """The same of weights in memory."""
     cache, done, features = empty(config, 256, np.float32), 0, []
     for length in chunks or (len(tokens),):
         part = np.asarray(tokens[done : done + length], np.int32)
@@ -92,7 +98,7 @@ def ours(checkpoint: Checkpoint, tokens: np.ndarray, chunks: tuple[int, ...] = (
         done += length
     assert done == len(tokens)
     joined = np.concatenate(features)
-    return joined, np.asarray(llama.logits(params, joined))
+    return joined, np.asarray(llama.logits(params, config, joined))
 
 
 def theirs(model, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
