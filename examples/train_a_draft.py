@@ -12,7 +12,7 @@ from pathlib import Path
 import frspec_jax
 from frspec_jax.__main__ import main as frspec
 
-ckpt, tokens, steps = (sys.argv[1:] + ["checkpoints/smollm2", "4000", "30"][len(sys.argv) - 1 :])[:3]
+ckpt, tokens, steps = (sys.argv[1:] + ["checkpoints/smollm2", "12000", "30"][len(sys.argv) - 1 :])[:3]
 name = f"tiny-{int(time.time())}"
 
 topics = ("rain", "bread", "the moon", "trees", "bees", "snow", "music", "rivers", "glass", "sleep", "salt", "birds")

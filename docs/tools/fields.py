@@ -16,7 +16,7 @@ import griffe
 class FieldComments(griffe.Extension):
     """Gives each public field of a class without a docstring the comment that stands beside or above it."""
 
-    def on_class_members(self, *, node: Any, cls: griffe.Class, agent: Any, **kwargs: Any) -> None:
+    def on_class_members(self, *, node: Any, cls: griffe.Class, **kwargs: Any) -> None:
         if not isinstance(node, ast.ClassDef):
             return
         lines = cls.lines_collection[cls.filepath]

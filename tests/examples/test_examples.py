@@ -44,7 +44,7 @@ def test_every_script_is_known_here_and_in_the_readme():
 def test_an_example(name, toy_folder, desk, monkeypatch):
     ckpt, more = toy_folder.path, []
     if name == "train_a_draft":  # which adds a draft to the folder
-        ckpt, more = shutil.copytree(ckpt, desk / "ckpt"), ["300", "4"]
+        ckpt, more = shutil.copytree(ckpt, desk / "ckpt"), ["12000", "4"]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", str(ckpt), *more])
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
