@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from frspec_jax import api, engine
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError
-from frspec_jax.presets import eagle_of, model_config, random_weights, state_at
+from frspec_jax.presets import config_of, eagle_of, family_of, random_weights, state_at
 from pallas_kernels import bench, dispatch, measured, subvocab_head, tree_attention
 from pallas_kernels.best_children import best_children
 from pallas_kernels.compaction import compact
@@ -278,7 +278,7 @@ def test_attention_lowers_where_head_dim_is_no_power_of_two(head_dim, dtype):
 @cross_lowering
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_whole_round_lowers_at_the_shapes_of(name):
-    config = dataclasses.replace(model_config(name), num_layers=3)
+    config = config_of(dataclasses.replace(SHAPES[name], layers=3), family_of(name))
     tree, vocabulary = TreeConfig(60, 6, 10), min(32768, config.vocab_size)
     plan = engine.Plan(config, eagle_of(config, PALLAS), tree, (2,), kernels=PALLAS)
     make = functools.partial(random_weights, config, vocabulary, jnp.bfloat16)

@@ -55,8 +55,8 @@ def test_what_is_passed_over_is_counted_at_the_end(ckpt, tmp_path, capsys):
     argv = ["answers", file, "--ckpt", ckpt.path, "--out", tmp_path / "store", "--max-new-tokens", 4, "--capacity", 128]
     main([str(arg) for arg in argv])
     assert len(FeatureStore(tmp_path / "store", ckpt)) == 1
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == (
+    counted, following = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert following.startswith("next: ") and counted == (
         "read 4 records; left out 1: their prompts are longer than 112 tokens (--capacity) (first: a.jsonl, line 2); "
         "left out 1: no user asks anything in them (first: a.jsonl, line 3); "
         "left out 1: they begin as an earlier one (first: a.jsonl, line 4)"
