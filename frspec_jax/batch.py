@@ -103,10 +103,12 @@ class Batch:
         self._plan = dataclasses.replace(model.plan(), rule="mixed", adjusts=True, logprobs=True, keeps=False)
         self._spare = slots  # the slot of nobody, for programs of more texts than there are
         with jax.enable_x64(False):
-            # Bound to the device, as the states that a program returns are: for others it would be compiled once more.
             plan = self._plan
-            state = programs.new_state(plan, model.weights, model.capacity, slots + 1, model.runtime.dtype)
-            self._state = engine.bound(plan, state, engine.state_on(state.caches))
+            self._state = engine.made(
+                plan,
+                lambda: programs.new_state(plan, model.weights, model.capacity, slots + 1, model.runtime.dtype),
+                lambda state: engine.state_on(state.caches),
+            )
         self._weights = {size: self._guessed(size) for size in self._ladder}
         self._texts: dict[int, _Text] = {}
         self._places = [_Slot() for _ in range(slots)]

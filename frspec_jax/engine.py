@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -258,15 +258,18 @@ def state_on(caches: Caches) -> DecodeState:
     return DecodeState(**(parts | {"caches": caches_on(caches)}))
 
 
-def bound(plan: Plan, arrays: Any, where: Any) -> Any:
-    """Arrays put where the results of this plan's programs stand: on others its programs would be compiled once more.
+T = TypeVar("T")
 
-    where: `caches_on` or `state_on` of them.
+
+def made(plan: Plan, make: Callable[[], T], where: Callable[[T], Any]) -> T:
+    """Arrays made where the results of this plan's programs stand: for others its programs would be compiled once more.
+
+    On a mesh each device makes its own part. where: says of them where their parts stand there.
     """
     if plan.mesh is None:
-        return jax.device_put(arrays, jax.local_devices()[0])
-    put: Any = jax.jit(lambda arrays: arrays, out_shardings=on_devices(plan.mesh, arrays, where))
-    return put(jax.tree.map(np.asarray, arrays))
+        return jax.device_put(make(), jax.local_devices()[0])
+    shapes = jax.eval_shape(make)
+    return jax.jit(make, out_shardings=on_devices(plan.mesh, shapes, where(shapes)))()
 
 
 @functools.wraps(prefill_chunk)

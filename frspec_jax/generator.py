@@ -394,9 +394,7 @@ class Generator:
         return Writer(self.checkpoint.tokenizer, request.stop, self.checkpoint.stop_ids)
 
     def _new_caches(self, plan: engine.Plan) -> engine.Caches:
-        # Bound to the device, as the caches that a program returns are: for others it would be compiled once more.
-        caches = engine.new_caches(plan, self.capacity, self.runtime.dtype)
-        return engine.bound(plan, caches, engine.caches_on(caches))
+        return engine.made(plan, lambda: engine.new_caches(plan, self.capacity, self.runtime.dtype), engine.caches_on)
 
     def _take_caches(self) -> engine.Caches | None:
         with self._lock:

@@ -115,7 +115,8 @@ class Split:
         """What a device holds of a weight; rows of the head beyond the vocabulary are zeros."""
         axis = PARTITION[name].index(AXIS)
         ranges = self.pieces(name, device)
-        rows = [stored[(slice(None),) * axis + (slice(a, min(b, stored.shape[axis])),)] for a, b in ranges]
+        end = stored.shape[axis]
+        rows = [stored[(slice(None),) * axis + (slice(min(a, end), min(b, end)),)] for a, b in ranges]
         whole = np.concatenate([np.asarray(row) for row in rows], axis)
         wanted = sum(b - a for a, b in ranges)
         spare = [(0, wanted - whole.shape[axis] if dim == axis else 0) for dim in range(whole.ndim)]

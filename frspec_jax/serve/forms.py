@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import time
@@ -58,7 +59,7 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST) if math.isfinite(logprob) else LEAST
 
 
-class Form:
+class Form(abc.ABC):
     """What one request's answers look like, whole or in chunks."""
 
     whole_object: ClassVar[str]
@@ -83,20 +84,21 @@ class Form:
             "usage": used,
         }
 
+    @abc.abstractmethod
     def opening(self, index: int) -> list[dict[str, Any]]:
         """The chunks before a choice's first text."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """The chunks of a further piece; the last holds the reason of the end and no text."""
-        raise NotImplementedError
 
     def usage_chunk(self, used: dict[str, int]) -> dict[str, Any]:
         """The last chunk, where usage is asked for."""
         return {**self._head(self.chunk_object), "choices": [], "usage": used}
 
+    @abc.abstractmethod
     def _choice(self, index: int, choice: Whole) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice of a reply that does not stream."""
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}

@@ -8,16 +8,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from frspec_jax import engine, sharding
+from frspec_jax import api, engine, sharding
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.pace import Pace
 from pallas_kernels.dispatch import AUTO
 from tests.support import toy
+from tests.support.folders import checkpoint_folder
 
 CFG = toy.config(num_heads=8, num_kv_heads=2, vocab_size=30)
 GEMMA = {"windows": (7, 0), "norms": "around", "head_norms": True, "norm_offset": 1.0}
@@ -73,7 +77,16 @@ def main() -> None:
             shown = keys.sharding.shard_shape(keys.shape)[0] == whole  # each device holds its own heads alone
             same[f"{name}, {devices} devices"] = tokens == expected and shown
             print(f"{name}, {devices} devices: {tokens == expected}, {shown}", file=sys.stderr)
+    same["a batch, out of a checkpoint"] = batch(None) == batch(sharding.mesh_of(2))
     print(json.dumps(same))
+
+
+def batch(mesh: Mesh | None) -> list[list[int]]:
+    """What a model of a checkpoint's folder answers to three prompts at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = checkpoint_folder(Path(folder) / "toy")
+        model = api.load(checkpoint, api.Draft(tree=TreeConfig(4, 2, 2)), dtype="float32", context=256, mesh=mesh)
+        return [result.tokens for result in model.generate(["the end", "a b", "hello world"], api.Request(12))]
 
 
 if __name__ == "__main__":
