@@ -45,7 +45,8 @@ def mesh_of(devices: int) -> Mesh | None:
     """
     there = jax.devices()
     if not 1 <= devices <= len(there):
-        raise UserError(f"--tensor-parallel {devices}: JAX found {len(there)} devices; give 1 to {len(there)}")
+        most = "1 device; give 1" if len(there) == 1 else f"{len(there)} devices; give 1 to {len(there)}"
+        raise UserError(f"--tensor-parallel {devices}: JAX found {most}")
     return None if devices == 1 else Mesh(np.array(there[:devices]), (AXIS,))
 
 
