@@ -29,7 +29,7 @@ from frspec_jax.errors import UserError
 from frspec_jax.likelihood import Likely
 from frspec_jax.pace import Costs, Pace
 from frspec_jax.penalties import Bearing, Penalties
-from frspec_jax.request import Request, Result, asked_of
+from frspec_jax.request import Effort, Request, Result, asked_of
 from frspec_jax.sampling import argument
 from frspec_jax.writer import Writer
 from pallas_kernels import device
@@ -245,12 +245,14 @@ class Batch:
         """The whole answer."""
         return self.model.result_of(
             text.tokens,
-            prompt_tokens=len(text.prompt),
-            finish_reason=reason,
-            rounds=text.rounds,
-            histogram=text.histogram,
-            prefill_seconds=text.prefill_seconds,
-            decode_seconds=time.perf_counter() - text.began,
+            reason,
+            Effort(
+                prompt_tokens=len(text.prompt),
+                rounds=text.rounds,
+                histogram=text.histogram,
+                prefill_seconds=text.prefill_seconds,
+                decode_seconds=time.perf_counter() - text.began,
+            ),
             logprobs=None if text.request.logprobs is None else tuple(text.logprobs),
         )
 

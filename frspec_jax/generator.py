@@ -28,7 +28,7 @@ from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import BLOCK, rounded_capacity
 from frspec_jax.likelihood import Likelihood, Likely
 from frspec_jax.penalties import Bearing, Penalties
-from frspec_jax.request import Prompt, Request, Result, Settings, asked_of
+from frspec_jax.request import Effort, Prompt, Request, Result, Settings, asked_of
 from frspec_jax.sampling import rule_of
 from frspec_jax.sharding import AXIS, agreed
 from frspec_jax.writer import Writer
@@ -362,29 +362,26 @@ class Generator:
     def result_of(
         self,
         tokens: list[int],
-        *,
-        prompt_tokens: int,
         finish_reason: str | None,
-        rounds: int,
-        histogram: list[int],
-        prefill_seconds: float,
-        decode_seconds: float,
+        effort: Effort,
+        *,
         lossy: bool = False,
         logprobs: tuple[Likely, ...] | None = None,
     ) -> Result:
         """An answer of this model, and how it came about."""
+        rounds = effort.rounds
         return Result(
             text=text_of(self.checkpoint.tokenizer, tokens),
             tokens=tokens,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=effort.prompt_tokens,
             finish_reason=finish_reason,
             method=dataclasses.replace(self.drafting.method, lossy=lossy).name,
             draft_vocab=self.draft_vocab,
             rounds=rounds,
             accepted_length=(len(tokens) - 1) / rounds if rounds else None,
-            accepted_histogram=histogram,
-            prefill_seconds=prefill_seconds,
-            decode_seconds=decode_seconds,
+            accepted_histogram=effort.histogram,
+            prefill_seconds=effort.prefill_seconds,
+            decode_seconds=effort.decode_seconds,
             context_slots=self.context_slots,
             logprobs=logprobs,
         )
@@ -466,12 +463,14 @@ class Text:
         state, wanted = self.state, self._request.logprobs
         return self._model.result_of(
             self.tokens,
-            prompt_tokens=self._prompt_tokens,
-            finish_reason={engine.STOPPED: "stop", engine.FULL: "length"}.get(int(state.finished)),
-            rounds=int(state.rounds),
-            histogram=np.asarray(state.histogram).tolist(),
-            prefill_seconds=self._prefill_seconds,
-            decode_seconds=self._decode_seconds,
+            {engine.STOPPED: "stop", engine.FULL: "length"}.get(int(state.finished)),
+            Effort(
+                prompt_tokens=self._prompt_tokens,
+                rounds=int(state.rounds),
+                histogram=np.asarray(state.histogram).tolist(),
+                prefill_seconds=self._prefill_seconds,
+                decode_seconds=self._decode_seconds,
+            ),
             lossy=self.plan.rule == "typical",
             logprobs=None if wanted is None else cast(Likelihood, state.likelihood).shown(self.emitted, wanted),
         )

@@ -15,7 +15,7 @@ from frspec_jax.placement import Placement
 from pallas_kernels import device
 from pallas_kernels.compaction import compact as compacted
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.rotary_append import HeadNorms, Rotation
+from pallas_kernels.rotary_append import HeadNorms, Place, Rotation
 from pallas_kernels.rotary_append import rotary_append as rotate_and_append
 
 BLOCK = 256  # capacities are multiples of it, so that attention may walk the cache in whole blocks
@@ -79,9 +79,7 @@ def rotary_append(
         by,
         cache.keys,
         cache.values,
-        where.write_at,
-        slot=cache.slot,
-        skip=where.skip,
+        Place(where.write_at, cache.slot, where.skip),
         norms=norms,
         implementation=implementation,
     )

@@ -20,7 +20,7 @@ from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.fused_linear import Norm, fused_linear, gated
 from pallas_kernels.products import linear, take_rows
 from pallas_kernels.rotary_append import HeadNorms, Rotation, rotate
-from pallas_kernels.tree_attention import tree_attention
+from pallas_kernels.tree_attention import How, tree_attention
 
 
 @struct.dataclass
@@ -179,9 +179,7 @@ def decoder_layer(
             here.where.sees,
             slot=cache.slot,
             implementation=kernels.attention,
-            rows=kernels.rows,
-            cap=config.attention_cap,
-            steady=kernels.steady,
+            how=How(config.attention_cap, kernels.steady, kernels.rows),
         )
         x = added(mixed.reshape(x.shape[0], -1), layer.output, layer.output_bias, x, layer.attention_out_norm)
     with jax.named_scope("mlp"):

@@ -98,6 +98,17 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """What an answer took."""
+
+    prompt_tokens: int
+    rounds: int  # passes of the target after the prompt's
+    histogram: list[int]  # rounds that emitted 1, 2, ... D+1 tokens
+    prefill_seconds: float  # reading the prompt
+    decode_seconds: float  # all rounds
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Result:
     """One answer, and how it came about. Printed, it is its text."""

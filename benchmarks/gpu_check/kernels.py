@@ -19,7 +19,7 @@ from pallas_kernels.bench import widened
 from pallas_kernels.best_children import best_children
 from pallas_kernels.compaction import compact
 from pallas_kernels.fused_linear import cases as products
-from pallas_kernels.rotary_append import Rotation, rotary_append
+from pallas_kernels.rotary_append import Place, Rotation, rotary_append
 from pallas_kernels.subvocab_head import cases as heads
 from pallas_kernels.timing import Case
 from pallas_kernels.tree_attention import cases as attention
@@ -121,7 +121,7 @@ def _rotary(sizes: Sizes) -> tuple[float, float]:
     keys, values = jnp.asarray(rng.standard_normal((2, shape.kv_heads, 256, shape.head_dim), np.float32), sizes.dtype)
     # One rounding of a number below eight may go the other way.
     tolerance = 2.0**-5 if sizes.dtype == jnp.bfloat16 else 4e-6
-    return _difference(*_both(rotary_append, sizes, qkv, by, keys, values, jnp.int32(37))), tolerance
+    return _difference(*_both(rotary_append, sizes, qkv, by, keys, values, Place(jnp.int32(37)))), tolerance
 
 
 def _compaction(sizes: Sizes) -> tuple[float, float]:

@@ -138,7 +138,7 @@ async def chat(served: Served, http: HttpRequest) -> Response:
     engine = await _engine(served, fields)
     ids = await asyncio.to_thread(served.encoder.chat, fields.messages)
     form = ChatForm(**_form_arguments(served, fields))
-    return await _answer(served, http, engine, fields, [ids], fields.limit, "messages", form)
+    return await _answer(served, http, engine, fields, [ids], "messages", form)
 
 
 async def completions(served: Served, http: HttpRequest) -> Response:
@@ -153,7 +153,7 @@ async def completions(served: Served, http: HttpRequest) -> Response:
         texts = [one if isinstance(one, str) else served.text_of(ids) for one, ids in zip(given, prompts, strict=True)]
         echoes = [text for text in texts for _ in range(fields.choices)]
     form = CompletionForm(**_form_arguments(served, fields), echoes=echoes)
-    return await _answer(served, http, engine, fields, prompts, fields.limit, "prompt", form)
+    return await _answer(served, http, engine, fields, prompts, "prompt", form)
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
@@ -207,11 +207,10 @@ async def _answer(
     engine: Engine,
     fields: ChatFields | CompletionFields,
     prompts: Sequence[np.ndarray],
-    limit: int | None,
     param: str,
     form: Form,
 ) -> Response:
-    settings = served.settings
+    settings, limit = served.settings, fields.limit
     sampling, seed, stop = _sampling(served, fields), fields.seed, fields.stops()
     seed = secrets.randbits(63) if seed is None else seed
     asked = []

@@ -13,32 +13,30 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.bits import bits_of, floats_of
 from pallas_kernels.dispatch import power_of_two
-from pallas_kernels.rotary_append.xla import HeadNorms, Rotation
+from pallas_kernels.rotary_append.xla import HeadNorms, Place, Rotation
 
 MOST_TOKENS = 32  # a program
 
 
-@functools.partial(jax.jit, static_argnames=("skip", "interpret"))  # equal layers are lowered once
+@functools.partial(jax.jit, static_argnames="interpret")  # equal layers are lowered once
 def rotary_append(
     qkv: Array,
     by: Rotation,
     keys: Array,
     values: Array,
-    start: Array,
-    slot: Array | None,
+    place: Place,
     norms: HeadNorms | None,
     *,
-    skip: int,
     interpret: bool,
 ) -> tuple[Array, Array, Array]:
     """`xla.in_slots`, by the kernel; arguments and result as there; no slot: one sequence, in a pool of one."""
     (batch, tokens, width), (_, kv_heads, _, head_dim) = qkv.shape, keys.shape
-    slot = jnp.zeros(batch, jnp.int32) if slot is None else slot
+    slot = jnp.zeros(batch, jnp.int32) if place.slot is None else place.slot
     heads = width // head_dim - 2 * kv_heads
     block = min(MOST_TOKENS, power_of_two(tokens, least=1))
     learned = () if norms is None else (jnp.stack([norms.query, norms.key]),)
     scaling = None if norms is None else (norms.eps, norms.offset)
-    kernel = functools.partial(_kernel, heads=heads, block=block, skip=skip, scaling=scaling)
+    kernel = functools.partial(_kernel, heads=heads, block=block, skip=place.skip, scaling=scaling)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     k, v = floats_of(keys), floats_of(values)
     q, k, v = pl.pallas_call(
@@ -55,7 +53,7 @@ def rotary_append(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="rotary_append",
-    )(qkv, by.cos_sin[:, :, 0], start, slot, k, v, *learned)
+    )(qkv, by.cos_sin[:, :, 0], place.start, slot, k, v, *learned)
     return q, bits_of(k, keys.dtype), bits_of(v, values.dtype)
 
 

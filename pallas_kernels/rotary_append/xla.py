@@ -31,6 +31,29 @@ class Rotation:
 
 
 @struct.dataclass
+class Place:
+    """Which rows of a cache are written: those from `start + skip` on, of the sequence's part of a pool if it has one.
+
+    The caller sees to it that the rows fit: XLA would otherwise shift the window back and overwrite rows before it.
+    """
+
+    start: Array  # int32; of a batch [B]
+    # int32, of a batch [B]: which part of a pool is the sequence's. Under vmap no two sequences may have the same one,
+    # unless nobody reads it. None: there is no pool.
+    slot: Array | None = None
+    skip: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def first(self) -> Array:
+        """The first row that is written: int32, of a batch [B]."""
+        return self.start + self.skip
+
+    def each(self) -> Place:
+        """The same as that of a batch of one."""
+        return jax.tree.map(lambda x: x[None], self)
+
+
+@struct.dataclass
 class HeadNorms:
     """Norms of each head's query and key, before they are rotated (Qwen3, Gemma 3)."""
 
@@ -53,14 +76,15 @@ def rotate(x: Array, by: Rotation) -> Array:
 
 
 def rotary_append(
-    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, norms: HeadNorms | None
+    qkv: Array, by: Rotation, keys: Array, values: Array, place: Place, norms: HeadNorms | None
 ) -> tuple[Array, Array, Array]:
-    """`pallas_kernels.rotary_append.rotary_append` of one sequence; arguments and result as there."""
+    """`pallas_kernels.rotary_append.rotary_append` of one sequence without a pool; arguments and result as there."""
     kv_heads, head_dim = keys.shape[0], keys.shape[2]
     split = qkv.reshape(qkv.shape[0], -1, head_dim)
     heads = split.shape[1] - 2 * kv_heads
     split = split if norms is None else norms(split, heads, kv_heads)
     rotated = rotate(split[:, : heads + kv_heads], by)
+    start = place.first
     keys = written(keys, rotated[:, heads:], start)
     return rotated[:, :heads], keys, written(values, split[:, heads + kv_heads :], start)
 
@@ -72,12 +96,14 @@ def written(cache: Array, rows: Array, start: Array) -> Array:
 
 
 def in_slots(
-    qkv: Array, by: Rotation, keys: Array, values: Array, start: Array, slot: Array, norms: HeadNorms | None
+    qkv: Array, by: Rotation, keys: Array, values: Array, place: Place, norms: HeadNorms | None
 ) -> tuple[Array, Array, Array]:
     """The same of B sequences in a pool: each argument with an axis for them.
 
-    keys, values: [slots, kv_heads, S, head_dim]. start, slot: [B] int32.
+    keys, values: [slots, kv_heads, S, head_dim].
     """
+    assert place.slot is not None
+    start, slot = place.first, place.slot
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     split = qkv.reshape(*qkv.shape[:2], -1, head_dim)
     heads = split.shape[2] - 2 * kv_heads

@@ -64,11 +64,11 @@ def subvocab_top_k(
     """`pallas_kernels.subvocab_head.subvocab_top_k`, by the kernels; arguments and result as there."""
     count, own = x.shape[0], -(-head.shape[0] // config.block_v)
     tiles = own if extra is None else own - (-extra.ids.shape[0] // config.block_v)
-    scored = functools.partial(_scored, x, k, config, interpret, tiles)
-    found = scored(head, range(own), scale=scale)
+    scored = functools.partial(_scored, x, k=k, config=config, interpret=interpret, tiles=tiles)
+    found = scored(_Rows(head, range(own), scale=scale))
     if extra is not None:
         ids = joined_ids(head, ids, extra)
-        found = scored(extra.weight, range(own, tiles), ids=extra.ids, before=head.shape[0], into=found)
+        found = scored(_Rows(extra.weight, range(own, tiles), ids=extra.ids, before=head.shape[0]), found)
     names = [] if ids is None else [ids]
     return pl.pallas_call(
         functools.partial(_merge, k=k, each=min(k, config.block_v)),
@@ -82,32 +82,30 @@ def subvocab_top_k(
     )(*found, *names)
 
 
-def _scored(
-    x: Array,
-    k: int,
-    config: Config,
-    interpret: bool,
-    tiles: int,
-    head: Array,
-    mine: range,
-    scale: Array | None = None,
-    ids: Array | None = None,
-    before: int = 0,
-    into: Found = (),
-) -> Found:
-    """What all `tiles` have found, of which those of a head's rows are `mine`.
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of one launch: those of the head, or the extra ones."""
 
-    ids: [V'] int32, negative where a row does not count. before: rows of other heads before these. into: what tiles
-    of other heads have found, which is written to in place.
+    weight: Array  # [R, H]
+    tiles: range  # theirs among all tiles
+    scale: Array | None = None  # [R] float32, where the rows are quantised
+    ids: Array | None = None  # [R] int32, negative where a row does not count; None: all count
+    before: int = 0  # rows of other launches before these
+
+
+def _scored(x: Array, rows: _Rows, into: Found = (), *, k: int, config: Config, interpret: bool, tiles: int) -> Found:
+    """What all `tiles` have found, once those of these rows have run.
+
+    into: what the tiles of other rows have found, which is written to in place.
     """
-    columns, kept, first = power_of_two(x.shape[0]), power_of_two(k, least=1), mine.start
-    about = [array for array in (scale, ids) if array is not None]
+    columns, kept, first = power_of_two(x.shape[0]), power_of_two(k, least=1), rows.tiles.start
+    about = [array for array in (rows.scale, rows.ids) if array is not None]
     per_tile = pl.BlockSpec((None, kept, columns), lambda tile: (tile + first, 0, 0))
     one_row = pl.BlockSpec((None, columns), lambda tile: (tile + first, 0))
-    facts = _Facts(k, before, scale is not None, ids is not None)
+    facts = _Facts(k, rows.before, rows.scale is not None, rows.ids is not None)
     return pl.pallas_call(
         functools.partial(_tile, config=config, facts=facts),
-        grid=(len(mine),),
+        grid=(len(rows.tiles),),
         in_specs=[WHOLE] * (2 + len(about) + len(into)),
         out_specs=[per_tile, per_tile, one_row, one_row],
         out_shape=[
@@ -120,7 +118,7 @@ def _scored(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="subvocab_head" + "_extra" * bool(into),
-    )(x, head, *about, *into)
+    )(x, rows.weight, *about, *into)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,10 @@ from pallas_kernels.device import current
 from pallas_kernels.dispatch import Implementation, choose, resolve
 from pallas_kernels.tree_attention import mosaic_config, triton, xla
 from pallas_kernels.tree_attention.triton import Config
-from pallas_kernels.tree_attention.xla import BLOCK
+from pallas_kernels.tree_attention.xla import BLOCK, How
 from pallas_kernels.visibility import Sees
 
-__all__ = ["BLOCK", "Config", "attention_rows", "tree_attention"]
+__all__ = ["BLOCK", "Config", "How", "attention_rows", "tree_attention"]
 
 
 def tree_attention(
@@ -32,9 +32,7 @@ def tree_attention(
     slot: Array | None = None,
     implementation: Implementation = "auto",
     config: Config | mosaic_config.Config | None = None,
-    rows: int | None = None,
-    cap: float = 0.0,
-    steady: bool = True,
+    how: How = How(),
 ) -> Array:
     """Softmax attention with float32 scores, scaled by 1/sqrt(head_dim).
 
@@ -46,15 +44,12 @@ def tree_attention(
       slot: int32, which part of a pool is this sequence's.
       implementation: see `dispatch`. config: the kernel's, instead of the one chosen for the shape. Its class says
         whether that is Triton's or Mosaic's; where Mosaic's cannot be had for these arrays, Triton's runs as it suits.
-      cap: scores go through cap tanh(score / cap) before the mask (Gemma 2); 0: as they are.
-      rows: none beyond these is seen; None: all of S may be. XLA on a GPU then reads no others.
-      steady: see `xla.steady_mix`; matters for bfloat16 on a CPU alone.
+      how: what becomes of the scores, how they are rounded, and how many of the rows may be seen at all.
 
     Returns:
       [T, heads, head_dim] in q's dtype.
     """
-    how = xla.How(cap, steady)
-    run = functools.partial(_of_each, implementation=implementation, config=config, rows=rows, how=how)
+    run = functools.partial(_of_each, implementation=implementation, config=config, how=how)
     if slot is None:
         return run(q[None], keys[None], values[None], sees.each(), None)[0]
 
@@ -73,8 +68,7 @@ def _of_each(
     *,
     implementation: Implementation,
     config: Config | mosaic_config.Config | None,
-    rows: int | None,
-    how: xla.How,
+    how: How,
 ) -> Array:
     """`tree_attention` of B sequences: q, sees and slot with an axis for them, keys and values with one for slots.
 
@@ -98,7 +92,7 @@ def _of_each(
         if current().platform == "gpu":
             at = slice(None) if slot is None else slot
             straight = functools.partial(xla.straight, cap=how.cap)
-            return jax.vmap(straight)(q, keys[at, :, :rows], values[at, :, :rows], sees)
+            return jax.vmap(straight)(q, keys[at, :, : how.rows], values[at, :, : how.rows], sees)
         if slot is None:
             return xla.tree_attention(q[0], keys[0], values[0], sees.only(), how)[None]
         return xla.in_slots(q, keys, values, sees, slot, how)

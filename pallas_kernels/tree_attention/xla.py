@@ -35,10 +35,13 @@ def in_slots(q: Array, keys: Array, values: Array, sees: Sees, slot: Array, how:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """What is done with scores, beside the softmax."""
+    """What is the same in all layers of a kind: a static part of the compiled program."""
 
-    cap: float = 0.0  # see `products.capped`
-    steady: bool = False  # see `steady_mix`
+    # Scores go through cap tanh(score / cap) before the mask (Gemma 2); 0: as they are.
+    cap: float = 0.0
+    steady: bool = True  # see `steady_mix`; matters for bfloat16 on a CPU alone
+    # None beyond these is seen; None: all of S may be. XLA on a GPU then reads no others.
+    rows: int | None = None
 
     def scores(self, products: Array, head_dim: int) -> Array:
         """Scores of the products of queries and keys."""

@@ -197,8 +197,11 @@ HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 def test_without_the_wheels_it_says_what_to_do(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_compile", "--layers", "1", "--out", str(tmp_path / "out")],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 2 and "`make gpu-compile`" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -99,10 +99,13 @@ def drawn(logits, how=Sampling(1.0), seed=0, sequence=0, positions=None, row=Non
     row = np.arange(len(logits)) if row is None else np.asarray(row)
     return np.asarray(
         chosen(
-            jnp.asarray(logits, jnp.float32), rule_of(how), Draw.of(how, seed, sequence),
-            positions.astype(np.int32), row.astype(np.int32),
+            jnp.asarray(logits, jnp.float32),
+            rule_of(how),
+            Draw.of(how, seed, sequence),
+            positions.astype(np.int32),
+            row.astype(np.int32),
         )
-    )  # fmt: skip
+    )
 
 
 def test_greedy_is_argmax_whatever_the_seed():
@@ -115,9 +118,12 @@ def test_greedy_is_argmax_whatever_the_seed():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.integers(0, 5), min_size=12, max_size=12), st.integers(0, 2**31 - 1), st.integers(0, 100),
-    st.integers(0, 3000), st.sampled_from([Sampling(1.0), Sampling(0.7, 20, 0.9)]),
-)  # fmt: skip
+    st.lists(st.integers(0, 5), min_size=12, max_size=12),
+    st.integers(0, 2**31 - 1),
+    st.integers(0, 100),
+    st.integers(0, 3000),
+    st.sampled_from([Sampling(1.0), Sampling(0.7, 20, 0.9)]),
+)
 def test_a_nodes_token_depends_on_its_logits_and_position_alone(depths, seed, sequence, start, how):
     """The same draw in a tree of twelve nodes, and as vanilla decoding asks for it: alone."""
     logits = np.random.default_rng(seed).normal(size=(12, 40)) * 2

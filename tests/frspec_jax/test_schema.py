@@ -66,8 +66,9 @@ def test_a_drafts_config_of_wrong_entries_is_one_sentence(kind):
     spec, _ = toy.DRAFTS[kind](toy.config())
     data = {"kind": kind, **json.loads(json.dumps(spec.to_json()))}
     assert drafters.spec_of(data, "config.json") == spec
-    refused = [refused_or_read(lambda d: drafters.spec_of(d, "config.json"), wrong, "config.json")
-               for wrong, _ in spoilt(data)]  # fmt: skip
+    refused = [
+        refused_or_read(lambda d: drafters.spec_of(d, "config.json"), wrong, "config.json") for wrong, _ in spoilt(data)
+    ]
     assert sum(refused) > 30
 
 

@@ -55,9 +55,8 @@ def test_the_parts_of_a_weight_are_all_of_it(count):
     stored = np.arange(CFG.vocab_size * 3).reshape(-1, 3)
     parts = np.concatenate([split.part("lm_head", stored, device) for device in range(count)])
     assert parts.shape[0] == split.vocabulary >= CFG.vocab_size and not parts[CFG.vocab_size :].any()
-    assert np.array_equal(parts[: CFG.vocab_size], stored) and set(PARTITION) == set(sizes) | {
-        "qkv_bias", "gate_up_bias", "lm_head"
-    }  # fmt: skip
+    assert np.array_equal(parts[: CFG.vocab_size], stored)
+    assert set(PARTITION) == set(sizes) | {"qkv_bias", "gate_up_bias", "lm_head"}
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,10 @@ def eagle2(tree: TreeConfig, proposals: list) -> tuple[dict, list, list]:
     Returns the kept nodes, the root first, as lists of tokens, parents, depths and ancestor sets; for each
     level the beams that are expanded, as numbers of candidates; and each candidate's parent.
     """
-    candidates = [{"token": int(t), "score": float(s), "above": None, "depth": 1, "line": ()}
-                  for s, t in zip(proposals[0][0][0], proposals[0][1][0], strict=True)]  # fmt: skip
+    candidates = [
+        {"token": int(t), "score": float(s), "above": None, "depth": 1, "line": ()}
+        for s, t in zip(proposals[0][0][0], proposals[0][1][0], strict=True)
+    ]
     beams = list(range(tree.top_k))
     expanded = [beams]
     for scores, tokens in proposals[1:]:
@@ -61,10 +63,15 @@ def eagle2(tree: TreeConfig, proposals: list) -> tuple[dict, list, list]:
             above = candidates[beam]
             for s, t in zip(scores[row], tokens[row], strict=True):
                 children.append(len(candidates))
-                candidates.append({
-                    "token": int(t), "score": above["score"] + float(s), "above": beam, "depth": above["depth"] + 1,
-                    "line": (*above["line"], beam),
-                })  # fmt: skip
+                candidates.append(
+                    {
+                        "token": int(t),
+                        "score": above["score"] + float(s),
+                        "above": beam,
+                        "depth": above["depth"] + 1,
+                        "line": (*above["line"], beam),
+                    }
+                )
         beams = sorted(children, key=lambda c: (-candidates[c]["score"], c))[: tree.top_k]
         expanded.append(beams)
     assert len(candidates) == tree.candidates

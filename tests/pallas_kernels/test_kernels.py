@@ -33,7 +33,7 @@ from pallas_kernels.dispatch import Kernels
 from pallas_kernels.fused_linear import fused_linear
 from pallas_kernels.models import SHAPES
 from pallas_kernels.products import linear, mean_square, take_rows, turned
-from pallas_kernels.rotary_append import Rotation, rotary_append
+from pallas_kernels.rotary_append import Place, Rotation, rotary_append
 from pallas_kernels.subvocab_head import cases as head_cases
 from pallas_kernels.subvocab_head import quantised, subvocab_top_k
 from pallas_kernels.tree_attention import cases as attention_cases
@@ -334,10 +334,13 @@ OPERATIONS = {
         (some(4, 32), some(100, 32)),
     ),
     "attention, in straight lines": (xla.straight, (some(5, 4, 16), some(2, 1024, 16), some(2, 1024, 16))),
-    "rotation": (rotary_append, (some(3, 64), Rotation(some(3, 1, 16)), some(1, 32, 16), some(1, 32, 16), START)),
+    "rotation": (
+        rotary_append,
+        (some(3, 64), Rotation(some(3, 1, 16)), some(1, 32, 16), some(1, 32, 16), Place(START)),
+    ),
     "rotation, kernel": (
-        functools.partial(rotary_append, skip=2, implementation="interpret"),
-        (some(3, 64), Rotation(some(3, 1, 16)), some(1, 32, 16), some(1, 32, 16), START),
+        functools.partial(rotary_append, implementation="interpret"),
+        (some(3, 64), Rotation(some(3, 1, 16)), some(1, 32, 16), some(1, 32, 16), Place(START, skip=2)),
     ),
     "compaction": (compact, ([some(2, 32, 16)], START, PATH)),
     "compaction, kernel": (functools.partial(compact, implementation="interpret"), ([some(2, 32, 16)], START, PATH)),

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.products import rms_norm
-from pallas_kernels.rotary_append import HeadNorms, Rotation, rotary_append, rotate, written
+from pallas_kernels.rotary_append import HeadNorms, Place, Rotation, rotary_append, rotate, written
 
 WAYS = ("xla", "interpret", "pallas") if jax.default_backend() == "gpu" else ("xla", "interpret")
-append = {how: jax.jit(functools.partial(rotary_append, implementation=how), static_argnames="skip") for how in WAYS}
+append = {how: jax.jit(functools.partial(rotary_append, implementation=how)) for how in WAYS}
 both = pytest.mark.parametrize("how", WAYS)
 CAPACITY = 128
 # tokens, heads, KV heads, head_dim
@@ -39,7 +39,7 @@ def test_rows_are_rotated_and_written_where_they_belong(how, shape, place, skip,
     tokens, heads, kv_heads, head_dim = shape
     start = round(place * (CAPACITY - tokens - skip))
     qkv, by, keys, values = case(shape, seed=seed)
-    q, new_keys, new_values = append[how](qkv, by, keys, values, jnp.int32(start), skip=skip)
+    q, new_keys, new_values = append[how](qkv, by, keys, values, Place(jnp.int32(start), skip=skip))
 
     plain = np.asarray(qkv, np.float64).reshape(tokens, -1, head_dim)
     cos, sin = np.asarray(by.cos, np.float64), np.asarray(by.sin, np.float64)
@@ -61,8 +61,8 @@ def test_rows_are_rotated_and_written_where_they_belong(how, shape, place, skip,
 def test_bfloat16_is_rounded_once_and_its_bits_may_be_kept(how):
     """As on a CPU, whose caches keep them as integers; what is read of them is the same to the bit."""
     qkv, by, keys, values = case((7, 4, 2, 16), jnp.bfloat16)
-    floats = append[how](qkv, by, keys, values, jnp.int32(3))
-    bits = append[how](qkv, by, keys.view(jnp.uint16), values.view(jnp.uint16), jnp.int32(3))
+    floats = append[how](qkv, by, keys, values, Place(jnp.int32(3)))
+    bits = append[how](qkv, by, keys.view(jnp.uint16), values.view(jnp.uint16), Place(jnp.int32(3)))
     assert [x.dtype for x in floats] == 3 * [jnp.bfloat16] and bits[1].dtype == bits[2].dtype == jnp.uint16
     assert all(np.array_equal(x, y.view(jnp.bfloat16)) for x, y in zip(floats, bits, strict=True))
     assert np.array_equal(floats[2][:, 3:10], qkv.reshape(7, -1, 16)[:, 6:].swapaxes(0, 1))
@@ -77,7 +77,7 @@ def test_heads_are_normed_before_they_are_rotated(how, offset, dtype):
         qkv, by, keys, values = case(shape, dtype)
         query, key = jnp.asarray(np.random.default_rng(1).normal(size=(2, head_dim)), dtype)
         norms = HeadNorms(query, key, 1e-6, offset)
-        q, new_keys, new_values = append[how](qkv, by, keys, values, jnp.int32(9), norms=norms)
+        q, new_keys, new_values = append[how](qkv, by, keys, values, Place(jnp.int32(9)), norms=norms)
         split = qkv.reshape(tokens, -1, head_dim)
         by_hand = [
             rotate(rms_norm(x, weight, 1e-6, offset), by)

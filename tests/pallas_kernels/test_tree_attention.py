@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.device import H100, compiling_for
-from pallas_kernels.tree_attention import BLOCK, attention_rows, tree_attention, xla
+from pallas_kernels.tree_attention import BLOCK, How, attention_rows, tree_attention, xla
 from pallas_kernels.tree_attention.xla import DENSE_LIMIT
 from pallas_kernels.visibility import Sees, bit_words, has_bit
 from tests import conftest
@@ -134,7 +134,9 @@ def test_rows_that_a_query_does_not_see_change_nothing(how, shape):
 def test_a_window_and_a_cap(how, shape, cap):
     """Of the committed rows each query sees those from a first one on; scores are kept within a cap before the mask."""
     tokens, kv_heads, group, head_dim, capacity = shape
-    attend_so = jax.jit(functools.partial(xla.straight if how == "straight" else tree_attention, **WAY[how], cap=cap))
+    straight = how == "straight"
+    capped = functools.partial(xla.straight, cap=cap) if straight else functools.partial(tree_attention, how=How(cap))
+    attend_so = jax.jit(functools.partial(capped, **WAY[how]))
     for seed, fill in enumerate((0.0, 0.4, 1.0)):
         committed = round(fill * (capacity - tokens))
         q, keys, values, _, line = case(shape, committed, "any", seed, spread=3.0)
@@ -199,7 +201,7 @@ def test_rows_that_are_not_read_may_hold_anything():
     q, keys, values, committed, line = given
     keys[:, 512:] = values[:, 512:] = np.nan
     with compiling_for(H100):
-        limited = jax.jit(functools.partial(tree_attention, implementation="xla", rows=512))
+        limited = jax.jit(functools.partial(tree_attention, implementation="xla", how=How(rows=512)))
         mine = limited(q, keys, values, sees(committed, line))
     assert error(mine, reference(*given)) < 2e-6
 

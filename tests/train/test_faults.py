@@ -230,8 +230,15 @@ def test_figures_that_make_no_sense_are_refused(ckpt, corpus, tmp_path, capsys, 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3", "medusa"])
 def test_names_that_no_draft_can_have_are_refused_before_training(ckpt, corpus, tmp_path, capsys, kind):
-    names = {"a/b": "slashes", "x/../..": "slashes", "..": "slashes", "": "slashes", ".hid": "a leading dot",
-             "a\nb": "slashes", "none": "would be no draft to --draft"}  # fmt: skip
+    names = {
+        "a/b": "slashes",
+        "x/../..": "slashes",
+        "..": "slashes",
+        "": "slashes",
+        ".hid": "a leading dot",
+        "a\nb": "slashes",
+        "none": "would be no draft to --draft",
+    }
     for name, said in names.items():
         argv = [kind, corpus, "--ckpt", ckpt.path, "--work", tmp_path / "work", "--name", name]
         capsys.readouterr()
