@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from frspec_jax import compile_cache, engine, pace_tables, sharding
+from frspec_jax import compile_cache, pace_tables, sharding
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.defaults import CONTEXT, defaults
@@ -25,6 +25,8 @@ from frspec_jax.drafting import NO_DRAFT, Draft, assembled, draft_folder
 from frspec_jax.errors import UserError
 from frspec_jax.generator import Generator, Prompt, Reading, Request, Result, Runtime, Stream, Text
 from frspec_jax.llama import LlamaParams
+from frspec_jax.prefill import Chunks
+from frspec_jax.state import Weights
 from pallas_kernels.dispatch import AUTO, Kernels
 
 __all__ = [
@@ -84,7 +86,7 @@ def load(
     pace = drafting.pace
     tables = None if pace is None else pace_tables.tables_of(pace, drafting.tree, drafting.odds)
     tables = sharding.everywhere(tables, mesh)
-    return Generator(checkpoint, drafting, engine.Weights(params, weights, tables), runtime)
+    return Generator(checkpoint, drafting, Weights(params, weights, tables), runtime)
 
 
 def runtime_of(
@@ -106,6 +108,6 @@ def runtime_of(
     return Runtime(
         dtype=best.dtype if dtype is None else jnp.dtype(dtype),
         context=context or min(config.max_context, CONTEXT),
-        chunks=best.chunks if chunk is None else engine.Chunks(chunk),
+        chunks=best.chunks if chunk is None else Chunks(chunk),
         kernels=kernels,
     )

@@ -20,17 +20,19 @@ import jax
 import numpy as np
 
 from frspec_jax import batched as programs
-from frspec_jax import engine, pace_tables
+from frspec_jax import mesh_parts, pace_tables
 from frspec_jax.batched import Reading, Report
 from frspec_jax.config import Sampling
 from frspec_jax.defaults import has_amx
-from frspec_jax.engine import RUNNING, Chunk
 from frspec_jax.errors import UserError
 from frspec_jax.likelihood import Likely
 from frspec_jax.pace import Costs, Pace
 from frspec_jax.penalties import Bearing, Penalties
+from frspec_jax.plan import Plan
+from frspec_jax.prefill import Chunk, parts_of
 from frspec_jax.request import Effort, Request, Result, asked_of
 from frspec_jax.sampling import argument
+from frspec_jax.state import RUNNING, STOPPED, Weights
 from frspec_jax.writer import Writer
 from pallas_kernels import device
 
@@ -49,7 +51,7 @@ class Fresh:
 
     slot: int
     tokens: tuple[int, ...]  # the stop id included, where one ended it
-    origins: tuple[int, ...]  # of each: `engine.OWN`, `DRAFTED` or `COPIED`
+    origins: tuple[int, ...]  # of each: `state.OWN`, `DRAFTED` or `COPIED`
     logprobs: tuple[Likely, ...] | None  # of each; None where the request wants none
     finish_reason: str | None  # "stop", "length", or None while it goes on; the slot is free after that
     result: Result | None  # of the whole answer, with its last piece
@@ -104,10 +106,10 @@ class Batch:
         self._spare = slots  # the slot of nobody, for programs of more texts than there are
         with jax.enable_x64(False):
             plan = self._plan
-            self._state = engine.made(
+            self._state = mesh_parts.made(
                 plan,
                 lambda: programs.new_state(plan, model.weights, model.capacity, slots + 1, model.runtime.dtype),
-                lambda state: engine.state_on(state.caches),
+                lambda state: mesh_parts.state_on(state.caches),
             )
         self._weights = {size: self._guessed(size) for size in self._ladder}
         self._texts: dict[int, _Text] = {}
@@ -161,7 +163,7 @@ class Batch:
             raise ValueError("no slot is free")
         slot, first = self._place_for(prompt)
         capacity, config = self.model.capacity, self.model.checkpoint.config
-        left = engine.parts_of(prompt, self.model.runtime.chunks, capacity, first)
+        left = parts_of(prompt, self.model.runtime.chunks, capacity, first)
         self._texts[slot] = _Text(slot, request, prompt, limit, left, first)
         self._places[slot].history = prompt[:first].tolist()
         if request.sampling.adjusts:
@@ -236,7 +238,7 @@ class Batch:
             text.logprobs += logprobs
         reason, result = None, None
         if report.finished[row] != RUNNING:
-            reason = "stop" if report.finished[row] == engine.STOPPED else "length"
+            reason = "stop" if report.finished[row] == STOPPED else "length"
             result = self._result(text, reason)
             self._leave(text)
         return Fresh(text.slot, tokens, tuple(report.origins[row, :count].tolist()), logprobs, reason, result)
@@ -293,12 +295,12 @@ class Batch:
 
     # Programs -----------------------------------------------------------------------------------------
 
-    def _plan_of(self, size: int) -> engine.Plan:
+    def _plan_of(self, size: int) -> Plan:
         """The rounds of so many texts."""
         pace = self._plan.pace
         return self._plan if pace is None else dataclasses.replace(self._plan, pace=pace_of_batch(pace, size))
 
-    def _guessed(self, size: int) -> engine.Weights:
+    def _guessed(self, size: int) -> Weights:
         """What rounds of so many texts read, before anything is measured."""
         pace, weights = self._plan_of(size).pace, self.model.weights
         return weights if pace is None else pace_tables.with_costs(weights, pace_tables.guessed(pace))
@@ -338,7 +340,7 @@ class Batch:
         if costs is not None:
             self._weights[size] = pace_tables.with_costs(self.model.weights, costs)
 
-    def _measured(self, plan: engine.Plan, size: int) -> Costs:
+    def _measured(self, plan: Plan, size: int) -> Costs:
         """What rounds of so many texts cost, whatever the texts."""
         assert plan.pace is not None
         places = argument(list(range(size)), np.int32)
@@ -357,7 +359,7 @@ class Batch:
             self._state, asked=dataclasses.replace(self._state.asked, limit=self._state.asked.limit * 0 + 2**30)
         )
         costs = pace_tables.costs_by(timed, plan.pace, drafts=drafts, repeats=MEASURED)
-        self._state = dataclasses.replace(self._state, finished=self._state.finished * 0 + engine.STOPPED)
+        self._state = dataclasses.replace(self._state, finished=self._state.finished * 0 + STOPPED)
         return costs
 
 

@@ -17,13 +17,16 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from frspec_jax import engine
-from frspec_jax.engine import EXACT, RUNNING, STOPPED, Asked, Caches, Chunk, DecodeState, Plan, Weights
+from frspec_jax import engine, mesh_parts
+from frspec_jax.config import Sampling
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.likelihood import Likelihood
 from frspec_jax.pace import Pulse
 from frspec_jax.penalties import Bearing, Penalties
+from frspec_jax.plan import EXACT, Plan
+from frspec_jax.prefill import Chunk, prefill_chunk, prefill_on_mesh
 from frspec_jax.sharding import WHOLE, on_mesh
+from frspec_jax.state import RUNNING, STOPPED, Asked, Caches, DecodeState, Weights, new_caches
 from frspec_jax.together import Together
 
 AXIS = "texts"  # of vmap
@@ -61,10 +64,10 @@ def new_state(plan: Plan, weights: Weights, capacity: int, slots: int, dtype: An
     def one(weights: Weights) -> DecodeState:
         zeros = np.zeros((), np.int32)
         chunk = Chunk(np.zeros(2, np.int32), zeros, zeros + 1, zeros > 0)  # type: ignore[arg-type]
-        caches, asked = engine.new_caches(plan, capacity, dtype), Asked.of(engine.Sampling(), seed=0, limit=1)
+        caches, asked = new_caches(plan, capacity, dtype), Asked.of(Sampling(), seed=0, limit=1)
         bearing = Bearing.on_nothing(1, plan.config.vocab_size)
-        penalties = Penalties.of(engine.Sampling(), jax.tree.map(lambda x: x[0], bearing)) if plan.adjusts else None
-        return engine.prefill_on_mesh(plan, weights, caches, chunk, asked, penalties)
+        penalties = Penalties.of(Sampling(), jax.tree.map(lambda x: x[0], bearing)) if plan.adjusts else None
+        return prefill_on_mesh(plan, weights, caches, chunk, asked, penalties)
 
     def many(x: Any) -> Any:
         return jnp.zeros((slots, *x.shape), x.dtype)
@@ -112,7 +115,7 @@ def read_chunk(plan: Plan, weights: Weights, state: DecodeState, reading: Readin
     penalties = reading.penalties
     if penalties is not None and mine.penalties is not None:
         penalties = dataclasses.replace(penalties, bearing=mine.penalties.bearing)
-    new = engine.prefill_chunk(plan, weights, caches, reading.chunk, reading.asked, penalties)
+    new = prefill_chunk(plan, weights, caches, reading.chunk, reading.asked, penalties)
     # The pulse is that of the rounds, and a new text changes nothing in it.
     new = dataclasses.replace(_at(None, new), pulse=state.pulse)
     after = _map(lambda rows, row: _put(rows, row, slot), state, new, shared=lambda _, x: x)
@@ -124,8 +127,8 @@ def _on_mesh(program: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(program)
     def run(plan: Plan, weights: Weights, state: DecodeState, more: Any) -> Any:
-        where = engine.state_on(state.caches)
-        given = (engine.weights_on(weights), where, WHOLE)
+        where = mesh_parts.state_on(state.caches)
+        given = (mesh_parts.weights_on(weights), where, WHOLE)
         return on_mesh(functools.partial(program, plan), plan.mesh, given, (where, WHOLE))(weights, state, more)
 
     return jax.jit(run, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("state",))

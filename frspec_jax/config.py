@@ -1,7 +1,7 @@
 """Static descriptions of models, drafts, trees and sampling: frozen, validated, hashable.
 
 Everything here may be a static argument of a jitted function. What varies from one request to the
-next (lengths, seeds, token ids) lives in arrays instead, see `engine.DecodeState`.
+next (lengths, seeds, token ids) lives in arrays instead, see `state.DecodeState`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from frspec_jax.config import TreeConfig
-from frspec_jax.engine import Chunks
 from frspec_jax.pace import Pace
+from frspec_jax.prefill import Chunks
 from pallas_kernels import device
 
 CONTEXT = 4096  # tokens of prompt and answer, where none are asked for and the model was trained for as many

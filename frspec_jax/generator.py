@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from frspec_jax import engine, pace_tables
+from frspec_jax import engine, mesh_parts, pace_tables, prefill
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.detokenizer import text_of
@@ -28,9 +28,12 @@ from frspec_jax.errors import UserError
 from frspec_jax.kv_cache import BLOCK, rounded_capacity
 from frspec_jax.likelihood import Likelihood, Likely
 from frspec_jax.penalties import Bearing, Penalties
+from frspec_jax.plan import Plan
+from frspec_jax.prefill import Chunks
 from frspec_jax.request import Effort, Prompt, Request, Result, Settings, asked_of
 from frspec_jax.sampling import rule_of
 from frspec_jax.sharding import AXIS, agreed
+from frspec_jax.state import FULL, RUNNING, STOPPED, Asked, Caches, DecodeState, Weights, new_caches
 from frspec_jax.writer import Writer
 from pallas_kernels.dispatch import AUTO, Kernels
 
@@ -43,7 +46,7 @@ class Runtime:
 
     dtype: Any  # of weights and caches
     context: int  # tokens of prompt and answer together, at most
-    chunks: engine.Chunks  # of a prompt
+    chunks: Chunks  # of a prompt
     kernels: Kernels = AUTO
     mesh: Mesh | None = None  # over whose devices the target is divided
 
@@ -62,7 +65,7 @@ class Runtime:
 class Reading:
     """A prompt that has been run through target and draft, and the first token chosen; any number of texts begin so."""
 
-    state: engine.DecodeState
+    state: DecodeState
     prompt_tokens: int
     seconds: float  # that it took
     request: Request
@@ -75,12 +78,12 @@ class Generator:
     serve the next one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, drafting: Drafting, weights: engine.Weights, runtime: Runtime) -> None:
+    def __init__(self, checkpoint: Checkpoint, drafting: Drafting, weights: Weights, runtime: Runtime) -> None:
         self.checkpoint, self.drafting, self.weights, self.runtime = checkpoint, drafting, weights, runtime
         self._lock = threading.Lock()  # over the caches
-        self._caches: engine.Caches | None = None  # of the last text that ended, for the next to begin in
+        self._caches: Caches | None = None  # of the last text that ended, for the next to begin in
         self._compiling = threading.Lock()  # over the plans that are compiled
-        self._warm: set[tuple[engine.Plan, int]] = set()  # with the chunks of a prompt
+        self._warm: set[tuple[Plan, int]] = set()  # with the chunks of a prompt
         self._paced = False  # whether the costs of a round are known
 
     def __repr__(self) -> str:
@@ -118,10 +121,10 @@ class Generator:
         """Rows of a cache: the context, and what a round writes beyond it."""
         return rounded_capacity(self.runtime.context + self.plan().margin)
 
-    def plan(self, sampling: Sampling = Sampling(), *, logprobs: bool = False) -> engine.Plan:
+    def plan(self, sampling: Sampling = Sampling(), *, logprobs: bool = False) -> Plan:
         """What is compiled for these sampling settings: no figure matters, but whether anything samples or adjusts."""
         drafting, stop_ids = self.drafting, self.checkpoint.stop_ids
-        return engine.Plan(
+        return Plan(
             self.checkpoint.config,
             drafting.drafter,
             drafting.tree,
@@ -134,7 +137,7 @@ class Generator:
             mesh=self.runtime.mesh,
         )
 
-    def plan_for(self, request: Request) -> engine.Plan:
+    def plan_for(self, request: Request) -> Plan:
         """What is compiled for a request."""
         return self.plan(request.sampling, logprobs=request.logprobs is not None)
 
@@ -222,7 +225,7 @@ class Generator:
         with self._compiling:
             self._find_costs(self.plan(), anew=True)
 
-    def _find_costs(self, plan: engine.Plan, anew: bool = False) -> None:
+    def _find_costs(self, plan: Plan, anew: bool = False) -> None:
         """What the pace's decisions go by: measured before on this device, or now."""
         if plan.pace is None or self.weights.pace is None or (self._paced and not anew):
             return
@@ -247,17 +250,17 @@ class Generator:
         lengths = (1, chunks.long) if prompt_tokens is None else (prompt_tokens,)
         return sorted({size for length in lengths for size in chunks.sizes(length, capacity)})
 
-    def _compile(self, plan: engine.Plan, chunk: int, sampling: Sampling) -> None:
+    def _compile(self, plan: Plan, chunk: int, sampling: Sampling) -> None:
         if (plan, chunk) in self._warm:
             return
         with self._compiling:  # a second thread waits for the program instead of compiling it too
             if (plan, chunk) in self._warm:
                 return
-            caches, asked = self._take_caches() or self._new_caches(plan), engine.Asked.of(sampling, seed=0, limit=2)
-            prompt, chunks = np.zeros(chunk, np.int32), engine.Chunks(chunk)
+            caches, asked = self._take_caches() or self._new_caches(plan), Asked.of(sampling, seed=0, limit=2)
+            prompt, chunks = np.zeros(chunk, np.int32), Chunks(chunk)
             penalties = self.penalties_of(Request(sampling=sampling), prompt)
             with jax.enable_x64(False):
-                state = engine.start(plan, self.weights, caches, prompt, asked, chunks=chunks, penalties=penalties)
+                state = prefill.start(plan, self.weights, caches, prompt, asked, chunks=chunks, penalties=penalties)
                 state = jax.block_until_ready(engine.run(plan, self.weights, state, np.int32(0)))
             self.give_back(state.caches)
             self._warm.add((plan, chunk))
@@ -277,7 +280,7 @@ class Generator:
         begun = time.perf_counter()
         with jax.enable_x64(False):
             state = jax.block_until_ready(
-                engine.start(
+                prefill.start(
                     plan,
                     self.weights,
                     caches or self._new_caches(plan),
@@ -390,15 +393,15 @@ class Generator:
         """What makes text of a request's tokens, up to a stop text of it."""
         return Writer(self.checkpoint.tokenizer, request.stop, self.checkpoint.stop_ids)
 
-    def _new_caches(self, plan: engine.Plan) -> engine.Caches:
-        return engine.made(plan, lambda: engine.new_caches(plan, self.capacity, self.runtime.dtype), engine.caches_on)
+    def _new_caches(self, plan: Plan) -> Caches:
+        return mesh_parts.made(plan, lambda: new_caches(plan, self.capacity, self.runtime.dtype), mesh_parts.caches_on)
 
-    def _take_caches(self) -> engine.Caches | None:
+    def _take_caches(self) -> Caches | None:
         with self._lock:
             caches, self._caches = self._caches, None
         return caches
 
-    def give_back(self, caches: engine.Caches) -> None:
+    def give_back(self, caches: Caches) -> None:
         """Take caches that a text no longer needs, for the next one to begin in."""
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(caches)):
             with self._lock:
@@ -424,7 +427,7 @@ class Text:
         self._model.give_back(self.state.caches)
 
     @property
-    def weights(self) -> engine.Weights:
+    def weights(self) -> Weights:
         """What a round of this text reads."""
         return self._model.weights
 
@@ -441,7 +444,7 @@ class Text:
     @property
     def finished(self) -> bool:
         """Whether a stop id or the limit ended it."""
-        return int(self.state.finished) != engine.RUNNING
+        return int(self.state.finished) != RUNNING
 
     def advance(self, rounds: int = ALL_ROUNDS) -> None:
         """Decode until the text is finished, or so many more rounds are done."""
@@ -463,7 +466,7 @@ class Text:
         state, wanted = self.state, self._request.logprobs
         return self._model.result_of(
             self.tokens,
-            {engine.STOPPED: "stop", engine.FULL: "length"}.get(int(state.finished)),
+            {STOPPED: "stop", FULL: "length"}.get(int(state.finished)),
             Effort(
                 prompt_tokens=self._prompt_tokens,
                 rounds=int(state.rounds),
@@ -476,7 +479,7 @@ class Text:
         )
 
 
-def _copied(state: engine.DecodeState) -> engine.DecodeState:
+def _copied(state: DecodeState) -> DecodeState:
     return jax.block_until_ready(jax.tree.map(jnp.copy, state))
 
 

@@ -37,6 +37,12 @@ class Likelihood:
             mine = jnp.take_along_axis(logs, tokens[:, None], axis=-1)[:, 0]
             return cls(mine, jnp.pad(ids, spare), jnp.pad(best, spare, constant_values=-jnp.inf))
 
+    @classmethod
+    def if_wanted(cls, wanted: Array, logits: Array, tokens: Array, rows: Array) -> Likelihood:
+        """Of tokens [T] chosen from the rows [T] of logits [N, V], if `wanted` [] bool: else not a row is looked at."""
+        unknown = cls.unknown(tokens.shape[0])
+        return lax.cond(wanted, lambda logits: cls.of(logits[rows], tokens), lambda _: unknown, logits)
+
     def written(self, new: Likelihood, at: Array) -> Likelihood:
         """With those of more tokens from place `at` on."""
         first = jnp.zeros((), at.dtype)

@@ -18,12 +18,15 @@ import jax
 import numpy as np
 from jax import Array
 
-from frspec_jax import engine, files, tuned
+from frspec_jax import engine, files, prefill, tuned
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError, quoted
 from frspec_jax.kv_cache import rounded_capacity
 from frspec_jax.lookup import LONGEST
 from frspec_jax.pace import BELIEVED, GRID, Costs, Odds, Pace, PaceTables, Pulse
+from frspec_jax.plan import Plan
+from frspec_jax.prefill import Chunks
+from frspec_jax.state import RUNNING, Asked, Caches, DecodeState, Weights
 from pallas_kernels import device
 from pallas_kernels.measured import cache_folder
 
@@ -124,7 +127,7 @@ def forced(pace: Pace, size: int, levels: int) -> Costs:
     return Costs.of(verify, draft)
 
 
-def measured(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> tuple[Costs, engine.Caches]:
+def measured(plan: Plan, weights: Weights, state: DecodeState) -> tuple[Costs, Caches]:
     """What rounds cost on this device: those of a plan itself, each made to do one thing by `forced` costs.
 
     state: donated, of a text with room for every round. Returns the costs, and its caches.
@@ -143,7 +146,7 @@ def measured(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeSta
     return costs, state.caches
 
 
-def with_costs(weights: engine.Weights, costs: Costs) -> engine.Weights:
+def with_costs(weights: Weights, costs: Costs) -> Weights:
     """The same weights, and decisions by other costs."""
     assert weights.pace is not None
     return dataclasses.replace(weights, pace=dataclasses.replace(weights.pace, costs=costs))
@@ -178,7 +181,7 @@ def _restarted(length: Array, pulse: Pulse) -> tuple[Array, Pulse]:
 START = 64  # tokens of the text that costs are measured in
 
 
-def begun_anew(state: engine.DecodeState) -> engine.DecodeState:
+def begun_anew(state: DecodeState) -> DecodeState:
     """The state with all of its room before it again, whether a text, or those of a batch, had ended or not."""
     length, pulse = _restarted(state.length, state.pulse)
     zero = state.emitted * 0
@@ -189,18 +192,16 @@ def begun_anew(state: engine.DecodeState) -> engine.DecodeState:
         pulse=pulse,
         trust=jax.tree.map(lambda x: x * 0, state.trust),
         emitted=zero + 1,
-        finished=zero + engine.RUNNING,
+        finished=zero + RUNNING,
         accepted=accepted,
     )
 
 
-def measuring_state(
-    plan: engine.Plan, weights: engine.Weights, caches: engine.Caches, chunks: engine.Chunks
-) -> engine.DecodeState:
+def measuring_state(plan: Plan, weights: Weights, caches: Caches, chunks: Chunks) -> DecodeState:
     """A text to measure costs in: caches are donated."""
     prompt = np.arange(START, dtype=np.int32) % plan.config.vocab_size
-    asked = engine.Asked.of(Sampling(), seed=0, limit=caches.capacity)
-    return engine.start(plan, weights, caches, prompt, asked, chunks=chunks)
+    asked = Asked.of(Sampling(), seed=0, limit=caches.capacity)
+    return prefill.start(plan, weights, caches, prompt, asked, chunks=chunks)
 
 
 def room_to_measure(pace: Pace, tree: TreeConfig) -> int:
@@ -208,7 +209,7 @@ def room_to_measure(pace: Pace, tree: TreeConfig) -> int:
     return rounded_capacity(START + (ROUNDS + 1) * (tree.depth + 1) + max(pace.growth.draft_rows, tree.size))
 
 
-def name_of(plan: engine.Plan, dtype: Any, vocab: int | None, texts: int | None = None) -> str:
+def name_of(plan: Plan, dtype: Any, vocab: int | None, texts: int | None = None) -> str:
     """What measured costs are kept under: everything that they depend on, the device first.
 
     texts: in a batch; None: for a text by itself.

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
 from frspec_jax.sampling import argument
+from frspec_jax.together import ALONE, Together
 from frspec_jax.tree import DraftTree
 from pallas_kernels.batching import from_pool, in_pool
 from pallas_kernels.visibility import has_bit
@@ -99,6 +100,14 @@ class Penalties:
         """With the first `count` of some more tokens [T] of the answer."""
         assert self.bearing is not None
         return dataclasses.replace(self, bearing=self.bearing.after(tokens, count))
+
+    def on(self, logits: Array, tree: DraftTree, together: Together = ALONE) -> Array:
+        """Penalised logits [N, V], where the request asks for it; looked at only if some text's does."""
+
+        def each(logits: Array) -> Array:
+            return jnp.where(self.active, adjusted(logits, self, tree), logits)
+
+        return lax.cond(together.any(self.active), each, lambda logits: logits, logits)
 
 
 def adjusted(logits: Array, by: Penalties, tree: DraftTree) -> Array:

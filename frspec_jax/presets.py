@@ -12,9 +12,10 @@ from jax import Array
 from frspec_jax.config import ModelConfig, RopeScaling, Sampling
 from frspec_jax.drafters.base import NO_WEIGHTS
 from frspec_jax.drafters.eagle import Eagle, EagleConfig, EagleWeights
-from frspec_jax.engine import Asked, DecodeState, Plan, Weights, new_caches, state_after
 from frspec_jax.families import BY_NAME, windows_of
+from frspec_jax.plan import Plan
 from frspec_jax.shapes import model_shapes
+from frspec_jax.state import Asked, DecodeState, Weights, new_caches, state_after
 from frspec_jax.vocabulary import crop
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.models import SHAPES, Shape

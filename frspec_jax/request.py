@@ -10,11 +10,11 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from frspec_jax import engine
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
 from frspec_jax.likelihood import MOST as MOST_LOGPROBS
 from frspec_jax.likelihood import Likely
+from frspec_jax.state import Asked
 from frspec_jax.writer import Writer
 
 Prompt = str | Sequence[Mapping[str, str]]  # text, or messages with "role" and "content"
@@ -170,9 +170,9 @@ class Result:
         return f"{line} [{self.method}]"
 
 
-def asked_of(request: Request, limit: int) -> engine.Asked:
+def asked_of(request: Request, limit: int) -> Asked:
     """What a request asks of the rounds, which may emit no more than `limit` tokens."""
-    return engine.Asked.of(
+    return Asked.of(
         request.sampling,
         seed=request.seed,
         limit=limit,

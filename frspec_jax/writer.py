@@ -14,7 +14,7 @@ class Said:
     """One token whose text is out."""
 
     id: int
-    origin: int  # engine.OWN, DRAFTED or COPIED
+    origin: int  # state.OWN, DRAFTED or COPIED
     text: str  # what it added; "" where its bytes wait for the next token to be a character
     likely: Any = None  # its log-probabilities (batch.Likely), where they were asked for
 

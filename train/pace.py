@@ -22,7 +22,7 @@ from jax import Array
 from rich.console import Console
 from rich.progress import track
 
-from frspec_jax import api, engine, llama, lookup, pace_tables
+from frspec_jax import api, llama, lookup, pace_tables
 from frspec_jax.api import Draft, Generator, Request
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.drafters.base import Accepted, DraftMemory, Turn
@@ -32,6 +32,8 @@ from frspec_jax.locks import folder_lock
 from frspec_jax.pace import GRID
 from frspec_jax.pace_tables import Fitted
 from frspec_jax.placement import Placement
+from frspec_jax.plan import EXACT, Plan
+from frspec_jax.state import Caches, Weights, new_caches
 from frspec_jax.tree import ALL_THE_WAY, Candidates
 from train.corpus import Tally, corpus_files
 from train.first_prompts import first_prompts, prompt_ids
@@ -121,7 +123,7 @@ class Seen:
         tokens = np.zeros(-(-count // PASS) * PASS + 1, np.int32)
         tokens[: len(text)] = text
         with jax.enable_x64(False):
-            caches, parts = engine.new_caches(plan, room, model.runtime.dtype), []
+            caches, parts = new_caches(plan, room, model.runtime.dtype), []
             for first in range(0, len(tokens) - 1, PASS):
                 features, caches = _passed(
                     plan, model.weights, caches, tokens[first : first + PASS + 1], np.int32(first)
@@ -193,23 +195,21 @@ def _rounded(table: np.ndarray) -> list[list[float]]:
     return np.minimum(table, SURE).round(3).tolist()
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("caches",), compiler_options=engine.EXACT)
-def _passed(
-    plan: engine.Plan, weights: engine.Weights, caches: engine.Caches, tokens: Array, first: Array
-) -> tuple[Array, engine.Caches]:
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("caches",), compiler_options=EXACT)
+def _passed(plan: Plan, weights: Weights, caches: Caches, tokens: Array, first: Array) -> tuple[Array, Caches]:
     """Run part of a text through target and draft: features [PASS, ...]; tokens: [PASS + 1]."""
     where = Placement.chain(first, PASS)
     features, target = llama.forward(
         weights.target, plan.config, tokens[:-1], where, caches.target, kernels=plan.kernels, taps=plan.drafter.taps
     )
     draft = plan.drafter.prefill(weights.draft, features, tokens, first, jnp.int32(PASS), caches.draft)
-    return features, engine.Caches(target, draft, caches.text)
+    return features, Caches(target, draft, caches.text)
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("memory",), compiler_options=engine.EXACT)
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("memory",), compiler_options=EXACT)
 def _proposed(
-    plan: engine.Plan,
-    weights: engine.Weights,
+    plan: Plan,
+    weights: Weights,
     feature: Array,
     root: Array,
     place: Array,

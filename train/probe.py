@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from frspec_jax import engine
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.defaults import defaults
 from frspec_jax.drafters.base import DraftSpec, Target
@@ -17,6 +16,7 @@ from frspec_jax.generator import Generator, Request, Runtime
 from frspec_jax.hosts import first_process
 from frspec_jax.llama import LlamaParams
 from frspec_jax.method import Method
+from frspec_jax.state import Weights
 from pallas_kernels.dispatch import AUTO
 from train.batches import Packing
 
@@ -63,7 +63,7 @@ class Probe:
         best = defaults(dtype)
         drafting = Drafting(drafter, self._spec.fit(best.tree), Method(self._spec.kind), len(ids))
         runtime = Runtime(dtype, LONGEST + TOKENS, best.chunks)
-        model = Generator(self._checkpoint, drafting, engine.Weights(self._target, weights), runtime)
+        model = Generator(self._checkpoint, drafting, Weights(self._target, weights), runtime)
         results = [model.generate_ids(prompt, Request(TOKENS)) for prompt in self._prompts]
         rounds = sum(result.rounds for result in results)
         return round(sum(len(result.tokens) - 1 for result in results) / max(1, rounds), 4)

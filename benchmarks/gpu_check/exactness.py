@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.gpu_check.programs import every_kernel
 from benchmarks.gpu_check.runner import Session
 from frspec_jax.config import Sampling, TreeConfig
-from frspec_jax.engine import Plan
+from frspec_jax.plan import Plan
 from pallas_kernels.dispatch import Kernels
 from tests.support import toy
 

@@ -19,7 +19,9 @@ from eval.methods.floor import bytes_read
 from frspec_jax import engine, kv_cache
 from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import NO_WEIGHTS, Vanilla
+from frspec_jax.plan import EXACT, Plan
 from frspec_jax.presets import config_of, eagle_of, random_weights, state_at
+from frspec_jax.state import RUNNING, DecodeState, Weights
 from frspec_jax.vocabulary import crop
 from pallas_kernels import timing
 from pallas_kernels.dispatch import Implementation, Kernels
@@ -85,15 +87,15 @@ class Variant:
     kernels: Kernels
     vocab: int | None  # V'; None: nothing drafts
     int8: bool = False  # the draft's head
-    options: tuple[tuple[str, Any], ...] = tuple(engine.EXACT.items())  # XLA's
+    options: tuple[tuple[str, Any], ...] = tuple(EXACT.items())  # XLA's
 
 
 class Program:
     """A loop of rounds from one state, which a call of `run` begins anew."""
 
-    def __init__(self, variant: Variant, sizes: Sizes, config: ModelConfig, weights: engine.Weights) -> None:
+    def __init__(self, variant: Variant, sizes: Sizes, config: ModelConfig, weights: Weights) -> None:
         self.variant, self._sizes = variant, sizes
-        plan = engine.Plan(config, eagle_of(config, variant.kernels), sizes.tree, kernels=variant.kernels)
+        plan = Plan(config, eagle_of(config, variant.kernels), sizes.tree, kernels=variant.kernels)
         if variant.vocab is None:
             plan = dataclasses.replace(plan, drafter=Vanilla(), tree=VANILLA)
             self._weights = dataclasses.replace(weights, draft=NO_WEIGHTS)
@@ -114,8 +116,8 @@ class Program:
     def compile(self) -> None:
         begun = time.perf_counter()
 
-        def loop(held: engine.Weights, state: engine.DecodeState, rounds: Array) -> engine.DecodeState:
-            again = {"length": self._sizes.context, "emitted": 1, "finished": engine.RUNNING, "rounds": 0}
+        def loop(held: Weights, state: DecodeState, rounds: Array) -> DecodeState:
+            again = {"length": self._sizes.context, "emitted": 1, "finished": RUNNING, "rounds": 0}
             state = dataclasses.replace(state, **{name: jnp.int32(value) for name, value in again.items()})
             return engine.decode_rounds(self._plan, held, state, rounds)
 
@@ -138,13 +140,13 @@ class Program:
         return 1e6 * statistics.median(times) / self._sizes.rounds
 
 
-def weights_of(config: ModelConfig, sizes: Sizes) -> engine.Weights:
+def weights_of(config: ModelConfig, sizes: Sizes) -> Weights:
     """Random weights, with a draft whose head keeps the whole vocabulary."""
     made = jax.jit(functools.partial(random_weights, config, config.vocab_size, sizes.dtype))(jax.random.key(0))
     return jax.block_until_ready(made)
 
 
-def model_of(session: Session, layers: int | None = None) -> tuple[ModelConfig, engine.Weights]:
+def model_of(session: Session, layers: int | None = None) -> tuple[ModelConfig, Weights]:
     """The model with so many of its layers (None: all); the last one asked for is kept for the next step."""
     sizes = sizes_of(session)
     shape = dataclasses.replace(sizes.shape, layers=min(layers or sizes.shape.layers, sizes.shape.layers))

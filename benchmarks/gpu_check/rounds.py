@@ -7,10 +7,10 @@ import argparse
 from benchmarks.gpu_check.programs import Variant, bandwidth_of, every_kernel, measure, sizes_of
 from benchmarks.gpu_check.runner import Session
 from eval.commands import stages as by_stage
-from frspec_jax import engine
+from frspec_jax.plan import EXACT
 from pallas_kernels.dispatch import Kernels
 
-NO_GRAPHS = (*engine.EXACT.items(), ("xla_gpu_enable_command_buffer", ""))
+NO_GRAPHS = (*EXACT.items(), ("xla_gpu_enable_command_buffer", ""))
 
 
 def bandwidth(session: Session) -> None:

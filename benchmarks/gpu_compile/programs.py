@@ -20,8 +20,9 @@ from frspec_jax import batched, defaults, engine, kv_cache
 from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import Vanilla
 from frspec_jax.drafters.eagle import EagleConfig
-from frspec_jax.engine import Chunk, Plan
 from frspec_jax.pace_tables import DEFAULT, tables_of
+from frspec_jax.plan import EXACT, Plan
+from frspec_jax.prefill import Chunk, prefill_chunk
 from frspec_jax.presets import config_of, eagle_of, family_of, random_weights, state_at
 from frspec_jax.sampling import Rule
 from pallas_kernels.device import H100, compiling_for
@@ -116,7 +117,7 @@ def compiled_program(make: Callable[[], Traced], options: dict[str, Any], split_
         jitted = jax.jit(this.function, donate_argnums=this.donated)
         lowered = jitted.trace(*map(abstract, this.arguments)).lower(lowering_platforms=("cuda",))
     products = {} if split_k else {"xla_gpu_experimental_force_split_k": 1}
-    done = lowered.compile(compiler_options=engine.EXACT | products | {"xla_gpu_autotune_level": 0} | options)
+    done = lowered.compile(compiler_options=EXACT | products | {"xla_gpu_autotune_level": 0} | options)
     return Compiled(done.as_text(), done.memory_analysis().temp_size_in_bytes, this.loop)
 
 
@@ -168,7 +169,7 @@ def _prefill(case: Case) -> Traced:
     plan, weights, state = _plan(case)
     size = defaults.defaults().chunks.short
     chunk = Chunk(np.zeros(size + 1, np.int32), np.int32(0), np.int32(size), np.bool_(True))
-    function = functools.partial(engine.prefill_chunk, plan)
+    function = functools.partial(prefill_chunk, plan)
     return Traced(function, (weights, state.caches, chunk, state.asked), 1)
 
 

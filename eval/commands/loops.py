@@ -36,6 +36,8 @@ from eval.show import plots
 from frspec_jax import engine
 from frspec_jax.api import Generator, Request, Text
 from frspec_jax.commands import results_console
+from frspec_jax.plan import Plan
+from frspec_jax.state import RUNNING, DecodeState, Weights
 
 
 def compiled_loop(text: Text) -> None:
@@ -46,8 +48,8 @@ def compiled_loop(text: Text) -> None:
 def call_a_round(text: Text) -> None:
     """One program a round; the host reads after each whether to go on."""
 
-    def rounds(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> engine.DecodeState:
-        while int(state.finished) == engine.RUNNING:
+    def rounds(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
+        while int(state.finished) == RUNNING:
             state = engine.run(plan, weights, state, np.int32(1))
         return state
 
@@ -57,8 +59,8 @@ def call_a_round(text: Text) -> None:
 def call_a_stage(text: Text) -> None:
     """Three programs a round; the host reads after each round whether to go on."""
 
-    def rounds(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> engine.DecodeState:
-        while int(state.finished) == engine.RUNNING:
+    def rounds(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
+        while int(state.finished) == RUNNING:
             tree, state = stages.draft_step(plan, weights, state)
             verdict, state = stages.verify_step(plan, weights, state, tree)
             state = stages.accept_step(plan, state, tree, verdict)

@@ -21,11 +21,12 @@ from rich.text import Text as Coloured
 from eval.commands.flags import add_json_argument, add_out_argument, decoding_request
 from eval.runs.provenance import machine, save
 from eval.show import plots
-from frspec_jax import api, compile_cache, engine
+from frspec_jax import api, compile_cache
 from frspec_jax.api import Draft, Generator, Request
 from frspec_jax.commands import results_console
 from frspec_jax.errors import UserError
 from frspec_jax.flags import add_dtype_flag
+from frspec_jax.state import COPIED, DRAFTED, OWN
 
 ORIGINS = ("the target's own", "drafted", "copied")
 STYLES = ("default", "bold green", "bold magenta")  # in the terminal
@@ -124,7 +125,7 @@ def show(model: Generator, first: str, rounds: list[Round]) -> None:
                 str(len(these)),
                 f"{np.mean([one.levels for one in these]):.1f}",
                 f"{len(origins) / len(these):.2f}",
-                *(str(origins.count(kind)) for kind in (engine.OWN, engine.DRAFTED, engine.COPIED)),
+                *(str(origins.count(kind)) for kind in (OWN, DRAFTED, COPIED)),
             )
     console.print(table)
 

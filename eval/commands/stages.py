@@ -31,14 +31,16 @@ from eval.methods.shape_peer import step_us
 from eval.runs import provenance
 from eval.runs.provenance import save
 from eval.show import plots
-from frspec_jax import compile_cache, engine
+from frspec_jax import compile_cache
 from frspec_jax.commands import results_console
 from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
 from frspec_jax.defaults import defaults
 from frspec_jax.drafters.base import NO_WEIGHTS, Vanilla
 from frspec_jax.errors import UserError
 from frspec_jax.flags import IMPLEMENTATIONS, add_tree_flags, tree_of
+from frspec_jax.plan import Plan
 from frspec_jax.presets import eagle_of, model_config, random_weights
+from frspec_jax.state import Weights
 from frspec_jax.vocabulary import crop
 from pallas_kernels import timing
 from pallas_kernels.dispatch import Kernels
@@ -88,7 +90,7 @@ def figures_of(args: argparse.Namespace, tree: TreeConfig) -> dict[str, Any]:
     """All figures for `args.model`: stages and rounds by context and V'."""
     config, dtype = model_config(args.model), defaults().dtype
     kernels = Kernels.all(args.kernels)
-    plan = engine.Plan(config, eagle_of(config, kernels), tree, kernels=kernels)
+    plan = Plan(config, eagle_of(config, kernels), tree, kernels=kernels)
     vanilla = dataclasses.replace(plan, drafter=Vanilla(), tree=VANILLA)
     weights = jax.jit(functools.partial(random_weights, config, config.vocab_size, dtype))(jax.random.key(0))
     sizes = [v for v in sizes_of(args.draft_vocab or VOCABULARIES, config.vocab_size) if _fits(v, args, config)]
@@ -98,7 +100,7 @@ def figures_of(args: argparse.Namespace, tree: TreeConfig) -> dict[str, Any]:
         task = progress.add_task("", total=len(args.context) * (len(sizes) + 1))
         for context in args.context:
             progress.update(task, description=f"context {context}")
-            bare = engine.Weights(weights.target, NO_WEIGHTS)
+            bare = Weights(weights.target, NO_WEIGHTS)
             steps = _timed(target_stages(vanilla, bare, context, dtype), bare, args.rounds, speed)
             rows.append(_row("vanilla", None, context, steps, round_us(vanilla, bare, context, dtype, args.rounds)))
             progress.advance(task)
@@ -140,7 +142,7 @@ def _fits(vocabulary: int | str, args: argparse.Namespace, config: ModelConfig) 
     return False
 
 
-def _timed(stages: Iterator[Stage], weights: engine.Weights, calls: int, speed: float) -> list[dict[str, Any]]:
+def _timed(stages: Iterator[Stage], weights: Weights, calls: int, speed: float) -> list[dict[str, Any]]:
     return [
         {
             "stage": stage.name,

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 
-from frspec_jax import engine, kv_cache
+from frspec_jax import kv_cache
 from frspec_jax.generator import Generator
+from frspec_jax.plan import Plan
+from frspec_jax.state import Weights
 
 
 def round_bytes(model: Generator, context: int) -> int:
@@ -15,7 +17,7 @@ def round_bytes(model: Generator, context: int) -> int:
     return bytes_read(model.plan(), model.weights, context)
 
 
-def bytes_read(plan: engine.Plan, weights: engine.Weights, context: int) -> int:
+def bytes_read(plan: Plan, weights: Weights, context: int) -> int:
     """Bytes that a round must read: target and head once, draft and cropped head at each level, live K/V rows."""
 
     def size(tree: Any) -> int:

@@ -15,7 +15,9 @@ from frspec_jax import engine, kv_cache, llama
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle import Eagle, EagleWeights
 from frspec_jax.placement import Placement
+from frspec_jax.plan import Plan
 from frspec_jax.presets import state_at
+from frspec_jax.state import DecodeState, Weights
 from frspec_jax.tree import Beam, DraftTree, accepted_path, rerank
 from frspec_jax.vocabulary import DraftHead
 from pallas_kernels import timing
@@ -45,20 +47,20 @@ def kv_bytes(config: ModelConfig, context: int, dtype: jnp.dtype) -> int:
     return 2 * context * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
-def target_stages(plan: engine.Plan, weights: engine.Weights, context: int, dtype: jnp.dtype) -> Iterator[Stage]:
+def target_stages(plan: Plan, weights: Weights, context: int, dtype: jnp.dtype) -> Iterator[Stage]:
     """What a round does with the target, whatever V' is; of vanilla's plan, what a step does."""
     config, nodes, depth = plan.config, plan.tree.size, plan.tree.depth
     capacity = kv_cache.rounded_capacity(context + 64 + plan.margin)
     n = jnp.int32(context)
     chain = jnp.arange(nodes, dtype=jnp.int32)
 
-    def layers(held: engine.Weights, carry: Any) -> Any:
+    def layers(held: Weights, carry: Any) -> Any:
         tokens, cache = carry
         where = Placement.chain(n, nodes)
         features, cache = llama.forward(held.target, config, tokens, where, cache, kernels=plan.kernels)
         return nudged(tokens, features), cache
 
-    def head(held: engine.Weights, features: Array) -> Array:
+    def head(held: Weights, features: Array) -> Array:
         return nudged(features, jnp.argmax(llama.logits(held.target, config, features), -1))
 
     caches = kv_cache.empty(config, capacity, dtype)
@@ -80,7 +82,7 @@ def target_stages(plan: engine.Plan, weights: engine.Weights, context: int, dtyp
     yield Stage("accept, compact", 1, commit, (chain, caches), moved)
 
 
-def draft_stages(plan: engine.Plan, weights: engine.Weights, context: int, dtype: jnp.dtype) -> Iterator[Stage]:
+def draft_stages(plan: Plan, weights: Weights, context: int, dtype: jnp.dtype) -> Iterator[Stage]:
     """What a round does with the draft, but for its head."""
     drafter, tree = plan.drafter, plan.tree
     assert isinstance(drafter, Eagle) and isinstance(weights.draft, EagleWeights)
@@ -89,17 +91,17 @@ def draft_stages(plan: engine.Plan, weights: engine.Weights, context: int, dtype
     cache = kv_cache.empty(drafter.config, kv_cache.rounded_capacity(context + 64 + plan.margin), dtype)[0]
     bytes_read = size(weights.draft.params) + kv_bytes(drafter.config, context, dtype)
 
-    def run(held: engine.Weights, features: Array, where: Placement, cache: Any) -> Any:
+    def run(held: Weights, features: Array, where: Placement, cache: Any) -> Any:
         assert isinstance(held.draft, EagleWeights)
         embeddings = held.target.embedding[: features.shape[0]]
         return drafter.extend(held.draft, embeddings, features, where, cache)
 
-    def extend(held: engine.Weights, carry: Any) -> Any:
+    def extend(held: Weights, carry: Any) -> Any:
         features, cache = carry
         outputs, cache = run(held, features, Placement.chain(n, tree.depth + 1), cache)
         return nudged(features, outputs), cache
 
-    def level(held: engine.Weights, carry: Any) -> Any:
+    def level(held: Weights, carry: Any) -> Any:
         features, cache = carry
         scores, tokens = jnp.zeros(k), jnp.arange(k, dtype=jnp.int32)
         where = Placement.of_level(Beam.start(tree, scores, tokens), 1, n)
@@ -118,20 +120,20 @@ def draft_stages(plan: engine.Plan, weights: engine.Weights, context: int, dtype
     yield Stage("beams, re-rank", 1, beams, -jnp.arange(k * k, dtype=jnp.float32).reshape(k, k), 0)
 
 
-def head_stages(plan: engine.Plan, weights: engine.Weights, dtype: jnp.dtype) -> Iterator[Stage]:
+def head_stages(plan: Plan, weights: Weights, dtype: jnp.dtype) -> Iterator[Stage]:
     """The draft's head as the engine runs it, and of that the bare product; once a level."""
     assert isinstance(plan.drafter, Eagle) and isinstance(weights.draft, EagleWeights)
     k, kernels = plan.tree.top_k, plan.drafter.kernels
 
-    def head_of(held: engine.Weights) -> DraftHead:
+    def head_of(held: Weights) -> DraftHead:
         assert isinstance(held.draft, EagleWeights)
         return held.draft.head
 
-    def whole(held: engine.Weights, rows: Array) -> Array:
+    def whole(held: Weights, rows: Array) -> Array:
         kept = head_of(held)
         return nudged(rows, subvocab_top_k(rows, kept.weight, k, kept.scale, implementation=kernels.head)[0])
 
-    def product(held: engine.Weights, rows: Array) -> Array:
+    def product(held: Weights, rows: Array) -> Array:
         return nudged(rows, einsum_f32("mh,vh->mv", rows, head_of(held).weight))
 
     for name, step in (("level: head, top-k", whole), ("(its product alone)", product)):
@@ -139,11 +141,11 @@ def head_stages(plan: engine.Plan, weights: engine.Weights, dtype: jnp.dtype) ->
         yield Stage(name, plan.tree.depth, step, rows, weights.draft.head.weight.nbytes)
 
 
-def round_us(plan: engine.Plan, weights: engine.Weights, context: int, dtype: jnp.dtype, rounds: int) -> float:
+def round_us(plan: Plan, weights: Weights, context: int, dtype: jnp.dtype, rounds: int) -> float:
     """Microseconds of a whole round, in the engine's own loop: the median of five loops of `rounds`."""
     capacity = kv_cache.rounded_capacity(context + rounds * (plan.tree.depth + 1) + plan.margin)
 
-    def loop(held: engine.Weights, state: engine.DecodeState) -> engine.DecodeState:
+    def loop(held: Weights, state: DecodeState) -> DecodeState:
         state = dataclasses.replace(state, length=jnp.int32(context), emitted=jnp.int32(1), finished=jnp.int32(0))
         return engine.decode_rounds(plan, held, state, jnp.int32(rounds))
 

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from frspec_jax import engine, kv_cache, llama
+from frspec_jax import kv_cache, llama
 from frspec_jax.api import Generator, Result
 from frspec_jax.drafters.base import Accepted, DraftMemory, DraftWeights, Turn
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.llama import LlamaParams
 from frspec_jax.placement import Placement
+from frspec_jax.plan import EXACT, Plan
 from frspec_jax.tree import accepted_path
 
 PASS = kv_cache.BLOCK  # tokens of a text that run at once
@@ -86,10 +87,8 @@ def features_of(model: Generator, text: list[int], size: int) -> Array:
     return jnp.pad(known, ((0, size - known.shape[0]), (0, 0)))
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("cache",), compiler_options=engine.EXACT)
-def _passed(
-    plan: engine.Plan, target: LlamaParams, cache: KVCache, tokens: Array, first: Array
-) -> tuple[Array, KVCache]:
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("cache",), compiler_options=EXACT)
+def _passed(plan: Plan, target: LlamaParams, cache: KVCache, tokens: Array, first: Array) -> tuple[Array, KVCache]:
     """Run part of a text [PASS] through the target."""
     where, kernels = Placement.chain(first, PASS), plan.kernels.for_prompts()
     return llama.forward(target, plan.config, tokens, where, cache, kernels=kernels, taps=plan.drafter.taps)
@@ -126,9 +125,9 @@ def read_prompt(model: Generator, text: np.ndarray, prompt: int, features: Array
     return memory
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("memory",), compiler_options=engine.EXACT)
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("memory",), compiler_options=EXACT)
 def _read(
-    plan: engine.Plan,
+    plan: Plan,
     weights: DraftWeights,
     memory: DraftMemory,
     features: Array,
@@ -144,9 +143,9 @@ def _read(
 State = tuple[Array, Array, DraftMemory, Array]
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=engine.EXACT)
+@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT)
 def _rounds(
-    plan: engine.Plan,
+    plan: Plan,
     weights: DraftWeights,
     memory: DraftMemory,
     features: Array,

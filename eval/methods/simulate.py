@@ -18,11 +18,15 @@ from flax import struct
 from jax import Array, lax
 
 from eval.methods import replay
-from frspec_jax import engine, kv_cache, lookup
+from frspec_jax import kv_cache, lookup
 from frspec_jax.api import Generator, Request
 from frspec_jax.drafters.base import Accepted
 from frspec_jax.pace import Costs
 from frspec_jax.pace_tables import forced
+from frspec_jax.paced import paced_round
+from frspec_jax.plan import EXACT, Plan
+from frspec_jax.stages import Verdict, turn_of
+from frspec_jax.state import FULL, RUNNING, Asked, Caches, DecodeState, Weights, state_after
 from frspec_jax.together import Together
 from frspec_jax.tree import ALL_THE_WAY, Candidates, DraftTree
 
@@ -87,11 +91,9 @@ def simulated(model: Generator, text: list[int], prompt: int, policy: Policy) ->
         known = Known(jnp.asarray(tokens), features)
         memory = replay.read_prompt(model, tokens, prompt, features)
         nothing = dataclasses.replace(plan.config, num_layers=1)  # of the target, which is not run
-        caches = engine.Caches(kv_cache.empty(nothing, size, model.runtime.dtype), memory, known.text)
-        asked = engine.Asked.of(Request().sampling, seed=0, limit=len(text) - prompt)
-        state = engine.state_after(
-            plan, caches, known.features[prompt - 1], known.text[prompt], jnp.int32(prompt), asked
-        )
+        caches = Caches(kv_cache.empty(nothing, size, model.runtime.dtype), memory, known.text)
+        asked = Asked.of(Request().sampling, seed=0, limit=len(text) - prompt)
+        state = state_after(plan, caches, known.features[prompt - 1], known.text[prompt], jnp.int32(prompt), asked)
         if policy.hindsight:
             found = _hindsight(plan, weights, known, state, 1 / costs.verify[0])
             for _ in range(CHASES):
@@ -104,20 +106,18 @@ def simulated(model: Generator, text: list[int], prompt: int, policy: Policy) ->
 
 
 Found = tuple[Array, Array, Array]  # tokens, rounds, milliseconds
-Step = tuple[engine.DecodeState, Array]  # the state, and milliseconds so far
+Step = tuple[DecodeState, Array]  # the state, and milliseconds so far
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=engine.EXACT)
-def _paced(
-    plan: engine.Plan, weights: engine.Weights, known: Known, state: engine.DecodeState, decides: Costs
-) -> Found:
+@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT)
+def _paced(plan: Plan, weights: Weights, known: Known, state: DecodeState, decides: Costs) -> Found:
     """Rounds decided by the costs `decides`, to the text's end; they cost what `weights` say."""
     assert weights.pace is not None
     costs = weights.pace.costs
     by = dataclasses.replace(weights, pace=dataclasses.replace(weights.pace, costs=decides))
 
     def one(step: Step) -> Step:
-        state = engine.paced_round(plan, by, step[0], verify=functools.partial(_told, known))
+        state = paced_round(plan, by, step[0], verify=functools.partial(_told, known))
         return state, step[1] + costs.draft[state.pulse.levels] + costs.verify[state.pulse.size]
 
     state, milliseconds = lax.while_loop(_runs, one, (state, jnp.float32(0)))
@@ -125,27 +125,25 @@ def _paced(
 
 
 def _runs(step: Step) -> Array:
-    return step[0].finished == engine.RUNNING
+    return step[0].finished == RUNNING
 
 
 def _told(
     known: Known,
-    plan: engine.Plan,
-    weights: engine.Weights,
+    plan: Plan,
+    weights: Weights,
     cache: kv_cache.KVCache,
     tree: DraftTree,
-    state: engine.DecodeState,
+    state: DecodeState,
     together: Together,
-) -> tuple[engine.Verdict, kv_cache.KVCache]:
-    """`engine.verify` by a known text: nodes on its path get what the target said there; others are not asked."""
+) -> tuple[Verdict, kv_cache.KVCache]:
+    """`stages.verify` by a known text: nodes on its path get what the target said there; others are not asked."""
     at = state.length + tree.depth
-    return engine.Verdict(known.features[at], known.text[at + 1], None, None), cache
+    return Verdict(known.features[at], known.text[at + 1], None, None), cache
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=engine.EXACT)
-def _hindsight(
-    plan: engine.Plan, weights: engine.Weights, known: Known, state: engine.DecodeState, price: Array
-) -> Found:
+@functools.partial(jax.jit, static_argnames=("plan",), compiler_options=EXACT)
+def _hindsight(plan: Plan, weights: Weights, known: Known, state: DecodeState, price: Array) -> Found:
     """Rounds that draft as many levels and verify as many nodes as bring most for their time, all of them right."""
     assert plan.pace is not None and weights.pace is not None
     costs, depth, growth = weights.pace.costs, plan.tree.depth, plan.pace.growth
@@ -155,7 +153,7 @@ def _hindsight(
 
     def one(step: Step) -> Step:
         state, milliseconds = step
-        turn = engine.turn_of(state)
+        turn = turn_of(state)
         lead, memory = plan.drafter.take_in(weights.draft, turn, state.caches.draft)
         offered, _, memory = plan.drafter.offer(weights.draft, growth, lead, turn, memory, ALL_THE_WAY)
         ahead = lax.dynamic_slice_in_dim(known.text, state.length + 1, depth)
@@ -180,7 +178,7 @@ def _hindsight(
             root=known.text[length],
             emitted=state.emitted + count,
             rounds=state.rounds + 1,
-            finished=jnp.where(length < last, engine.RUNNING, engine.FULL).astype(jnp.int32),
+            finished=jnp.where(length < last, RUNNING, FULL).astype(jnp.int32),
         )
         return state, milliseconds + costs.draft[levels] + verify[many]
 

@@ -12,31 +12,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from frspec_jax import engine
+from frspec_jax import stages
 from frspec_jax.generator import Generator, Request
+from frspec_jax.plan import EXACT, Plan
+from frspec_jax.stages import Verdict
+from frspec_jax.state import DecodeState, Weights
 
 WARM_UP = 3  # rounds before stages are timed
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
-def draft_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> Any:
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=EXACT)
+def draft_step(plan: Plan, weights: Weights, state: DecodeState) -> Any:
     """The drafting half of a round as a program of its own: a `DraftTree`, and the state."""
-    tree, memory = engine.draft(plan, weights, state)
+    tree, memory = stages.draft(plan, weights, state)
     return tree, replace(state, caches=replace(state.caches, draft=memory))
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
-def verify_step(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState, tree: Any) -> Any:
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=EXACT)
+def verify_step(plan: Plan, weights: Weights, state: DecodeState, tree: Any) -> Any:
     """The target's pass over a tree: the `engine.Verdict`, and the state."""
-    verdict, cache = engine.verify(plan, weights, state.caches.target, tree, state)
+    verdict, cache = stages.verify(plan, weights, state.caches.target, tree, state)
     return verdict, replace(state, caches=replace(state.caches, target=cache))
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=engine.EXACT)
-def accept_step(plan: engine.Plan, state: engine.DecodeState, tree: Any, verdict: engine.Verdict) -> Any:
+@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=EXACT)
+def accept_step(plan: Plan, state: DecodeState, tree: Any, verdict: Verdict) -> Any:
     """The end of a round: the state with the accepted path emitted and committed."""
-    taken, cache = engine.take(plan, tree, verdict, state.caches.target, state)
-    return engine.emit(plan, state, tree, taken, replace(state.caches, target=cache))
+    taken, cache = stages.take(plan, tree, verdict, state.caches.target, state)
+    return stages.emit(plan, state, tree, taken, replace(state.caches, target=cache))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ def stage_times(model: Generator, prompt: np.ndarray, request: Request, rounds: 
     limit = min(model.check(prompt, request), (rounds + WARM_UP + 1) * (depth + 1))
     times: list[tuple[float, float, float]] = []
 
-    def timed(plan: engine.Plan, weights: engine.Weights, state: engine.DecodeState) -> engine.DecodeState:
+    def timed(plan: Plan, weights: Weights, state: DecodeState) -> DecodeState:
         start = time.perf_counter()
         tree, state = jax.block_until_ready(draft_step(plan, weights, state))
         drafted = time.perf_counter()

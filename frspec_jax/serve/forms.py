@@ -14,7 +14,7 @@ from frspec_jax.tickets import Figures
 from frspec_jax.token_bytes import TokenBytes
 from frspec_jax.writer import Said
 
-ORIGINS = ("own", "drafted", "copied")  # engine.OWN, DRAFTED, COPIED
+ORIGINS = ("own", "drafted", "copied")  # state.OWN, DRAFTED, COPIED
 LEAST = -9999.0  # OpenAI's word for minus infinity, which JSON has none for
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frspec_jax.engine import Chunks
 from frspec_jax.kv_cache import BLOCK, rounded_capacity
+from frspec_jax.prefill import Chunks
 
 PAIRS = [Chunks(64, 512), Chunks(64), Chunks(256), Chunks(8, 32), Chunks(1, 5)]
 

@@ -13,7 +13,7 @@ from scipy import special
 
 from eval.methods import side_by_side
 from eval.runs import manifest
-from frspec_jax import drafters, engine
+from frspec_jax import drafters, stages
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.drafters import copying
 from frspec_jax.drafters.beam import BeamDrafter
@@ -143,7 +143,7 @@ def test_what_is_copied_may_lie_outside_the_sub_vocabulary():
         plan = toy.plan(cfg, drafter, TreeConfig(20, 3, 4), Sampling())
         prompt = np.tile([7, 8, 9, 5, 11, 6, 10], 6)
         _, state = toy.decode(plan, w, prompt, 2)
-        tree, _ = jax.jit(engine.draft, static_argnames="plan")(plan, w, state)
+        tree, _ = jax.jit(stages.draft, static_argnames="plan")(plan, w, state)
         assert bool(set(np.asarray(tree.tokens[1:]).tolist()) - set(ids.tolist())) == some_outside
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frspec_jax import api, engine
+from frspec_jax import api, engine, prefill
 from frspec_jax.api import NO_DRAFT, Draft, Request
 from frspec_jax.config import VANILLA, Sampling, TreeConfig
 from frspec_jax.errors import UserError
@@ -112,12 +112,12 @@ def test_threads_share_a_model(model):
 def test_a_warm_model_compiles_nothing_for_its_first_prompts(checkpoint):
     """What `warm_up` compiles is what prompts run: caches are bound to the device from the first one on."""
     model = api.load(checkpoint, Draft(tree=TreeConfig(5, 2, 2)), chunk=64)
-    before = engine.prefill._cache_size(), engine.run._cache_size()
+    before = prefill.run._cache_size(), engine.run._cache_size()
     model.warm_up()
-    assert (engine.prefill._cache_size(), engine.run._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert (prefill.run._cache_size(), engine.run._cache_size()) == (before[0] + 1, before[1] + 1)
     for length in (1, 20, 100):
         model.generate_ids(np.arange(1, 1 + length), Request(5))
-    assert (engine.prefill._cache_size(), engine.run._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert (prefill.run._cache_size(), engine.run._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
 # What is checked ---------------------------------------------------------------------------------

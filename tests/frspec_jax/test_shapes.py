@@ -1,4 +1,4 @@
-"""The shapes and dtypes that stand beside the fields of tree.py, engine.py and the drafters are true."""
+"""The shapes and dtypes that stand beside the fields of tree.py, state.py, stages.py, prefill.py and the drafters are true."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from jax import Array
 
-from frspec_jax import engine
+from frspec_jax import stages
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.placement import Placement
+from frspec_jax.plan import Plan
+from frspec_jax.prefill import Chunk, prefill_chunk
+from frspec_jax.state import Asked, Caches, new_caches
 from frspec_jax.tree import Beam, rerank
 from tests.support import said, toy
 
@@ -21,7 +24,7 @@ TREES = [TreeConfig(8, 3, 4), TreeConfig(40, 4, 5), TreeConfig(2, 1, 1)]
 SETTINGS = [Sampling(), Sampling(0.8, top_k=7), Sampling(1.0, typical=0.1)]
 
 
-def letters(plan: engine.Plan, capacity: int) -> dict[str, int]:
+def letters(plan: Plan, capacity: int) -> dict[str, int]:
     cfg, tree = plan.config, plan.tree
     sizes = {"N": tree.size, "D": tree.depth, "K": tree.top_k, "S": capacity, "C": 8, "V": cfg.vocab_size}
     return sizes | {"H": cfg.hidden_size, "head_dim": cfg.head_dim, "taps": len(plan.drafter.taps), "words": tree.words}
@@ -34,20 +37,20 @@ def test_of_a_round(kind, tree, settings):
     cfg, capacity = toy.config(), 256
     w, drafter = toy.weights(cfg, np.array([5, 1, 9, 3, 11, 0, 7]), kind=kind)
     plan = toy.plan(cfg, drafter, toy.fitted(kind, cfg, tree), settings)
-    chunk = engine.Chunk(np.zeros(9, np.int32), np.int32(0), np.int32(8), np.bool_(True))
-    asked = engine.Asked.of(settings, seed=3, limit=20)
-    caches = jax.eval_shape(lambda: engine.new_caches(plan, capacity, jnp.float32))
-    prefill = functools.partial(engine.prefill_chunk, plan)
+    chunk = Chunk(np.zeros(9, np.int32), np.int32(0), np.int32(8), np.bool_(True))
+    asked = Asked.of(settings, seed=3, limit=20)
+    caches = jax.eval_shape(lambda: new_caches(plan, capacity, jnp.float32))
+    prefill = functools.partial(prefill_chunk, plan)
     state = jax.eval_shape(prefill, w, caches, chunk, asked)
-    proposed, memory = jax.eval_shape(functools.partial(engine.draft, plan), w, state)
-    verdict, cache = jax.eval_shape(functools.partial(engine.verify, plan), w, state.caches.target, proposed, state)
-    taken, cache = jax.eval_shape(functools.partial(engine.take, plan), proposed, verdict, cache, state)
+    proposed, memory = jax.eval_shape(functools.partial(stages.draft, plan), w, state)
+    verdict, cache = jax.eval_shape(functools.partial(stages.verify, plan), w, state.caches.target, proposed, state)
+    taken, cache = jax.eval_shape(functools.partial(stages.take, plan), proposed, verdict, cache, state)
     after = jax.eval_shape(
-        functools.partial(engine.emit, plan),
+        functools.partial(stages.emit, plan),
         state,
         proposed,
         taken,
-        engine.Caches(cache, memory, state.caches.text),
+        Caches(cache, memory, state.caches.text),
     )
     sizes = letters(plan, capacity)
     parts = (chunk, asked, state, proposed, verdict, taken, after)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from frspec_jax import api, engine
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError
+from frspec_jax.plan import Plan
 from frspec_jax.presets import config_of, eagle_of, family_of, random_weights, state_at
 from pallas_kernels import bench, dispatch, measured, subvocab_head, tree_attention
 from pallas_kernels.best_children import best_children
@@ -280,7 +281,7 @@ def test_attention_lowers_where_head_dim_is_no_power_of_two(head_dim, dtype):
 def test_the_whole_round_lowers_at_the_shapes_of(name):
     config = config_of(dataclasses.replace(SHAPES[name], layers=3), family_of(name))
     tree, vocabulary = TreeConfig(60, 6, 10), min(32768, config.vocab_size)
-    plan = engine.Plan(config, eagle_of(config, PALLAS), tree, (2,), kernels=PALLAS)
+    plan = Plan(config, eagle_of(config, PALLAS), tree, (2,), kernels=PALLAS)
     make = functools.partial(random_weights, config, vocabulary, jnp.bfloat16)
     weights = jax.eval_shape(make, jax.random.key(0))
     with compiling_for(H100):

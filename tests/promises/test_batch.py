@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from frspec_jax import api, engine
+from frspec_jax import api, engine, prefill
 from frspec_jax.api import NO_DRAFT, Draft, Request
 from frspec_jax.batch import Batch, ladder
 from frspec_jax.checkpoint import write_draft
@@ -18,6 +18,7 @@ from frspec_jax.errors import UserError
 from frspec_jax.files import new_folder
 from frspec_jax.generator import asked_of
 from frspec_jax.penalties import Bearing, Penalties
+from frspec_jax.prefill import parts_of
 from tests.promises.test_compiled_once import programs
 from tests.support import toy
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
@@ -55,7 +56,7 @@ def alone(checkpoint):
         penalties = Penalties.of(request.sampling, Bearing.of(request.sampling, ids, VOCAB_SIZE))
         caches, asked = model._new_caches(plan), asked_of(request, model.check(ids, request))
         chunks = model.runtime.chunks
-        state = engine.start(plan, model.weights, caches, ids, asked, chunks=chunks, penalties=penalties)
+        state = prefill.start(plan, model.weights, caches, ids, asked, chunks=chunks, penalties=penalties)
         state = engine.run(plan, model.weights, state, np.int32(10_000))
         count = int(state.emitted)
         return np.asarray(state.output)[:count].tolist(), np.asarray(state.likelihood.logprob)[:count]
@@ -163,7 +164,7 @@ def test_a_prompt_that_was_read_is_not_read_again(checkpoint, alone):
     def chunks_of(slot: int) -> int:
         return len(batch._texts[slot].left)
 
-    whole = len(engine.parts_of(prompts[0], model.runtime.chunks, model.capacity))
+    whole = len(parts_of(prompts[0], model.runtime.chunks, model.capacity))
     first = batch.admit(prompts[0], Request(4))
     assert chunks_of(first) == whole
     answers = run_to_end(batch)
@@ -181,7 +182,7 @@ def test_a_prompt_that_was_read_is_not_read_again(checkpoint, alone):
     batch.cancel(again)
     longer = np.concatenate([prompts[1], np.asarray(answers[second][:-1], np.int32), prompts[2][:200]])
     slot = batch.admit(longer, Request(6))
-    assert chunks_of(slot) < len(engine.parts_of(longer, model.runtime.chunks, model.capacity))
+    assert chunks_of(slot) < len(parts_of(longer, model.runtime.chunks, model.capacity))
     assert run_to_end(batch)[slot] == alone_with(model, longer, 6)
 
 

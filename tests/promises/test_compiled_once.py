@@ -13,7 +13,7 @@ import pytest
 from frspec_jax import api, defaults
 from frspec_jax.api import Draft, Request
 from frspec_jax.config import Sampling, TreeConfig
-from frspec_jax.engine import Chunks
+from frspec_jax.prefill import Chunks
 from tests.support import toy
 
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frspec_jax import engine, kv_cache, llama, sampling
+from frspec_jax import engine, kv_cache, llama, prefill, sampling
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.drafters.base import NO_WEIGHTS
-from frspec_jax.engine import Chunks
 from frspec_jax.placement import Placement
+from frspec_jax.prefill import Chunks
 from frspec_jax.sampling import Draw
+from frspec_jax.state import FULL, STOPPED, Asked, Weights, new_caches
 from pallas_kernels.device import H100, compiling_for
 from pallas_kernels.dispatch import Kernels
 from tests import conftest
@@ -52,7 +53,7 @@ def test_vanilla_is_the_target_token_by_token(settings):
     w, _ = toy.weights(CFG)
     tokens, state = toy.decode(toy.vanilla_plan(CFG, settings), w, PROMPT, 12, settings, seed=5)
     assert tokens == one_by_one(CFG, w.target, PROMPT, settings, 5, 12)
-    assert int(state.finished) == engine.FULL
+    assert int(state.finished) == FULL
 
 
 @pytest.mark.parametrize(
@@ -136,10 +137,10 @@ def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
     w = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
     outputs = []
     for plan in (toy.vanilla_plan(cfg, Sampling(1.0)), toy.plan(cfg, drafter, tree, Sampling(1.0))):
-        weights = w if plan.drafter is drafter else engine.Weights(w.target, NO_WEIGHTS)
-        caches = engine.new_caches(plan, 1024, jnp.bfloat16)
-        asked = engine.Asked.of(Sampling(1.0), seed=3, limit=150)
-        state = engine.start(plan, weights, caches, PROMPT, asked, chunks=Chunks(8))
+        weights = w if plan.drafter is drafter else Weights(w.target, NO_WEIGHTS)
+        caches = new_caches(plan, 1024, jnp.bfloat16)
+        asked = Asked.of(Sampling(1.0), seed=3, limit=150)
+        state = prefill.start(plan, weights, caches, PROMPT, asked, chunks=Chunks(8))
         state = engine.run(plan, weights, state, np.int32(1000))
         assert int(state.emitted) == 150 and state.accepted.features.dtype == jnp.bfloat16
         outputs.append(np.asarray(state.output)[:150].tolist())
@@ -172,7 +173,7 @@ def oracle(settings, stop_ids=(), wrong_from=10**6, depth=4, seed=0):
     answer, _ = toy.decode(toy.vanilla_plan(CFG, settings), w, PROMPT, 40, settings, seed=seed)
     text = jnp.asarray([*PROMPT, *answer, *([0] * 16)], jnp.int32)
     plan = toy.plan(CFG, toy.Oracle(), TreeConfig(depth + 1, depth, 1), settings, stop_ids)
-    return answer, plan, engine.Weights(w.target, toy.Told(text, jnp.int32(wrong_from)))
+    return answer, plan, Weights(w.target, toy.Told(text, jnp.int32(wrong_from)))
 
 
 def says_stop(at):
@@ -196,7 +197,7 @@ def test_a_stop_id_inside_an_accepted_block_ends_the_answer_there(at):
     seed, answer, plan, known = says_stop(at)
     tokens, state = toy.decode(plan, known, PROMPT, 31, Sampling(1.0), seed=seed)
     assert tokens == answer[: at + 1]
-    assert int(state.finished) == engine.STOPPED
+    assert int(state.finished) == STOPPED
 
 
 @pytest.mark.parametrize("limit", range(1, 9))
@@ -204,13 +205,13 @@ def test_the_limit_cuts_a_block(limit):
     answer, plan, known = oracle(Sampling())
     tokens, state = toy.decode(plan, known, PROMPT, limit)
     assert tokens == answer[:limit]
-    assert int(state.finished) == engine.FULL
+    assert int(state.finished) == FULL
 
 
 def test_a_stop_id_beyond_the_limit_does_not_count():
     seed, answer, plan, known = says_stop(4)
     tokens, state = toy.decode(plan, known, PROMPT, 4, Sampling(1.0), seed=seed)
-    assert tokens == answer[:4] and int(state.finished) == engine.FULL
+    assert tokens == answer[:4] and int(state.finished) == FULL
 
 
 def test_decoding_goes_on_rightly_after_a_draft_that_went_wrong():

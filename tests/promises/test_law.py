@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from frspec_jax import engine, kv_cache, llama, sampling
+from frspec_jax import engine, kv_cache, llama, prefill, sampling
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.placement import Placement
+from frspec_jax.prefill import Chunks
 from frspec_jax.sampling import SamplingArrays
+from frspec_jax.state import Asked, new_caches, state_after
 from tests.support import toy
 
 
@@ -28,7 +30,7 @@ def decoded(plan, w, read, asked, count):
     def decode(sequence):
         mine = asked.replace(draw=asked.draw.replace(sequence=sequence))
         root = sampling.choose(scores, plan.rule, mine.draw, jnp.array([3]), jnp.zeros(1, jnp.int32))[0]
-        state = engine.state_after(plan, read.caches, feature, root, jnp.int32(3), mine)
+        state = state_after(plan, read.caches, feature, root, jnp.int32(3), mine)
         return engine.decode_rounds(plan, w, state, jnp.int32(5)).output[:3]
 
     return jax.lax.map(decode, jnp.arange(count), batch_size=250)
@@ -50,8 +52,8 @@ def test_outputs_follow_the_targets_law(kind, settings):
     plan = toy.plan(cfg, drafter, TreeConfig(6, 2, 3), settings)
     prompt = np.array([2, 7, 1], np.int32)
     count = 6000
-    asked = engine.Asked.of(settings, seed=11, limit=3)
-    read = engine.start(plan, w, engine.new_caches(plan, 256, jnp.float32), prompt, asked, chunks=engine.Chunks(4))
+    asked = Asked.of(settings, seed=11, limit=3)
+    read = prefill.start(plan, w, new_caches(plan, 256, jnp.float32), prompt, asked, chunks=Chunks(4))
     outputs = np.asarray(decoded(plan, w, read, asked, count))
 
     law = {}

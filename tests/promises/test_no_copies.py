@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frspec_jax import engine
+from frspec_jax import engine, prefill
 from frspec_jax.config import Sampling, TreeConfig
+from frspec_jax.prefill import Chunk, Chunks
+from frspec_jax.state import Asked, new_caches
 from tests import conftest
 from tests.support import toy
 
@@ -30,14 +32,14 @@ def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity, pace):
     else:
         w, drafter = toy.weights(cfg, toy.CROPPED, kind=kind)
         plan = toy.plan(cfg, drafter, toy.fitted(kind, cfg, TreeConfig(8, 3, 4)), Sampling())
-    caches = engine.new_caches(plan, capacity, jnp.float32)
-    asked = engine.Asked.of(Sampling(), seed=0, limit=8)
-    chunk = engine.Chunk(np.zeros(33, np.int32), np.int32(0), np.int32(1), np.bool_(True))
-    prefill = engine.prefill.lower(plan, w, caches, chunk, asked).compile()
+    caches = new_caches(plan, capacity, jnp.float32)
+    asked = Asked.of(Sampling(), seed=0, limit=8)
+    chunk = Chunk(np.zeros(33, np.int32), np.int32(0), np.int32(1), np.bool_(True))
+    chunk_program = prefill.run.lower(plan, w, caches, chunk, asked).compile()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-    state = engine.start(plan, w, caches, PROMPT, asked, chunks=engine.Chunks(32))
-    run = engine.run.lower(plan, w, state, np.int32(5)).compile()
-    for program in (prefill, run):
+    state = prefill.start(plan, w, caches, PROMPT, asked, chunks=Chunks(32))
+    round_program = engine.run.lower(plan, w, state, np.int32(5)).compile()
+    for program in (chunk_program, round_program):
         text = program.as_text()
         shape = rf"f32\[(?:1,)*{cfg.num_kv_heads},{capacity},{cfg.head_dim}\]"
         assert re.search(shape, text)
@@ -53,8 +55,8 @@ def test_no_weight_is_widened_in_the_compiled_round(kind):
     w, drafter = toy.weights(cfg, kind=kind)
     w = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, w)
     plan = toy.plan(cfg, drafter, TreeConfig(8, 3, 4), Sampling())
-    asked = engine.Asked.of(Sampling(), seed=0, limit=8)
-    state = engine.start(plan, w, engine.new_caches(plan, 512, jnp.bfloat16), PROMPT, asked, chunks=engine.Chunks(32))
+    asked = Asked.of(Sampling(), seed=0, limit=8)
+    state = prefill.start(plan, w, new_caches(plan, 512, jnp.bfloat16), PROMPT, asked, chunks=Chunks(32))
     text = engine.run.lower(plan, w, state, np.int32(5)).compile().as_text()
     matrices = {leaf.shape for leaf in jax.tree.leaves(w) if leaf.ndim == 2 and leaf.dtype == jnp.bfloat16}
     assert all(f"bf16[{rows},{columns}]" in text for rows, columns in matrices)

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frspec_jax import engine
+from frspec_jax import engine, prefill
 from frspec_jax.config import Sampling
 from frspec_jax.pace import GRID, Costs, Odds, PaceTables
 from frspec_jax.pace_tables import forced
+from frspec_jax.plan import Plan
+from frspec_jax.prefill import Chunks
+from frspec_jax.state import OWN, Asked, new_caches
 from tests.promises.test_compiled_once import programs
 from tests.support import toy
 
@@ -21,7 +24,7 @@ PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
 KINDS = [None, *toy.DRAFTS]
 
 
-def tables(plan: engine.Plan, seed: int) -> PaceTables:
+def tables(plan: Plan, seed: int) -> PaceTables:
     """Costs and odds out of nowhere: some are zero, some absurd, none need rise or fall."""
     rng = np.random.default_rng(seed)
     sizes, levels, tokens = len(plan.pace.sizes), plan.pace.growth.depth, plan.tree.depth
@@ -53,7 +56,7 @@ def test_no_table_changes_the_text(kind, drawn):
         assert tokens == expected
         assert int((np.asarray(state.histogram) * np.arange(1, plan.tree.depth + 2)).sum()) == len(tokens) - 1
         origins = np.asarray(state.origins)[1 : len(tokens)]
-        assert (origins == engine.OWN).sum() <= int(state.rounds)
+        assert (origins == OWN).sum() <= int(state.rounds)
         seen.add((int(state.rounds), tuple(np.bincount(origins, minlength=3))))
 
     check()
@@ -94,9 +97,9 @@ def test_what_waits_is_what_the_drafter_would_have_taken_in():
 
     states = []
     for first in (0, 3):
-        caches = engine.new_caches(plan, 256, np.float32)
-        asked = engine.Asked.of(Sampling(), seed=0, limit=40)
-        state = engine.start(plan, w, caches, PROMPT, asked, chunks=engine.Chunks(32))
+        caches = new_caches(plan, 256, np.float32)
+        asked = Asked.of(Sampling(), seed=0, limit=40)
+        state = prefill.start(plan, w, caches, PROMPT, asked, chunks=Chunks(32))
         while int(state.length) < 24:
             state = engine.run(plan, with_levels(first), state, np.int32(1))
         state = engine.run(plan, with_levels(3), state, np.int32(3))

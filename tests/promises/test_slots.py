@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frspec_jax import engine
+from frspec_jax import engine, prefill
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.pace_tables import forced
+from frspec_jax.prefill import Chunks
+from frspec_jax.state import DRAFTED, OWN, Asked, new_caches
 from tests.promises.test_compiled_once import programs
 from tests.support import toy
 
@@ -34,7 +36,7 @@ def test_slots_change_nothing_but_what_is_drafted(kind, settings):
             expected, _ = toy.decode(vanilla, w, prompt, 40, settings, seed=seed)
             tokens, state = toy.decode(plan, w, prompt, 40, settings, seed=seed)
             assert tokens == expected
-            drafted = np.asarray(state.origins)[: len(tokens)] != engine.OWN
+            drafted = np.asarray(state.origins)[: len(tokens)] != OWN
             outside += int((drafted & ~np.isin(tokens, KEPT)).sum())
     assert made == []
     assert outside > 0, "nothing outside V' was ever accepted: this test would prove nothing"
@@ -52,7 +54,7 @@ def test_with_a_pace(kind):
             expected, _ = toy.decode(vanilla, w, prompt, 40)
             tokens, state = toy.decode(plan, mine, prompt, 40)
             assert tokens == expected
-            drafted = np.asarray(state.origins)[: len(tokens)] == engine.DRAFTED
+            drafted = np.asarray(state.origins)[: len(tokens)] == DRAFTED
             outside += int((drafted & ~np.isin(tokens, KEPT)).sum())
     assert outside > 0
 
@@ -64,10 +66,10 @@ def test_no_copy_of_a_cache(pace):
     plan = toy.plan(CFG, drafter, TREE)
     if pace == "auto":
         plan, w = toy.paced(CFG, "eagle", ids=KEPT, slots=SLOTS)
-    asked = engine.Asked.of(Sampling(), seed=0, limit=8)
-    caches = engine.new_caches(plan, 512, jnp.float32)
+    asked = Asked.of(Sampling(), seed=0, limit=8)
+    caches = new_caches(plan, 512, jnp.float32)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-    state = engine.start(plan, w, caches, np.arange(9, dtype=np.int32), asked, chunks=engine.Chunks(32))
+    state = prefill.start(plan, w, caches, np.arange(9, dtype=np.int32), asked, chunks=Chunks(32))
     shape = rf"f32\[{','.join(map(str, state.caches.target[0].keys.shape))}\]"
     program = engine.run.lower(plan, w, state, np.int32(5)).compile()
     text = program.as_text()
@@ -79,11 +81,11 @@ def test_no_copy_of_a_cache(pace):
 def test_a_text_knows_nothing_of_the_one_before():
     """Caches serve the next text uncleared: its slots hold what they would in new ones."""
     w, drafter = toy.weights(CFG, KEPT, slots=SLOTS)
-    plan, asked = toy.plan(CFG, drafter, TREE), engine.Asked.of(Sampling(), seed=0, limit=20)
-    caches, seen = engine.new_caches(plan, 256, jnp.float32), []
-    other = engine.start(plan, w, caches, np.array([0, 2, 4, 6, 8], np.int32), asked, chunks=engine.Chunks(32))
-    for where in (other.caches, engine.new_caches(plan, 256, jnp.float32)):
-        state = engine.start(plan, w, where, np.array([7, 5, 10, 1, 7], np.int32), asked, chunks=engine.Chunks(32))
+    plan, asked = toy.plan(CFG, drafter, TREE), Asked.of(Sampling(), seed=0, limit=20)
+    caches, seen = new_caches(plan, 256, jnp.float32), []
+    other = prefill.start(plan, w, caches, np.array([0, 2, 4, 6, 8], np.int32), asked, chunks=Chunks(32))
+    for where in (other.caches, new_caches(plan, 256, jnp.float32)):
+        state = prefill.start(plan, w, where, np.array([7, 5, 10, 1, 7], np.int32), asked, chunks=Chunks(32))
         seen.append(jax.tree.map(np.asarray, state.caches.draft.slots))
     assert seen[0].ids.tolist() == seen[1].ids.tolist() == [7, 10, -1]
     assert seen[0].last.tolist() == seen[1].last.tolist() == [4, 2, -1]

@@ -16,9 +16,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from frspec_jax import api, engine, sharding
+from frspec_jax import api, sharding
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.pace import Pace
+from frspec_jax.plan import Plan
+from frspec_jax.state import Weights
 from pallas_kernels.dispatch import AUTO
 from tests.support import toy
 from tests.support.folders import checkpoint_folder
@@ -30,16 +32,16 @@ PROMPT = np.random.default_rng(0).integers(0, 30, 21)
 TREE = TreeConfig(8, 3, 4)
 
 
-def divided(plan: engine.Plan, weights: engine.Weights, devices: int) -> tuple[engine.Plan, engine.Weights]:
+def divided(plan: Plan, weights: Weights, devices: int) -> tuple[Plan, Weights]:
     """The same plan and weights, on so many devices."""
     mesh = sharding.mesh_of(devices)
     assert mesh is not None
     plan = dataclasses.replace(plan, mesh=mesh, kernels=dataclasses.replace(AUTO, axis=sharding.AXIS))
     others = sharding.everywhere((weights.draft, weights.pace), mesh)
-    return plan, engine.Weights(sharding.spread(weights.target, plan.config, mesh), *others)
+    return plan, Weights(sharding.spread(weights.target, plan.config, mesh), *others)
 
 
-def cases() -> dict[str, tuple[engine.Plan, engine.Weights, Sampling, tuple[int, ...]]]:
+def cases() -> dict[str, tuple[Plan, Weights, Sampling, tuple[int, ...]]]:
     """What is decoded: plan, weights, settings, on how many devices."""
     found: dict[str, Any] = {}
     greedy, sampled = Sampling(), Sampling(1.0, top_p=0.9)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from frspec_jax import engine
+from frspec_jax import engine, prefill
 from frspec_jax.config import VANILLA, ModelConfig, RopeScaling, Sampling, TreeConfig
 from frspec_jax.drafters.base import NO_WEIGHTS, DraftMemory, DraftWeights, Memoryless, Target, Turn, Vanilla
 from frspec_jax.drafters.eagle import EagleConfig, EagleParams
@@ -20,8 +20,11 @@ from frspec_jax.drafters.medusa import PUBLISHED_63, MedusaConfig, MedusaParams
 from frspec_jax.llama import LlamaParams
 from frspec_jax.pace import Pace
 from frspec_jax.pace_tables import DEFAULT, tables_of
+from frspec_jax.plan import Plan
+from frspec_jax.prefill import Chunks
 from frspec_jax.sampling import rule_of
 from frspec_jax.shapes import model_shapes
+from frspec_jax.state import Asked, DecodeState, Weights, new_caches
 from frspec_jax.tree import DraftTree
 from pallas_kernels.dispatch import AUTO
 from pallas_kernels.visibility import causal
@@ -112,7 +115,7 @@ def weights(
     kind: str = "eagle",
     int8: bool = False,
     slots: int = 0,
-) -> tuple[engine.Weights, Any]:
+) -> tuple[Weights, Any]:
     """A target with a draft whose head keeps `ids` (all of them by default), and so many slots."""
     params = target(cfg, seed)
     shape, draft_params = DRAFTS[kind](cfg, seed + 1)
@@ -120,14 +123,14 @@ def weights(
     drafter, draft_weights = shape.assemble(
         Target(cfg, params), draft_params, ids, kernels=AUTO, int8=int8, slots=slots
     )
-    return engine.Weights(params, draft_weights), drafter
+    return Weights(params, draft_weights), drafter
 
 
 def plan(
     cfg: ModelConfig, drafter: Any, tree: TreeConfig, settings: Sampling = Sampling(), stop_ids: tuple[int, ...] = ()
-) -> engine.Plan:
+) -> Plan:
     """What is compiled for a drafter and these sampling settings."""
-    return engine.Plan(cfg, drafter, tree, stop_ids, rule_of(settings))
+    return Plan(cfg, drafter, tree, stop_ids, rule_of(settings))
 
 
 def paced(
@@ -137,14 +140,14 @@ def paced(
     ids: np.ndarray | None = None,
     slots: int = 0,
     **changes: Any,
-) -> tuple[engine.Plan, engine.Weights]:
+) -> tuple[Plan, Weights]:
     """A plan with a pace for a kind of draft (None: only what stands in the text), and weights with usual tables.
 
     changes: of the `Pace`.
     """
     tree, pace = TreeConfig(8, 5, 4), dataclasses.replace(PACE, **changes)
     if kind is None:
-        w, drafter = engine.Weights(target(cfg), NO_WEIGHTS), Vanilla()
+        w, drafter = Weights(target(cfg), NO_WEIGHTS), Vanilla()
     else:
         w, drafter = weights(cfg, ids, kind=kind, slots=slots)
         pace = DRAFTS[kind](cfg)[0].fit_pace(pace, cfg.vocab_size if ids is None else len(ids))
@@ -152,28 +155,28 @@ def paced(
     return one, dataclasses.replace(w, pace=tables_of(pace, tree, DEFAULT))
 
 
-def vanilla_plan(cfg: ModelConfig, settings: Sampling = Sampling(), stop_ids: tuple[int, ...] = ()) -> engine.Plan:
+def vanilla_plan(cfg: ModelConfig, settings: Sampling = Sampling(), stop_ids: tuple[int, ...] = ()) -> Plan:
     return plan(cfg, Vanilla(), VANILLA, settings, stop_ids)
 
 
 def decode(
-    plan: engine.Plan,
-    w: engine.Weights,
+    plan: Plan,
+    w: Weights,
     prompt: np.ndarray,
     limit: int = 24,
     settings: Sampling = Sampling(),
     *,
     seed: int = 0,
-    chunks: engine.Chunks = engine.Chunks(32),
+    chunks: Chunks = Chunks(32),
     capacity: int = 256,
-) -> tuple[list[int], engine.DecodeState]:
+) -> tuple[list[int], DecodeState]:
     """The tokens that a plan emits after a prompt, and the last state."""
     assert plan.rule == rule_of(settings), "a plan is decoded with the settings that it was made for"
     if isinstance(plan.drafter, Vanilla) and plan.pace is None:
-        w = engine.Weights(w.target, NO_WEIGHTS)
-    caches = engine.new_caches(plan, capacity, jnp.float32)
-    asked = engine.Asked.of(settings, seed=seed, limit=limit)
-    state = engine.start(plan, w, caches, np.asarray(prompt, np.int32), asked, chunks=chunks)
+        w = Weights(w.target, NO_WEIGHTS)
+    caches = new_caches(plan, capacity, jnp.float32)
+    asked = Asked.of(settings, seed=seed, limit=limit)
+    state = prefill.start(plan, w, caches, np.asarray(prompt, np.int32), asked, chunks=chunks)
     state = engine.run(plan, w, state, np.int32(10_000))
     return np.asarray(state.output)[: int(state.emitted)].tolist(), state
 
