@@ -23,10 +23,13 @@ from frspec_jax.defaults import CONTEXT, defaults
 from frspec_jax.drafters.base import Target
 from frspec_jax.drafting import NO_DRAFT, Draft, assembled, draft_folder
 from frspec_jax.errors import UserError
-from frspec_jax.generator import Generator, Prompt, Reading, Request, Result, Runtime, Stream, Text
+from frspec_jax.generator import Generator
 from frspec_jax.llama import LlamaParams
 from frspec_jax.prefill import Chunks
+from frspec_jax.request import Prompt, Request, Result
+from frspec_jax.runtime import Runtime
 from frspec_jax.state import Weights
+from frspec_jax.texts import Reading, Stream, Text
 from pallas_kernels.dispatch import AUTO, Kernels
 
 __all__ = [

@@ -1,74 +1,35 @@
-"""A loaded model that answers: `Generator`, and `Text`, one answer in the making, which everything that decodes drives.
-
-with model.begin(ids, request) as text:
-    text.advance()          # to its end; or advance(1), a round at a time
-    print(text.tokens, text.result().text)
-"""
+"""A loaded model that answers: `Generator`."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, Unpack, cast, overload
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from frspec_jax import engine, mesh_parts, pace_tables, prefill
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.detokenizer import text_of
 from frspec_jax.drafting import Drafting
-from frspec_jax.errors import UserError
-from frspec_jax.kv_cache import BLOCK, rounded_capacity
-from frspec_jax.likelihood import Likelihood, Likely
+from frspec_jax.encoding import encoded, room_after
+from frspec_jax.kv_cache import rounded_capacity
+from frspec_jax.likelihood import Likely
 from frspec_jax.penalties import Bearing, Penalties
 from frspec_jax.plan import Plan
 from frspec_jax.prefill import Chunks
 from frspec_jax.request import Effort, Prompt, Request, Result, Settings, asked_of
+from frspec_jax.runtime import Runtime
 from frspec_jax.sampling import rule_of
-from frspec_jax.sharding import AXIS, agreed
-from frspec_jax.state import FULL, RUNNING, STOPPED, Asked, Caches, DecodeState, Weights, new_caches
+from frspec_jax.sharding import agreed
+from frspec_jax.state import Asked, Caches, Weights, new_caches
+from frspec_jax.texts import Reading, Stream, Text
 from frspec_jax.writer import Writer
-from pallas_kernels.dispatch import AUTO, Kernels
-
-ALL_ROUNDS = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Runtime:
-    """How a model runs, whatever drafts."""
-
-    dtype: Any  # of weights and caches
-    context: int  # tokens of prompt and answer together, at most
-    chunks: Chunks  # of a prompt
-    kernels: Kernels = AUTO
-    mesh: Mesh | None = None  # over whose devices the target is divided
-
-    def __post_init__(self) -> None:
-        short = self.chunks.short
-        if not 1 <= short <= BLOCK or BLOCK % short:
-            raise UserError(f"--chunk {short} must divide {BLOCK}: 1, 2, 4, ... or {BLOCK} prompt tokens a pass")
-
-    @property
-    def of_target(self) -> Kernels:
-        """The kernels of the target, whose layers may be divided; a drafter's never are."""
-        return self.kernels if self.mesh is None else dataclasses.replace(self.kernels, axis=AXIS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """A prompt that has been run through target and draft, and the first token chosen; any number of texts begin so."""
-
-    state: DecodeState
-    prompt_tokens: int
-    seconds: float  # that it took
-    request: Request
 
 
 class Generator:
@@ -145,39 +106,11 @@ class Generator:
         """A prompt as token ids [T] int32: through the chat template, unless the request or the model is raw.
 
         tools: functions that the model may call, for the template to describe.
-        """
-        tokenizer = self.checkpoint.tokenizer
-        text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
-        raw = request.raw or not tokenizer.chat_template
-        if not (text if raw else text.strip()):
-            raise UserError("the prompt is empty; give some text")
-        if raw:
-            if request.system is not None:
-                raise UserError("--system needs a chat template; the model has none, or --raw switches it off")
-            return np.asarray(tokenizer(text).input_ids, np.int32)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if request.system is not None:
-            messages = [{"role": "system", "content": request.system}, *messages]
-        return self._templated(messages, tools)
 
-    def _templated(self, messages: list[Any], tools: list[Any] | None) -> np.ndarray:
-        """Messages through the chat template, which may be broken, or refuse them in words of its own."""
-        try:
-            ids = self.checkpoint.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, return_dict=False
-            )
-        except Exception as error:  # a template may raise anything: it is a program
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"the chat template of {self.checkpoint.path} cannot say these messages ({reason[:200]}); "
-                "mend chat_template.jinja, or use --raw"
-            ) from None
-        if not ids:
-            raise UserError(
-                f"the chat template of {self.checkpoint.path} makes nothing of these messages; "
-                "mend chat_template.jinja, or use --raw"
-            )
-        return np.asarray(ids, np.int32)
+        Raises:
+          UserError: the prompt is empty, or the template cannot say it.
+        """
+        return encoded(self.checkpoint, prompt, request, tools)
 
     def check(self, ids: Sequence[int] | np.ndarray, request: Request = Request()) -> int:
         """How many tokens may be emitted after a prompt of ids [T].
@@ -185,25 +118,7 @@ class Generator:
         Raises:
           UserError: they are no token ids, or leave no room in the context.
         """
-        context, vocab_size = self.runtime.context, self.checkpoint.config.vocab_size
-        given = np.asarray(ids)
-        if given.ndim != 1 or not given.size or not np.issubdtype(given.dtype, np.integer):
-            raise UserError(f"ids must be a list of at least one token id, and are {str(ids)[:60]}")
-        if given.min() < 0 or given.max() >= vocab_size:
-            wrong = int(given[(given < 0) | (given >= vocab_size)][0])
-            token = self.checkpoint.tokenizer.convert_ids_to_tokens(wrong) if wrong >= 0 else None
-            if token is not None:  # the tokenizer knows more than the model
-                raise UserError(
-                    f"the prompt holds the token {token!r}, whose id {wrong} the model has no embedding for (its ids "
-                    f"are 0 to {vocab_size - 1}); leave it out"
-                )
-            raise UserError(f"ids hold {wrong}, and the model's token ids are 0 to {vocab_size - 1}")
-        if len(given) >= context:
-            raise UserError(
-                f"the prompt has {len(given)} tokens, and --context {context} leaves room for at most {context - 1} "
-                "and an answer; shorten it or raise --context"
-            )
-        return min(request.max_new_tokens, context - len(given))
+        return min(request.max_new_tokens, room_after(self.checkpoint, ids, self.runtime.context))
 
     def warm_up(
         self, sampling: Sampling = Sampling(), *, prompt_tokens: int | None = None, logprobs: bool = False
@@ -406,99 +321,3 @@ class Generator:
         if not any(leaf.is_deleted() for leaf in jax.tree.leaves(caches)):
             with self._lock:
                 self._caches = caches
-
-
-class Text:
-    """An answer in the making, of one `Generator`. Leaving its `with` block gives the caches back, whatever happened.
-
-    In a compiled round the state is donated: after an error or Ctrl-C inside one, the text is lost, and only it.
-    """
-
-    def __init__(self, model: Generator, request: Request, reading: Reading, *, own: bool = False) -> None:
-        self._model, self._request = model, request
-        self._prompt_tokens, self._prefill_seconds, self._decode_seconds = reading.prompt_tokens, reading.seconds, 0.0
-        self.plan = model.plan_for(request)
-        self.state = reading.state if own else _copied(reading.state)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._model.give_back(self.state.caches)
-
-    @property
-    def weights(self) -> Weights:
-        """What a round of this text reads."""
-        return self._model.weights
-
-    @property
-    def emitted(self) -> int:
-        """How many tokens there are so far."""
-        return int(self.state.emitted)
-
-    @property
-    def tokens(self) -> list[int]:
-        """The answer so far; the stop id included, where one ended it."""
-        return np.asarray(self.state.output)[: self.emitted].tolist()
-
-    @property
-    def finished(self) -> bool:
-        """Whether a stop id or the limit ended it."""
-        return int(self.state.finished) != RUNNING
-
-    def advance(self, rounds: int = ALL_ROUNDS) -> None:
-        """Decode until the text is finished, or so many more rounds are done."""
-        self.drive(lambda plan, weights, state: engine.run(plan, weights, state, np.int32(rounds)))
-
-    def drive(self, step: engine.Step) -> None:
-        """Decode with another driver of rounds, timed as `advance` is: it takes the state, and gives the next one."""
-        begun = time.perf_counter()
-        with jax.enable_x64(False):
-            self.state = jax.block_until_ready(step(self.plan, self.weights, self.state))
-        self._decode_seconds += time.perf_counter() - begun
-
-    def reading(self) -> Reading:
-        """The text as it stands, for others to begin with; this one goes on untouched."""
-        return Reading(_copied(self.state), self._prompt_tokens, self._prefill_seconds, self._request)
-
-    def result(self) -> Result:
-        """The answer so far, and how it came about."""
-        state, wanted = self.state, self._request.logprobs
-        return self._model.result_of(
-            self.tokens,
-            {STOPPED: "stop", FULL: "length"}.get(int(state.finished)),
-            Effort(
-                prompt_tokens=self._prompt_tokens,
-                rounds=int(state.rounds),
-                histogram=np.asarray(state.histogram).tolist(),
-                prefill_seconds=self._prefill_seconds,
-                decode_seconds=self._decode_seconds,
-            ),
-            lossy=self.plan.rule == "typical",
-            logprobs=None if wanted is None else cast(Likelihood, state.likelihood).shown(self.emitted, wanted),
-        )
-
-
-def _copied(state: DecodeState) -> DecodeState:
-    return jax.block_until_ready(jax.tree.map(jnp.copy, state))
-
-
-class Stream:
-    """An answer in the making: an iterator over pieces of text, about one a round; `result` once it has ended."""
-
-    def __init__(self, model: Generator, ids: Sequence[int] | np.ndarray | Reading, request: Request) -> None:
-        self._model, self._ids, self._request = model, ids, request
-        self.result: Result | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        writer = self._model.writer(self._request)
-        with self._model.begin(self._ids, self._request) as text:
-            while True:
-                ended = text.finished
-                piece = "".join(said.text for said in writer.more(text.tokens[writer.taken :], ended=ended))
-                if piece:
-                    yield piece
-                if ended or writer.stopped:
-                    break
-                text.advance(1)
-            self.result = text.result().ended_by(writer)

@@ -27,7 +27,8 @@ from frspec_jax.writer import Writer
 
 if TYPE_CHECKING:
     from frspec_jax.batch import Batch, Fresh
-    from frspec_jax.generator import Generator, Request
+    from frspec_jax.generator import Generator
+    from frspec_jax.request import Request
 
 __all__ = ["Ended", "Engine", "Overloaded", "Piece", "Ticket", "Unready"]
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from frspec_jax.writer import Said, Writer
 
 if TYPE_CHECKING:
     from frspec_jax.batch import Fresh
-    from frspec_jax.generator import Request
+    from frspec_jax.request import Request
     from frspec_jax.scheduler import Engine
 
 log = logging.getLogger(__name__)

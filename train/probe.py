@@ -12,10 +12,12 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.defaults import defaults
 from frspec_jax.drafters.base import DraftSpec, Target
 from frspec_jax.drafting import Drafting
-from frspec_jax.generator import Generator, Request, Runtime
+from frspec_jax.generator import Generator
 from frspec_jax.hosts import first_process
 from frspec_jax.llama import LlamaParams
 from frspec_jax.method import Method
+from frspec_jax.request import Request
+from frspec_jax.runtime import Runtime
 from frspec_jax.state import Weights
 from pallas_kernels.dispatch import AUTO
 from train.batches import Packing

@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
-from frspec_jax.generator import Request
+from frspec_jax.request import Request
 from frspec_jax.scheduler import Engine
 from frspec_jax.serve.faults import ApiError, on_http_exception, wrong
 from frspec_jax.serve.fields import ChatFields, CompletionFields, Fields, read

@@ -14,7 +14,7 @@ from frspec_jax import api
 from frspec_jax.api import NO_DRAFT, Generator
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.detokenizer import text_of
-from frspec_jax.generator import Request
+from frspec_jax.request import Request
 from frspec_jax.scheduler import Engine, Say
 from frspec_jax.serve.faults import ApiError
 from frspec_jax.serve.metrics import Metrics

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from frspec_jax.errors import SlotFault, UserError
-from frspec_jax.generator import Request
+from frspec_jax.request import Request
 from frspec_jax.scheduler import Ended, Engine, Overloaded
 from tests.support.scripted import asked, run, text_of, until
 

@@ -1,4 +1,4 @@
-"""The shapes and dtypes that stand beside the fields of tree.py, state.py, stages.py, prefill.py and the drafters are true."""
+"""The shapes and dtypes that stand beside the fields of trees, states, stages and drafters are true."""
 
 from __future__ import annotations
 

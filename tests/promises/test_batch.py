@@ -16,9 +16,9 @@ from frspec_jax.checkpoint import write_draft
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError
 from frspec_jax.files import new_folder
-from frspec_jax.generator import asked_of
 from frspec_jax.penalties import Bearing, Penalties
 from frspec_jax.prefill import parts_of
+from frspec_jax.request import asked_of
 from tests.promises.test_compiled_once import programs
 from tests.support import toy
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
