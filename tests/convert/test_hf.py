@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from convert import hf
 from convert.__main__ import main
 from convert.importing import target_embedding
-from frspec_jax.checkpoint import Checkpoint, save_params
+from frspec_jax.checkpoint import Checkpoint
+from frspec_jax.stored_weights import save_params
 from tests.support.tiny_hf import converted, edit_json, model_of, refusal, same, save
 
 
