@@ -20,29 +20,22 @@ import jax
 import numpy as np
 
 from frspec_jax import batched as programs
-from frspec_jax import mesh_parts, pace_tables
+from frspec_jax import mesh_parts
 from frspec_jax.batched import Reading, Report
 from frspec_jax.config import Sampling
-from frspec_jax.defaults import has_amx
 from frspec_jax.errors import UserError
 from frspec_jax.likelihood import Likely
-from frspec_jax.pace import Costs, Pace
 from frspec_jax.penalties import Bearing, Penalties
-from frspec_jax.plan import Plan
+from frspec_jax.places import Places
 from frspec_jax.prefill import Chunk, parts_of
 from frspec_jax.request import Effort, Request, Result, asked_of
 from frspec_jax.sampling import argument
-from frspec_jax.state import RUNNING, STOPPED, Weights
+from frspec_jax.shared_rounds import SharedRounds, ladder
+from frspec_jax.state import RUNNING, STOPPED
 from frspec_jax.writer import Writer
-from pallas_kernels import device
 
 if TYPE_CHECKING:
     from frspec_jax.generator import Generator
-
-# Nodes that texts of a batch have together where it may still pay to verify several of each: beyond so many rows a CPU
-# takes as long for every further one. And of one text at most: each size that may be verified is compiled.
-CPU_ROWS, AMX_ROWS, MOST_NODES = 16, 64, 4
-MEASURED = 2  # repeats of each measurement, for several texts together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +68,6 @@ class _Text:
     began: float = 0.0  # when the first token came
 
 
-@dataclasses.dataclass
-class _Slot:
-    """A place in the pools, and the text that its caches hold, whoever left it there."""
-
-    history: list[int] = dataclasses.field(default_factory=list)  # tokens whose rows are sound in every cache
-    used: int = 0  # the step at which it was left
-
-
 class Batch:
     """Texts that are decoded together. Not thread-safe: one thread drives it.
 
@@ -101,7 +86,6 @@ class Batch:
         if slots < 1:
             raise UserError(f"--slots {slots} must be at least 1")
         self.model, self.slots = model, slots
-        self._ladder = sizes or ladder(slots)
         self._plan = dataclasses.replace(model.plan(), rule="mixed", adjusts=True, logprobs=True, keeps=False)
         self._spare = slots  # the slot of nobody, for programs of more texts than there are
         with jax.enable_x64(False):
@@ -111,9 +95,9 @@ class Batch:
                 lambda: programs.new_state(plan, model.weights, model.capacity, slots + 1, model.runtime.dtype),
                 lambda state: mesh_parts.state_on(state.caches),
             )
-        self._weights = {size: self._guessed(size) for size in self._ladder}
+        self._rounds = SharedRounds(model, self._plan, sizes or ladder(slots))
         self._texts: dict[int, _Text] = {}
-        self._places = [_Slot() for _ in range(slots)]
+        self._places = Places(slots)
         self._steps = 0
         self._read_last = False  # whether the last step read a chunk
 
@@ -165,7 +149,7 @@ class Batch:
         capacity, config = self.model.capacity, self.model.checkpoint.config
         left = parts_of(prompt, self.model.runtime.chunks, capacity, first)
         self._texts[slot] = _Text(slot, request, prompt, limit, left, first)
-        self._places[slot].history = prompt[:first].tolist()
+        self._places.holds(slot, prompt[:first].tolist())
         if request.sampling.adjusts:
             with jax.enable_x64(False):
                 bearing = Bearing.of(request.sampling, prompt, config.vocab_size)
@@ -212,16 +196,15 @@ class Batch:
             text.prefill_seconds += time.perf_counter() - begun
             return []
         report = jax.device_get(report)
-        self._places[text.slot].history = text.prompt.tolist()
+        self._places.holds(text.slot, text.prompt.tolist())
         text.began = time.perf_counter()
         text.prefill_seconds += text.began - begun
         return [self._fresh(text, report, 0)]
 
     def _round(self, texts: list[_Text]) -> list[Fresh]:
-        size = next(size for size in self._ladder if size >= len(texts))
-        places = [text.slot for text in texts] + [self._spare] * (size - len(texts))
-        plan, weights = self._plan_of(size), self._weights[size]
-        self._state, report = programs.decode(plan, weights, self._state, argument(places, np.int32))
+        unused = self._rounds.size_for(len(texts)) - len(texts)
+        slots = [text.slot for text in texts] + [self._spare] * unused
+        self._state, report = self._rounds.run(self._state, slots)
         report = jax.device_get(report)
         return [self._fresh(text, report, row) for row, text in enumerate(texts)]
 
@@ -261,49 +244,26 @@ class Batch:
     # Slots -------------------------------------------------------------------------------------------
 
     def _place_for(self, prompt: np.ndarray) -> tuple[int, int]:
-        """A free slot, and how many tokens of the prompt its caches hold already.
-
-        A slot that holds the beginning is gone on with, if it is free; else what it holds is copied, if that saves at
-        least a chunk. A beginning is whole short chunks, and never all of the prompt: its last token has to be run.
-        """
-        short = self.model.runtime.chunks.short
+        """A free slot, and how many tokens of the prompt its caches hold already."""
         free = [slot for slot in range(self.slots) if slot not in self._texts]
-
-        def held(slot: int) -> int:
-            return min(_common(self._places[slot].history, prompt), len(prompt) - 1) // short * short
-
-        best = max(free, key=lambda slot: (held(slot), -self._places[slot].used))
-        source = max(range(self.slots), key=held)
-        if held(source) > held(best):
-            target = min(free, key=lambda slot: self._places[slot].used)
+        choice = self._places.choose(prompt, free, self.model.runtime.chunks.short)
+        if choice.source is not None:
+            source, target = argument(choice.source, np.int32), argument(choice.slot, np.int32)
             with jax.enable_x64(False):
-                self._state = programs.copy_slot(self._state, argument(source, np.int32), argument(target, np.int32))
-            return target, held(source)
-        if not held(best):
-            best = min(free, key=lambda slot: self._places[slot].used)
-        return best, held(best)
+                self._state = programs.copy_slot(self._state, source, target)
+        return choice.slot, choice.held
 
     def _leave(self, text: _Text) -> None:
         """A text's slot is free; what its caches hold may serve the next one that begins alike."""
-        place = self._places[text.slot]
         del self._texts[text.slot]
-        place.used = self._steps
+        self._places.left(text.slot, self._steps)
         if text.tokens:
             # What was accepted last, the drafter may not have taken in yet.
             sound = len(text.prompt) + len(text.tokens) - 2 * (self._plan.tree.depth + 1)
-            place.history = [*text.prompt.tolist(), *text.tokens][: max(sound, len(text.prompt) - 1)]
+            held = [*text.prompt.tolist(), *text.tokens][: max(sound, len(text.prompt) - 1)]
+            self._places.holds(text.slot, held)
 
-    # Programs -----------------------------------------------------------------------------------------
-
-    def _plan_of(self, size: int) -> Plan:
-        """The rounds of so many texts."""
-        pace = self._plan.pace
-        return self._plan if pace is None else dataclasses.replace(self._plan, pace=pace_of_batch(pace, size))
-
-    def _guessed(self, size: int) -> Weights:
-        """What rounds of so many texts read, before anything is measured."""
-        pace, weights = self._plan_of(size).pace, self.model.weights
-        return weights if pace is None else pace_tables.with_costs(weights, pace_tables.guessed(pace))
+    # Before requests come ------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
         """Compile all that requests may need, and measure what rounds of several texts cost where nobody has yet."""
@@ -318,49 +278,14 @@ class Batch:
         with jax.enable_x64(False):
             zero = argument(0, np.int32)
             self._state = programs.copy_slot(self._state, zero, zero)
-            for size in self._ladder:
-                self._warm_up_rounds(size)
-        self._places = [_Slot() for _ in range(self.slots)]
+            for size in self._rounds.sizes:
+                self._state = self._rounds.warm_up(size, self._state, self._spare)
+        self._places = Places(self.slots)
 
     def _run_through(self, ids: np.ndarray, request: Request) -> None:
         self.admit(ids, request)
         while self.busy:
             self.step()
-
-    def _warm_up_rounds(self, size: int) -> None:
-        plan, places = self._plan_of(size), argument([self._spare] * size, np.int32)
-        self._state, _ = programs.decode(plan, self._weights[size], self._state, places)
-        if plan.pace is None:
-            return
-        name = pace_tables.name_of(plan, self.model.runtime.dtype, self.model.draft_vocab, size)
-        costs = pace_tables.kept_costs(name, plan.pace)
-        if costs is None and self.model.capacity >= pace_tables.room_to_measure(plan.pace, plan.tree):
-            costs = self._measured(plan, size)
-            pace_tables.keep_costs(name, plan.pace, costs)
-        if costs is not None:
-            self._weights[size] = pace_tables.with_costs(self.model.weights, costs)
-
-    def _measured(self, plan: Plan, size: int) -> Costs:
-        """What rounds of so many texts cost, whatever the texts."""
-        assert plan.pace is not None
-        places = argument(list(range(size)), np.int32)
-
-        def timed(costs: Costs) -> float:
-            weights = pace_tables.with_costs(self.model.weights, costs)
-            self._state = jax.block_until_ready(pace_tables.begun_anew(self._state))
-            begun = time.perf_counter()
-            for _ in range(pace_tables.ROUNDS):
-                self._state, report = programs.decode(plan, weights, self._state, places)
-            jax.block_until_ready(report)
-            return 1e3 * (time.perf_counter() - begun) / pace_tables.ROUNDS
-
-        drafts = len(plan.pace.sizes) > 1 and bool(plan.drafter.by_level(plan.pace.growth))
-        self._state = dataclasses.replace(
-            self._state, asked=dataclasses.replace(self._state.asked, limit=self._state.asked.limit * 0 + 2**30)
-        )
-        costs = pace_tables.costs_by(timed, plan.pace, drafts=drafts, repeats=MEASURED)
-        self._state = dataclasses.replace(self._state, finished=self._state.finished * 0 + STOPPED)
-        return costs
 
 
 SLOTS = 8  # texts at a time, where nobody says
@@ -393,25 +318,3 @@ def answers(
             if result is not None:
                 del running[fresh.slot]
                 yield number, result.ended_by(writer)
-
-
-def ladder(slots: int) -> tuple[int, ...]:
-    """How many texts a program is compiled for: fewer texts than slots do not wait for rows of nobody."""
-    if device.current().platform == "gpu":  # where a few rows more cost nothing
-        return (1, slots) if slots > 1 else (1,)
-    return (*(2**power for power in range(slots.bit_length()) if 2**power < slots), slots)
-
-
-def pace_of_batch(pace: Pace, texts: int) -> Pace:
-    """What the rounds of so many texts choose from: on a CPU, no more nodes than it has rows to spare."""
-    if device.current().platform == "gpu" or texts == 1:
-        return pace
-    room = min(MOST_NODES, (AMX_ROWS if has_amx() else CPU_ROWS) // texts)
-    return dataclasses.replace(pace, sizes=(1, *[size for size in pace.sizes if 1 < size <= room][-1:]))
-
-
-def _common(history: list[int], prompt: np.ndarray) -> int:
-    """How many tokens both begin with alike."""
-    count = min(len(history), len(prompt))
-    differs = np.nonzero(np.asarray(history[:count]) != prompt[:count])[0]
-    return int(differs[0]) if differs.size else count

@@ -11,7 +11,7 @@ import pytest
 
 from frspec_jax import api, engine, prefill
 from frspec_jax.api import NO_DRAFT, Draft, Request
-from frspec_jax.batch import Batch, ladder
+from frspec_jax.batch import Batch
 from frspec_jax.checkpoint import write_draft
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.errors import UserError
@@ -19,6 +19,7 @@ from frspec_jax.files import new_folder
 from frspec_jax.penalties import Bearing, Penalties
 from frspec_jax.prefill import parts_of
 from frspec_jax.request import asked_of
+from frspec_jax.shared_rounds import ladder
 from tests.promises.test_compiled_once import programs
 from tests.support import toy
 from tests.support.folders import VOCAB_SIZE, checkpoint_folder
