@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from frspec_jax import __version__, doctor
-from frspec_jax.doctor import BAD, GOOD, NOTE
+from frspec_jax.finding import BAD, GOOD, NOTE
 
 
 def lines(capsys, *argv, status=0):
