@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from frspec_jax import drafters, files, sharding
 from frspec_jax.config import ModelConfig
-from frspec_jax.drafters.base import DraftSpec
+from frspec_jax.drafters.base import NO_PARAMS, DraftParams, DraftSpec
 from frspec_jax.errors import UserError, quoted, without_advice
 from frspec_jax.files import orbax_refusals
 from frspec_jax.llama import LlamaParams
@@ -55,7 +55,7 @@ def write_model(folder: Path, config: ModelConfig, params: LlamaParams) -> None:
     save_params(folder / "params", params)
 
 
-def write_draft(folder: Path, draft: DraftSpec, params: Any, target: str, about: dict[str, Any]) -> None:
+def write_draft(folder: Path, draft: DraftSpec, params: DraftParams, target: str, about: dict[str, Any]) -> None:
     """Fill `folder` (of `new_folder`) with a draft.
 
     params: its weights; a pytree without arrays is not written. target: the `fingerprint` of its target. about: facts
@@ -68,7 +68,7 @@ def write_draft(folder: Path, draft: DraftSpec, params: Any, target: str, about:
     _keep_default(folder.parent)
 
 
-def add_draft(checkpoint: Checkpoint, name: str, draft: DraftSpec, params: Any = None) -> Path:
+def add_draft(checkpoint: Checkpoint, name: str, draft: DraftSpec, params: DraftParams = NO_PARAMS) -> Path:
     """Put a draft of one's own into a checkpoint, as CKPT/drafts/NAME; params: its weights, if it has some.
 
     Raises:
@@ -299,8 +299,8 @@ class Checkpoint:
             )
         return spec
 
-    def draft(self, folder: Path, dtype: Any = jnp.float32) -> tuple[Any, Any]:
-        """A draft's configuration (a `DraftSpec`) and weights.
+    def draft(self, folder: Path, dtype: Any = jnp.float32) -> tuple[DraftSpec, DraftParams]:
+        """A draft's configuration and weights.
 
         Raises:
           UserError: the draft was made for another target, or is damaged.

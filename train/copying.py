@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} {getattr(args, flag)} must be at least {least}")
     checkpoint = Checkpoint.open(args.ckpt)
-    folder, spec, params = draft_to_fit(checkpoint, args.draft, EagleConfig, "which does not copy; give an EAGLE-2 one")
+    folder, spec, params = draft_to_fit(
+        checkpoint, args.draft, EagleConfig, EagleParams, "which does not copy; give an EAGLE-2 one"
+    )
     check_writable(folder, f"--draft {folder}")
     with folder_lock(folder, f"--draft {folder}"):
         fit(args, checkpoint, folder, spec, params)

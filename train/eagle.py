@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
     settings = settings_of(args, PRESETS)
-    found = starting_draft(settings.start_from, checkpoint, EagleConfig.kind)
+    found = starting_draft(settings.start_from, checkpoint, EagleConfig, EagleParams)
 
     def task_of(target: LlamaParams, packing: Packing) -> Task:
         return new_task(settings.recipe, checkpoint, settings.seed, target, packing, found)

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
     settings = settings_of(args, PRESETS)
     recipe, config = settings.recipe, checkpoint.config
-    found = starting_draft(settings.start_from, checkpoint, Eagle3Config.kind)
+    found = starting_draft(settings.start_from, checkpoint, Eagle3Config, Eagle3Params)
     if found is None:
         if config.num_layers < 3:
             raise UserError(f"--ckpt {checkpoint.path} has {config.num_layers} layers; EAGLE-3 reads the last but two")

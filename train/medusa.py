@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 def _start(settings: RunSettings[MedusaRecipe], checkpoint: Checkpoint) -> tuple[MedusaConfig, MedusaParams]:
     """New heads, or those of --start-from."""
     recipe = settings.recipe
-    found = starting_draft(settings.start_from, checkpoint, MedusaConfig.kind)
+    found = starting_draft(settings.start_from, checkpoint, MedusaConfig, MedusaParams)
     if found is None:
         config = checkpoint.config
         choices = published_choices(recipe.heads)

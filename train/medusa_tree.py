@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(args.ckpt)
     folder, spec, params = draft_to_fit(
-        checkpoint, args.draft, MedusaConfig, "whose tree is not fixed; give a Medusa one"
+        checkpoint, args.draft, MedusaConfig, MedusaParams, "whose tree is not fixed; give a Medusa one"
     )
     for flag, least in (("rows", 1), ("row", 2), ("batches", 1)):
         if getattr(args, flag) < least:

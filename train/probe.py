@@ -10,7 +10,7 @@ import numpy as np
 
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.defaults import defaults
-from frspec_jax.drafters.base import DraftSpec, Target
+from frspec_jax.drafters.base import DraftParams, DraftSpec, Target
 from frspec_jax.drafting import Drafting
 from frspec_jax.generator import Generator
 from frspec_jax.hosts import first_process
@@ -52,7 +52,7 @@ class Probe:
         self._checkpoint, self._spec, self._prompts, self._finished = checkpoint, spec, prompts, finished
         self._target = _on_one_device(target)
 
-    def accepted_length(self, params: Any) -> float | None:
+    def accepted_length(self, params: DraftParams) -> float | None:
         """Tokens a round, the bonus token counted, pooled over all prompts; None from all processes but the first."""
         if not first_process() or not self._prompts:
             return None

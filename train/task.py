@@ -12,7 +12,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from frspec_jax.checkpoint import Checkpoint
-from frspec_jax.drafters.base import DraftSpec, Spec
+from frspec_jax.drafters.base import DraftParams, DraftSpec, Params, Spec
 from frspec_jax.errors import UserError
 from train.batches import Batch
 from train.optimiser import Metrics, Optimisation
@@ -23,7 +23,7 @@ class Task:
     """What is trained, and how."""
 
     spec: DraftSpec
-    params: Any  # to start from
+    params: DraftParams  # to start from
     recipe: Optimisation
     # One step of the optimiser, given all ids by frequency [V] int32 and a batch. Its metrics have a loss and a top1_0.
     step: Callable[[TrainState, jax.Array, Batch], tuple[TrainState, Metrics]]
@@ -48,7 +48,9 @@ class Task:
         }
 
 
-def starting_draft(name: str | None, checkpoint: Checkpoint, kind: str) -> tuple[Any, Any] | None:
+def starting_draft(
+    name: str | None, checkpoint: Checkpoint, spec_class: type[Spec], params_class: type[Params]
+) -> tuple[Spec, Params] | None:
     """The draft that --start-from names, its description and its weights; None where no name is given.
 
     Raises:
@@ -58,15 +60,17 @@ def starting_draft(name: str | None, checkpoint: Checkpoint, kind: str) -> tuple
         return None
     folder = checkpoint.draft_folder(name, "--start-from")
     assert folder is not None, "only no name at all finds no folder"
-    spec = checkpoint.draft_spec(folder)
-    if spec.kind != kind:
-        raise UserError(f"--start-from {name} is a draft of kind {spec.kind}; give one of kind {kind}")
-    return checkpoint.draft(folder)
+    kind, wanted = checkpoint.draft_spec(folder).kind, spec_class.kind
+    if kind != wanted:
+        raise UserError(f"--start-from {name} is a draft of kind {kind}; give one of kind {wanted}")
+    spec, params = checkpoint.draft(folder)
+    assert isinstance(spec, spec_class) and isinstance(params, params_class)
+    return spec, params
 
 
 def draft_to_fit(
-    checkpoint: Checkpoint, name: str | None, spec_class: type[Spec], otherwise: str
-) -> tuple[Path, Spec, Any]:
+    checkpoint: Checkpoint, name: str | None, spec_class: type[Spec], params_class: type[Params], otherwise: str
+) -> tuple[Path, Spec, Params]:
     """The draft that --draft names, or the default one: its folder, its description and its weights.
 
     Raises:
@@ -78,4 +82,5 @@ def draft_to_fit(
     spec, params = checkpoint.draft(folder)
     if not isinstance(spec, spec_class):
         raise UserError(f"--draft {folder.name} is a draft of kind {spec.kind}, {otherwise}")
+    assert isinstance(params, params_class)
     return folder, spec, params

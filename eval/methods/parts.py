@@ -14,6 +14,7 @@ from jax import Array
 from frspec_jax import engine, kv_cache, llama
 from frspec_jax.config import ModelConfig
 from frspec_jax.drafters.eagle import Eagle, EagleWeights
+from frspec_jax.kv_cache import LayerKV
 from frspec_jax.placement import Placement
 from frspec_jax.plan import Plan
 from frspec_jax.presets import state_at
@@ -91,7 +92,7 @@ def draft_stages(plan: Plan, weights: Weights, context: int, dtype: jnp.dtype) -
     cache = kv_cache.empty(drafter.config, kv_cache.rounded_capacity(context + 64 + plan.margin), dtype)[0]
     bytes_read = size(weights.draft.params) + kv_bytes(drafter.config, context, dtype)
 
-    def run(held: Weights, features: Array, where: Placement, cache: Any) -> Any:
+    def run(held: Weights, features: Array, where: Placement, cache: LayerKV) -> tuple[Array, LayerKV]:
         assert isinstance(held.draft, EagleWeights)
         embeddings = held.target.embedding[: features.shape[0]]
         return drafter.extend(held.draft, embeddings, features, where, cache)

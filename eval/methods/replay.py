@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,10 +113,10 @@ def histograms(model: Generator, texts: list[list[int]], prompts: list[int], fea
     return np.asarray(_rounds(plan, weights, together, features, tokens, np.array(prompts, np.int32), last))
 
 
-def read_prompt(model: Generator, text: np.ndarray, prompt: int, features: Array) -> Any:
+def read_prompt(model: Generator, text: np.ndarray, prompt: int, features: Array) -> DraftMemory:
     """What the drafter remembers of the first `prompt` tokens of a text [S], given the features [S, ...] of each."""
     plan, real = model.plan(), np.maximum(text, 0)
-    memory: Any = plan.drafter.new_memory(features.shape[0], model.runtime.dtype)
+    memory = plan.drafter.new_memory(features.shape[0], model.runtime.dtype)
     for first in range(0, prompt, PASS):
         part, here = real[first : first + PASS + 1], features[first : first + PASS]
         count = np.int32(min(PASS, prompt - first))

@@ -52,10 +52,16 @@ class DraftMemory:
     """The arrays that a drafter keeps from round to round; a drafter that keeps some has a class of its own."""
 
 
-NO_WEIGHTS, NO_MEMORY = DraftWeights(), DraftMemory()
+@struct.dataclass
+class DraftParams:
+    """A draft's own weights, as its folder keeps them; a kind that keeps some has a class of its own."""
+
+
+NO_WEIGHTS, NO_MEMORY, NO_PARAMS = DraftWeights(), DraftMemory(), DraftParams()
 
 W = TypeVar("W", bound=DraftWeights, contravariant=True)
 M = TypeVar("M", bound=DraftMemory)
+Params = TypeVar("Params", bound=DraftParams)
 
 
 class Drafter(Protocol[W, M]):
@@ -199,10 +205,10 @@ class KindDefaults:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(cast(Any, self))  # a subclass is a dataclass
 
-    def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> Any:
-        return NO_WEIGHTS
+    def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> DraftParams:
+        return NO_PARAMS
 
-    def vocabulary(self, params: Any) -> np.ndarray | None:
+    def vocabulary(self, params: DraftParams) -> np.ndarray | None:
         return None
 
     def copies(self, on: bool) -> Self:
@@ -217,7 +223,7 @@ class KindDefaults:
         return pace.with_beams(min(pace.growth.top_k, vocab))
 
 
-class DraftSpec(Protocol):
+class DraftSpec(Protocol[Params]):
     """A draft as its config.json describes it: frozen and hashable.
 
     One class a kind, named in `drafters.KINDS` or, by other packages, as an entry point (docs/drafters.md).
@@ -243,10 +249,10 @@ class DraftSpec(Protocol):
     def to_json(self) -> dict[str, Any]:
         """The entries that `from_json` reads."""
 
-    def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> Any:
+    def shapes(self, target: ModelConfig, dtype: Any = np.float32) -> Params:
         """The weights, as a pytree of `ShapeDtypeStruct`s; without a leaf the draft has no folder params."""
 
-    def vocabulary(self, params: Any) -> np.ndarray | None:
+    def vocabulary(self, params: Params) -> np.ndarray | None:
         """The ids that its own head can propose; None: all of the target's."""
 
     def copies(self, on: bool) -> Self:
@@ -263,8 +269,8 @@ class DraftSpec(Protocol):
         """The pace that suits it with a V' of `vocab`, where `pace` suits the device: it may have levels of its own."""
 
     def assemble(
-        self, target: Target, params: Any, ids: np.ndarray, *, kernels: Kernels, int8: bool = False, slots: int = 0
-    ) -> tuple[Drafter[Any, Any], DraftWeights]:
+        self, target: Target, params: Params, ids: np.ndarray, *, kernels: Kernels, int8: bool = False, slots: int = 0
+    ) -> tuple[Drafter, DraftWeights]:
         """The drafter, and the weights that it reads in each round.
 
         Args:

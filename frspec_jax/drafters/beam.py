@@ -16,7 +16,7 @@ from jax import Array
 
 from frspec_jax import kv_cache
 from frspec_jax.config import ModelConfig, TreeConfig
-from frspec_jax.drafters.base import DraftMemory, DraftWeights, Turn
+from frspec_jax.drafters.base import DraftMemory, DraftParams, DraftWeights, Turn
 from frspec_jax.drafters.copying import Copies, Copying, NoCopies, NoCopying
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import embedded
@@ -125,7 +125,7 @@ class BeamDrafter(abc.ABC, Generic[W]):
         return self.layer_params(weights), weights.head
 
     @abc.abstractmethod
-    def layer_params(self, weights: W) -> Any:
+    def layer_params(self, weights: W) -> DraftParams:
         """The layer's own weights."""
 
     def passes(self, tree: TreeConfig) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ class ChainDrafter(Memoryless, abc.ABC):
     """A drafter (`base.Drafter`) of a chain; a subclass is a frozen dataclass with `guess` alone."""
 
     @abc.abstractmethod
-    def guess(self, weights: Any, turn: Turn, tokens: int) -> Guess:
+    def guess(self, weights: DraftWeights, turn: Turn, tokens: int) -> Guess:
         """The `tokens` that would follow; `turn` has the root, its position, and the text, if `reads_text`."""
 
     def propose(

@@ -20,7 +20,7 @@ from jax import Array
 
 from frspec_jax import shapes
 from frspec_jax.config import ModelConfig, TreeConfig, check_layer
-from frspec_jax.drafters.base import Target
+from frspec_jax.drafters.base import DraftParams, Target
 from frspec_jax.drafters.beam import BeamDrafter, BeamWeights
 from frspec_jax.drafters.copying import NO_COPYING, Copying, NoCopying
 from frspec_jax.kv_cache import LayerKV
@@ -33,7 +33,7 @@ from pallas_kernels.dispatch import AUTO, Kernels
 
 
 @struct.dataclass
-class EagleParams:
+class EagleParams(DraftParams):
     """The weights of an EAGLE draft."""
 
     fc: Array  # [H, 2 H]: the first H columns multiply the embedding, the rest the feature

@@ -21,7 +21,7 @@ from jax import Array
 
 from frspec_jax import shapes
 from frspec_jax.config import ModelConfig, RopeScaling, TreeConfig, check_layer
-from frspec_jax.drafters.base import Target, no_copies
+from frspec_jax.drafters.base import DraftParams, Target, no_copies
 from frspec_jax.drafters.beam import BeamDrafter, BeamWeights
 from frspec_jax.drafters.copying import NO_COPYING, NoCopying
 from frspec_jax.errors import UserError
@@ -36,7 +36,7 @@ from pallas_kernels.products import linear, rms_norm
 
 
 @struct.dataclass
-class Eagle3Params:
+class Eagle3Params(DraftParams):
     """The weights of an EAGLE-3 draft."""
 
     fc: Array  # [H, 3 H], over the taps in their order

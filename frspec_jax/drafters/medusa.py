@@ -20,7 +20,7 @@ from jax import Array
 
 from frspec_jax import shapes
 from frspec_jax.config import TREE_LIMIT, ModelConfig, TreeConfig
-from frspec_jax.drafters.base import DraftMemory, DraftWeights, Memoryless, Target, Turn, no_copies
+from frspec_jax.drafters.base import DraftMemory, DraftParams, DraftWeights, Memoryless, Target, Turn, no_copies
 from frspec_jax.layers import linear
 from frspec_jax.pace import Pace
 from frspec_jax.schema import checked
@@ -61,7 +61,7 @@ class HeadParams:
 
 
 @struct.dataclass
-class MedusaParams:
+class MedusaParams(DraftParams):
     """The weights of a Medusa draft, as they are stored."""
 
     heads: tuple[HeadParams, ...]
