@@ -1,6 +1,6 @@
 """What a pace would make of texts that are known, at given costs: the rounds that decode, with the target told.
 
-Each round is `engine.paced_round` itself, but for its pass through the target, which looks up what the target made of
+Each round is `paced.paced_round` itself, but for its pass through the target, which looks up what the target made of
 the text. What it would have cost is read off the table of costs, so that nothing but decisions is simulated. Perfect
 hindsight is a bound: it knows which nodes are right before it drafts and verifies, and does no more than it needs.
 """

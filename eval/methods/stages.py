@@ -30,7 +30,7 @@ def draft_step(plan: Plan, weights: Weights, state: DecodeState) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",), compiler_options=EXACT)
 def verify_step(plan: Plan, weights: Weights, state: DecodeState, tree: Any) -> Any:
-    """The target's pass over a tree: the `engine.Verdict`, and the state."""
+    """The target's pass over a tree: the `stages.Verdict`, and the state."""
     verdict, cache = stages.verify(plan, weights, state.caches.target, tree, state)
     return verdict, replace(state, caches=replace(state.caches, target=cache))
 
