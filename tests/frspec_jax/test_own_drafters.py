@@ -18,7 +18,7 @@ from frspec_jax import api, drafters
 from frspec_jax.api import Draft, Request
 from frspec_jax.checkpoint import Checkpoint, add_draft
 from frspec_jax.config import Sampling, TreeConfig
-from frspec_jax.drafters.base import NO_WEIGHTS, Accepted, DraftMemory, KindDefaults, Turn
+from frspec_jax.drafters.base import NO_PARAMS, NO_WEIGHTS, Accepted, DraftMemory, KindDefaults, Turn
 from frspec_jax.errors import UserError
 from tests.support.tiny_hf import refusal
 
@@ -167,6 +167,6 @@ def test_the_defaults_of_a_kind_suit_any_target_and_grow_what_is_asked_for(toy_f
 
     mine, tree = Kind(5), TreeConfig(8, 3, 2)
     assert mine.to_json() == {"figure": 5} and Kind.from_json({"figure": 5, "else": 1}) == mine
-    assert mine.fit(tree) is tree and mine.copies(False) is mine and mine.vocabulary(NO_WEIGHTS) is None
+    assert mine.fit(tree) is tree and mine.copies(False) is mine and mine.vocabulary(NO_PARAMS) is None
     assert (mine.hidden_size, mine.taps, mine.in_context, mine.crops) == (None, (), False, False)
-    assert isinstance(toy_folder, Checkpoint) and mine.shapes(toy_folder.config) is NO_WEIGHTS
+    assert isinstance(toy_folder, Checkpoint) and mine.shapes(toy_folder.config) is NO_PARAMS
