@@ -79,12 +79,11 @@ def rotary_append(
     qkv: Array, by: Rotation, keys: Array, values: Array, place: Place, norms: HeadNorms | None
 ) -> tuple[Array, Array, Array]:
     """`pallas_kernels.rotary_append.rotary_append` of one sequence without a pool; arguments and result as there."""
-    kv_heads, head_dim = keys.shape[0], keys.shape[2]
+    start, kv_heads, head_dim = place.first, keys.shape[0], keys.shape[2]
     split = qkv.reshape(qkv.shape[0], -1, head_dim)
     heads = split.shape[1] - 2 * kv_heads
     split = split if norms is None else norms(split, heads, kv_heads)
     rotated = rotate(split[:, : heads + kv_heads], by)
-    start = place.first
     keys = written(keys, rotated[:, heads:], start)
     return rotated[:, :heads], keys, written(values, split[:, heads + kv_heads :], start)
 
