@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.batching import by_rows
 from pallas_kernels.dispatch import Implementation, choose, power_of_two
 from pallas_kernels.subvocab_head import triton, xla
-from pallas_kernels.subvocab_head.extra import Extra
+from pallas_kernels.subvocab_head.heads import Extra, Head
 from pallas_kernels.subvocab_head.triton import Config
 
 __all__ = ["Config", "Extra", "quantised", "subvocab_top_k"]
@@ -44,34 +42,27 @@ def subvocab_top_k(
       comes first.
     """
 
-    def together(x: Array, shared: Any) -> tuple[Array, Array]:
-        head, scale, ids = shared
-        return _of_rows(x, head, scale, ids, None, k, implementation, config)
+    def together(x: Array, shared: Head) -> tuple[Array, Array]:
+        return _of_rows(x, shared, None, k, implementation, config)
 
+    whole = Head(head, scale, ids)
     if extra is None:
-        return by_rows(together, x, (head, scale, ids))
+        return by_rows(together, x, whole)
     # Each text has extra rows of its own. XLA's product with the head is one for all texts even so.
-    return _of_rows(x, head, scale, ids, extra, k, implementation, config)
+    return _of_rows(x, whole, extra, k, implementation, config)
 
 
 def _of_rows(
-    x: Array,
-    head: Array,
-    scale: Array | None,
-    ids: Array | None,
-    extra: Extra | None,
-    k: int,
-    implementation: Implementation,
-    config: Config | None,
+    x: Array, head: Head, extra: Extra | None, k: int, implementation: Implementation, config: Config | None
 ) -> tuple[Array, Array]:
     """`subvocab_top_k` of rows that are all there are."""
     # Rows are padded to a power of two, so one row costs what ten do.
-    shape = {"rows": power_of_two(x.shape[0]), "hidden": x.shape[1], "vocabulary": head.shape[0]}
+    shape = {"rows": power_of_two(x.shape[0]), "hidden": x.shape[1], "vocabulary": head.weight.shape[0]}
     default = config or Config.suited_to(x.shape[1])
-    implementation, chosen = choose(implementation, "subvocab_head", head.dtype, shape, default)
+    implementation, chosen = choose(implementation, "subvocab_head", head.weight.dtype, shape, default)
     if implementation == "xla" or x.shape[0] > MOST_ROWS:
-        return xla.subvocab_top_k(x, head, k, scale, ids, extra)
-    return triton.subvocab_top_k(x, head, k, scale, ids, extra, chosen, interpret=implementation == "interpret")
+        return xla.subvocab_top_k(x, head, k, extra)
+    return triton.subvocab_top_k(x, head, k, extra, chosen, interpret=implementation == "interpret")
 
 
 def quantised(head: Array) -> tuple[Array, Array]:

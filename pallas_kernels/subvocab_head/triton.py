@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import check_blocks, power_of_two
 from pallas_kernels.products import precision_of
-from pallas_kernels.subvocab_head.extra import Extra, joined_ids
+from pallas_kernels.subvocab_head.heads import Extra, Head, joined_ids
 
 MASKED = -1e30  # the score of rows past the end of the head: below every real one, above what is taken already
 
@@ -52,23 +52,17 @@ Found = Sequence[Array]  # scores and index [tiles, kept, M], peak and total [ti
 
 @functools.partial(jax.jit, static_argnames=("k", "config", "interpret"))  # equal layers are lowered once
 def subvocab_top_k(
-    x: Array,
-    head: Array,
-    k: int,
-    scale: Array | None,
-    ids: Array | None,
-    extra: Extra | None,
-    config: Config,
-    interpret: bool,
+    x: Array, head: Head, k: int, extra: Extra | None, config: Config, interpret: bool
 ) -> tuple[Array, Array]:
     """`pallas_kernels.subvocab_head.subvocab_top_k`, by the kernels; arguments and result as there."""
-    count, own = x.shape[0], -(-head.shape[0] // config.block_v)
+    count, size, ids = x.shape[0], head.weight.shape[0], head.ids
+    own = -(-size // config.block_v)
     tiles = own if extra is None else own - (-extra.ids.shape[0] // config.block_v)
     scored = functools.partial(_scored, x, k=k, config=config, interpret=interpret, tiles=tiles)
-    found = scored(_Rows(head, range(own), scale=scale))
+    found = scored(_Rows(head.weight, range(own), scale=head.scale))
     if extra is not None:
-        ids = joined_ids(head, ids, extra)
-        found = scored(_Rows(extra.weight, range(own, tiles), ids=extra.ids, before=head.shape[0]), found)
+        ids = joined_ids(head, extra)
+        found = scored(_Rows(extra.weight, range(own, tiles), ids=extra.ids, before=size), found)
     names = [] if ids is None else [ids]
     return pl.pallas_call(
         functools.partial(_merge, k=k, each=min(k, config.block_v)),

@@ -7,17 +7,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.products import rows_f32
-from pallas_kernels.subvocab_head.extra import Extra, joined_ids
+from pallas_kernels.subvocab_head.heads import Extra, Head, joined_ids
 
 
-def subvocab_top_k(
-    x: Array, head: Array, k: int, scale: Array | None, ids: Array | None, extra: Extra | None
-) -> tuple[Array, Array]:
+def subvocab_top_k(x: Array, head: Head, k: int, extra: Extra | None) -> tuple[Array, Array]:
     """`pallas_kernels.subvocab_head.subvocab_top_k`; arguments and result as there."""
-    logits = rows_f32(x, head) if scale is None else rows_f32(x, head.astype(x.dtype)) * scale
+    weight, scale, ids = head.weight, head.scale, head.ids
+    logits = rows_f32(x, weight) if scale is None else rows_f32(x, weight.astype(x.dtype)) * scale
     if extra is not None:
         more = jnp.where(extra.ids < 0, -jnp.inf, rows_f32(x, extra.weight.astype(x.dtype)))
-        logits, ids = jnp.concatenate([logits, more], axis=-1), joined_ids(head, ids, extra)
+        logits, ids = jnp.concatenate([logits, more], axis=-1), joined_ids(head, extra)
     best, index = lax.top_k(logits, k)
     log_total = lax.platform_dependent(logits, best, cpu=lambda logits, _: logsumexp(logits), default=_above_the_best)
     return best - log_total, index if ids is None else ids[index]
