@@ -75,13 +75,23 @@ def test_attention_is_the_same_however_it_is_split(block_q, block_k, splits, com
         st.sampled_from([256, 512, 768]),
     ),
     st.floats(0, 1),
+    st.one_of(st.none(), st.floats(0, 1)),
+    st.sampled_from([0.0, 5.0]),
     st.integers(0, 2**32 - 1),
 )
-def test_attention_at_any_shape(how, shape, fill, seed):
+def test_attention_at_any_shape(how, shape, fill, window, cap, seed):
+    """And with any window (of so much of the committed rows; every token has moved on by some) and a soft cap."""
     committed = round(fill * (shape[4] - shape[0]))
-    given = test_tree_attention.case(shape, committed, "tree", seed)
-    mine = test_tree_attention.ours(how, *given)
-    assert test_tree_attention.error(mine, test_tree_attention.reference(*given)) < 2e-6
+    q, keys, values, _, line = test_tree_attention.case(shape, committed, "tree", seed)
+    first = None
+    if window is not None:
+        start = round((1 - window) * committed)
+        first = np.minimum(start + np.arange(shape[0]) // 4, committed)
+        keys[:, :start] = test_tree_attention.GARBAGE
+    attend = test_tree_attention.capped(how, cap)
+    mine = attend(q, keys, values, test_tree_attention.sees(committed, line, first))
+    exact = test_tree_attention.reference(q, keys, values, committed, line, first, cap)
+    assert test_tree_attention.error(mine, exact) < 2e-6
 
 
 @pytest.mark.parametrize(("block_v", "block_h"), [(16, 16), (64, 128), (256, 32), (128, 64)])
