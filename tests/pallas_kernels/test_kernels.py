@@ -50,6 +50,7 @@ PALLAS = Kernels.all("pallas")
 # Every division of the work ----------------------------------------------------------------------
 
 
+@pytest.mark.sweep(quick=["256-*", "900-*"])
 @pytest.mark.parametrize(
     ("block_q", "block_k", "splits"), [(16, 16, 1), (16, 256, 4), (64, 64, 16), (128, 32, 3), (32, 128, 2)]
 )
@@ -94,6 +95,7 @@ def test_attention_at_any_shape(how, shape, fill, window, cap, seed):
     assert test_tree_attention.error(mine, exact) < 2e-6
 
 
+@pytest.mark.sweep(quick=["1000-*"])
 @pytest.mark.parametrize(("block_v", "block_h"), [(16, 16), (64, 128), (256, 32), (128, 64)])
 @pytest.mark.parametrize("size", [100, 1000, 1024])
 def test_the_head_is_the_same_however_it_is_tiled(block_v, block_h, size):
@@ -160,6 +162,7 @@ def test_the_head_on_a_gpu(num_warps, num_stages, size):
 # The round with kernels inside -------------------------------------------------------------------
 
 
+@pytest.mark.sweep(quick=["eagle-settings0-*", "medusa-*"])
 @pytest.mark.parametrize(
     ("kind", "settings", "int8", "kernels"),
     [
@@ -197,6 +200,7 @@ def test_a_round_on_a_gpu_emits_the_same_tokens(settings):
     assert toy.decode(plan, w, prompt, 24, settings, seed=3)[0] == expected
 
 
+@pytest.mark.sweep
 @pytest.mark.material
 def test_kernels_on_the_real_model(real_checkpoint):
     """SmolLM2's first two layers (all thirty, interpreted, compile for minutes): the same text in the same rounds."""
@@ -251,6 +255,7 @@ cross_lowering = pytest.mark.skipif(
 )
 
 
+@pytest.mark.sweep(quick=["bfloat16-smollm2*", "float32-gemma*", "bfloat16-qwen2-7b"])
 @cross_lowering
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -285,6 +290,7 @@ def test_attention_lowers_where_head_dim_is_no_power_of_two(head_dim, dtype):
     assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, dtype))) == 2
 
 
+@pytest.mark.sweep(quick=["llama3-8b", "gemma3-1b"])
 @cross_lowering
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_whole_round_lowers_at_the_shapes_of(name):
@@ -374,6 +380,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.sweep(quick=["attention, kernel", "head with ids, kernel", "product*"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_nothing_turns_to_64_bits(name):
     function, arguments = OPERATIONS[name]

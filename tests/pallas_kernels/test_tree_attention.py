@@ -125,6 +125,7 @@ def test_at_every_edge_of_a_block(how, shape):
                 assert error(ours(how, *given), reference(*given)) < 2e-6
 
 
+@pytest.mark.sweep(quick=["*-xla", "*-straight", "shape4-interpret"])
 @both
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_that_a_query_does_not_see_change_nothing(how, shape):
@@ -140,6 +141,7 @@ def test_rows_that_a_query_does_not_see_change_nothing(how, shape):
     assert not np.array_equal(ours(how, q, keys, values, committed, line)[0], before[0])
 
 
+@pytest.mark.sweep(quick=["*-xla", "*-straight", "3.0-shape0-interpret"])
 @both
 @pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:])
 @pytest.mark.parametrize("cap", [0.0, 3.0])
