@@ -52,7 +52,7 @@ OTHERS = {
 
 # How tokens are drawn and what proposes them meet in the target's choice alone: a few drafts show that flags of both go
 # together, and tests/promises has every pair.
-@pytest.mark.sweep(quick=["drawn"])
+@pytest.mark.sweep
 @pytest.mark.parametrize(("drafts", "sampled"), [({**DRAFTS, **OTHERS}, ()), (DRAFTS, SAMPLED)], ids=["all", "drawn"])
 def test_the_draft_changes_nothing(checkpoint, capsys, drafts, sampled):
     found = {}

@@ -261,6 +261,7 @@ def test_tokenizer_of_a_real_model(gguf_path, real):
     assert tokenizer.eos_token_id == theirs.eos_token_id
 
 
+@pytest.mark.sweep
 @pytest.mark.material
 def test_smollm_splits_every_digit(real):
     tokenizer, kind = real

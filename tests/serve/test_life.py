@@ -75,6 +75,7 @@ class Process:
         return self.process.returncode, said
 
 
+@pytest.mark.sweep
 def test_38_and_39_a_process_from_start_to_end(toy_folder):
     with Process(toy_folder, "--slots", "4", "--queue", "8", "--compare", "off") as server:
         server.wait()

@@ -192,6 +192,7 @@ def test_two_hosts_give_the_run_of_one(ckpt, store, tmp_path):
     compare(ckpt, store, tmp_path / "work", "hosts")
 
 
+@pytest.mark.sweep
 def test_the_best_weights_are_kept(ckpt, store, tmp_path, monkeypatch):
     """Held-out agreement is made to fall: then the draft is what the first evaluation saw."""
     scores = iter([0.5, 0.2, 0.0])
