@@ -8,16 +8,19 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(notdir $(PYTHON)))$(if $(CONSTRAINTS),,-newest)
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
+PYTEST := $(RUN) -m pytest -n 2 --dist worksteal --durations 12
 GGUF := material/SmolLM2-135M-Instruct.Q4_1.gguf
 CKPT := checkpoints/smollm2
 ASSETS := assets/smollm2-135m
 
-.PHONY: demo test docs gpu-check gpu-archive gpu-compile lint clean
+.PHONY: demo test sweeps docs gpu-check gpu-archive gpu-compile lint clean
 .DELETE_ON_ERROR:
 
 demo: $(CKPT)/.complete
 	$(RUN) -m eval demo --ckpt $(CKPT) --draft eagle --json results/demo.json
 
+# What is quick is `test`; `sweeps` are more cases of the same promises, and whole processes. CI runs both.
+#
 # Tests that compare roundings or read compiled programs run as users do, with every kind of draft among them. For the
 # rest it is enough that a program is right, and one that is hardly optimised is compiled in a quarter of the time.
 # All are compiled in one piece each, which is the same program: two workers fill two cores.
@@ -25,10 +28,12 @@ test: $(VENV)/.test $(CKPT)/.complete
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	XLA_FLAGS="$(IN_ONE_PIECE) $(XLA_FLAGS)" \
-	$(RUN) -m pytest -n 2 --dist worksteal --durations 12 -m as_shipped
-	XLA_FLAGS="$(IN_ONE_PIECE) $(LIGHTLY) $(XLA_FLAGS)" \
-	$(RUN) -m pytest -n 2 --dist worksteal --durations 12 -m "not as_shipped"
+	XLA_FLAGS="$(IN_ONE_PIECE) $(XLA_FLAGS)" $(PYTEST) -m "as_shipped and not sweep"
+	XLA_FLAGS="$(IN_ONE_PIECE) $(LIGHTLY) $(XLA_FLAGS)" $(PYTEST) -m "not as_shipped and not sweep"
+
+sweeps: $(VENV)/.test $(CKPT)/.complete
+	XLA_FLAGS="$(IN_ONE_PIECE) $(XLA_FLAGS)" $(PYTEST) -m "as_shipped and sweep"
+	XLA_FLAGS="$(IN_ONE_PIECE) $(LIGHTLY) $(XLA_FLAGS)" $(PYTEST) -m "not as_shipped and sweep"
 
 # On a machine with a GPU, and with JAX and the rest installed: no network, no .venv, five minutes and seven at most.
 # `make gpu-check DRY=--dry` runs the same steps, tiny, on a CPU.

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import atexit
+import fnmatch
 import gc
 import os
 import shutil
@@ -46,9 +47,27 @@ ROOT = Path(__file__).parent.parent
 MATERIAL = ROOT / "material" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real model's tests go first, and so to one worker, which alone loads it and compiles for it."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The real model's tests go first, and so to one worker, which alone loads it and compiles for it.
+
+    Of a test that is marked `sweep(quick=[...])` the cases whose ids match one of these patterns are no sweeps.
+    """
     items.sort(key=lambda item: "material" not in item.keywords)
+    unmatched: set[tuple[str, str]] = set()
+    matched: set[tuple[str, str]] = set()
+    for item in items:
+        marker = item.get_closest_marker("sweep")
+        if marker is None or "quick" not in marker.kwargs:
+            continue
+        name, case = item.nodeid.split("[")[0], item.callspec.id  # type: ignore[attr-defined]
+        hits = {pattern for pattern in marker.kwargs["quick"] if fnmatch.fnmatchcase(case, pattern)}
+        matched |= {(name, pattern) for pattern in hits}
+        unmatched |= {(name, pattern) for pattern in marker.kwargs["quick"]}
+        if hits:
+            item.own_markers = [mine for mine in item.own_markers if mine.name != "sweep"]
+    unmatched -= matched
+    if unmatched and not any("::" in asked for asked in config.args):
+        raise pytest.UsageError(f"no case is named like this: {sorted(unmatched)}; mend the mark `sweep` there")
 
 
 def memory_maps() -> int:

@@ -52,6 +52,7 @@ OTHERS = {
 
 # How tokens are drawn and what proposes them meet in the target's choice alone: a few drafts show that flags of both go
 # together, and tests/promises has every pair.
+@pytest.mark.sweep
 @pytest.mark.parametrize(("drafts", "sampled"), [({**DRAFTS, **OTHERS}, ()), (DRAFTS, SAMPLED)], ids=["all", "drawn"])
 def test_the_draft_changes_nothing(checkpoint, capsys, drafts, sampled):
     found = {}
@@ -141,6 +142,7 @@ def test_an_answer_that_fills_the_context_is_cut(checkpoint):
     assert model.generate_ids(prompt, request).tokens == roomy[:6]
 
 
+@pytest.mark.sweep
 def test_models_of_one_draft_share_a_reading(checkpoint):
     """What V' keeps matters only once a draft proposes, so a prompt is read once; each answers as it would alone."""
     prompt, request = np.arange(1, 40, dtype=np.int32), Request(12)
@@ -178,6 +180,7 @@ def test_the_dtype_suits_the_cpu(checkpoint, monkeypatch, tmp_path):
         assert api.load(checkpoint, fixed, dtype=jnp.float32).tree == defaults.DEFAULTS["cpu"].tree
 
 
+@pytest.mark.sweep
 def test_several_prompts_are_answered_together_and_in_their_order(checkpoint, capsys, tmp_path):
     file = tmp_path / "prompts.jsonl"
     texts = ["the end", "in the", "an other one of these", "he"]

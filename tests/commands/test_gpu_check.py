@@ -42,6 +42,7 @@ def dry(part: str, out: Path) -> dict:
     return data["figures"]
 
 
+@pytest.mark.sweep
 def test_a_dry_run_of_part_1_does_every_step(tmp_path):
     found = dry("part1", tmp_path)
     assert found["bandwidth"]["gb_per_second"] > 0
@@ -68,6 +69,7 @@ def test_a_dry_run_of_part_1_does_every_step(tmp_path):
     assert (tmp_path / "stages.png").stat().st_size > 5000
 
 
+@pytest.mark.sweep
 def test_a_dry_run_of_part_2_trains_a_draft_that_changes_no_token(tmp_path):
     found = dry("part2", tmp_path)
     assert found["answers"]["answer_tokens"] > 500

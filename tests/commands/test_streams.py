@@ -72,6 +72,7 @@ def test_a_platform_that_is_not_there(ckpt):
     one_sentence(generate(ckpt, "--prompt", "hi", env=env), "JAX_PLATFORMS=cuda", "not there")
 
 
+@pytest.mark.sweep
 def test_ctrl_c_while_weights_are_read(ckpt):
     """At some moment of loading, whichever: never that the checkpoint is damaged."""
     for wait in (1.0, 1.6, 2.2):

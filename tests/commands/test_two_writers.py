@@ -106,6 +106,7 @@ def test_a_draft_that_is_being_trained_is_not_trained_twice(toy_copy, corpus, tm
     assert not (tmp_path / "two").exists() and sorted(os.listdir(drafts)) == ["eagle"]
 
 
+@pytest.mark.sweep
 def test_a_real_run_that_is_killed_lets_the_next_one_go_on(toy_copy, corpus, tmp_path):
     """Two commands in two terminals: the second is refused, the first is killed, the second goes on with its store."""
     source = shutil.copy(corpus, tmp_path / "chats.jsonl")

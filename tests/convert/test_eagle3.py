@@ -38,6 +38,7 @@ def rank(ckpt: Checkpoint) -> Ranking:
     return ranking
 
 
+@pytest.mark.sweep
 def test_an_imported_draft_changes_nothing_and_its_vocabulary_is_cropped_further(ckpt, tmp_path):
     ranking = rank(ckpt)
     imported(published_eagle3(tmp_path / "draft", ckpt, IDS), ckpt, "eagle3", command="eagle3")

@@ -235,6 +235,7 @@ def real(gguf_path, tmp_path_factory):
     return tokenizer_out_of(gguf_path, tmp_path_factory.mktemp("real") / "tok"), kind
 
 
+@pytest.mark.sweep
 @pytest.mark.material
 def test_tokenizer_of_a_real_model(gguf_path, real):
     """Against transformers' own reading of the file.
@@ -260,6 +261,7 @@ def test_tokenizer_of_a_real_model(gguf_path, real):
     assert tokenizer.eos_token_id == theirs.eos_token_id
 
 
+@pytest.mark.sweep
 @pytest.mark.material
 def test_smollm_splits_every_digit(real):
     tokenizer, kind = real

@@ -42,6 +42,7 @@ NORMS = {
 SGLANGS = ("plain", "EAGLE-3.1")  # those that SGLang reads
 
 
+@pytest.mark.sweep
 def test_a_draft_of_speculators_stands_for_the_ids_of_its_map_and_changes_nothing(ckpt, tmp_path):
     """The map of the published case: draft id i is target id 4 i."""
     ids = 4 * np.arange(40)

@@ -22,6 +22,7 @@ DRAFTS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.as_shipped
 def test_it_is_what_decoding_accepts(toy_folder: Checkpoint):
     vanilla = api.load(toy_folder, "none", dtype="float32", context=400)

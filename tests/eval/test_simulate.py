@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 
 from eval.methods.simulate import Policy, policies, simulated
 from frspec_jax import api, pace_tables
@@ -13,6 +14,7 @@ from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.pace import Costs
 
 
+@pytest.mark.sweep
 def test_rounds_are_those_of_decoding_and_cost_what_the_table_says(toy_folder: Checkpoint, monkeypatch):
     monkeypatch.setattr(api.Generator, "_find_costs", lambda self, plan, anew=False: None)
     model = api.load(toy_folder, Draft(vocab=60), dtype="float32", context=400)

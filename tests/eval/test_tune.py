@@ -242,6 +242,7 @@ def test_where_no_tree_pays_vanilla_is_what_users_get(copy, capsys, as_if):
     assert api.load(copy, FIXED).draft_vocab is not None
 
 
+@pytest.mark.sweep(quick=["{"])
 @pytest.mark.parametrize("content", ["{", '{"format": "other"}', '{"format": "frspec-jax tuned 1", "devices": 3}'])
 def test_a_damaged_file_is_replaced(copy, capsys, as_if, content):
     as_if(1.25)

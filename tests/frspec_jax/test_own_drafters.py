@@ -47,6 +47,7 @@ def with_example(tmp_path, monkeypatch):
 PROMPT = "the cat sat on the mat, the cat sat on the hat, the cat sat on the"
 
 
+@pytest.mark.sweep
 def test_the_examples_text_is_vanillas_as_a_command(toy_copy, tmp_path):
     """In a process of its own, as a user has it; the folder holds a description alone."""
     site = installed(tmp_path / "site")
@@ -77,6 +78,7 @@ def test_of_a_text_that_repeats_itself_much_is_accepted(with_example, toy_copy):
     assert found.tokens == expected.tokens and 2 * found.rounds < expected.rounds + 10
 
 
+@pytest.mark.sweep(quick=["1-auto-settings0", "1-fixed-settings1"])
 @pytest.mark.parametrize("settings", [Sampling(), Sampling(1.0)])
 @pytest.mark.parametrize("pace", ["auto", "fixed"])
 @pytest.mark.parametrize("order", [1, 3])

@@ -29,6 +29,7 @@ def vanilla(toy_folder):
     }
 
 
+@pytest.mark.sweep(quick=["draft1-*"])
 @pytest.mark.parametrize("drawn", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
     "draft",
@@ -140,6 +141,7 @@ def test_names(method, name, label):
     assert method.label(1000) == label
 
 
+@pytest.mark.sweep
 def test_a_lossy_request_has_a_pace_too(toy_folder):
     model = api.load(toy_folder, dtype="float32")
     result = model.generate_ids(PROMPT, Request(24, Sampling(1.0, typical=0.3), seed=1))

@@ -30,6 +30,7 @@ def letters(plan: Plan, capacity: int) -> dict[str, int]:
     return sizes | {"H": cfg.hidden_size, "head_dim": cfg.head_dim, "taps": len(plan.drafter.taps), "words": tree.words}
 
 
+@pytest.mark.sweep(quick=["*-eagle"])
 @pytest.mark.parametrize("kind", toy.DRAFTS)
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("settings", SETTINGS)

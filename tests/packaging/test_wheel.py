@@ -111,6 +111,7 @@ def ran(command, desk) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], cwd=desk, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.sweep
 def test_commands_run_beside_a_users_own_train_and_eval(installed, desk, toy_folder):
     frspec, ckpt = installed / "frspec", toy_folder.path
     assert ran([frspec, "--version"], desk).stdout == f"frspec-jax {frspec_jax.__version__}\n"
@@ -136,6 +137,7 @@ def test_a_users_own_scripts_stay_theirs(installed, desk):
             assert "a user's own script ran" in ran([installed / "python", *command], desk).stderr
 
 
+@pytest.mark.sweep
 def test_refusals_name_the_command_that_a_wheel_has(installed, desk):
     refused = ran([installed / "frspec", "generate", "--ckpt", "x.gguf", "--prompt", "hi"], desk)
     assert refused.returncode == 2 and "run: frspec convert gguf x.gguf --out x" in refused.stderr

@@ -51,6 +51,7 @@ PALLAS = Kernels.all("pallas")
 # Every division of the work ----------------------------------------------------------------------
 
 
+@pytest.mark.sweep(quick=["256-*", "900-*"])
 @pytest.mark.parametrize(
     ("block_q", "block_k", "splits"), [(16, 16, 1), (16, 256, 4), (64, 64, 16), (128, 32, 3), (32, 128, 2)]
 )
@@ -76,15 +77,26 @@ def test_attention_is_the_same_however_it_is_split(block_q, block_k, splits, com
         st.sampled_from([256, 512, 768]),
     ),
     st.floats(0, 1),
+    st.one_of(st.none(), st.floats(0, 1)),
+    st.sampled_from([0.0, 5.0]),
     st.integers(0, 2**32 - 1),
 )
-def test_attention_at_any_shape(how, shape, fill, seed):
+def test_attention_at_any_shape(how, shape, fill, window, cap, seed):
+    """And with any window (of so much of the committed rows; every token has moved on by some) and a soft cap."""
     committed = round(fill * (shape[4] - shape[0]))
-    given = test_tree_attention.case(shape, committed, "tree", seed)
-    mine = test_tree_attention.ours(how, *given)
-    assert test_tree_attention.error(mine, test_tree_attention.reference(*given)) < 2e-6
+    q, keys, values, _, line = test_tree_attention.case(shape, committed, "tree", seed)
+    first = None
+    if window is not None:
+        start = round((1 - window) * committed)
+        first = np.minimum(start + np.arange(shape[0]) // 4, committed)
+        keys[:, :start] = test_tree_attention.GARBAGE
+    attend = test_tree_attention.capped(how, cap)
+    mine = attend(q, keys, values, test_tree_attention.sees(committed, line, first))
+    exact = test_tree_attention.reference(q, keys, values, committed, line, first, cap)
+    assert test_tree_attention.error(mine, exact) < 2e-6
 
 
+@pytest.mark.sweep(quick=["1000-*"])
 @pytest.mark.parametrize(("block_v", "block_h"), [(16, 16), (64, 128), (256, 32), (128, 64)])
 @pytest.mark.parametrize("size", [100, 1000, 1024])
 def test_the_head_is_the_same_however_it_is_tiled(block_v, block_h, size):
@@ -151,6 +163,7 @@ def test_the_head_on_a_gpu(num_warps, num_stages, size):
 # The round with kernels inside -------------------------------------------------------------------
 
 
+@pytest.mark.sweep(quick=["eagle-settings0-*", "medusa-*"])
 @pytest.mark.parametrize(
     ("kind", "settings", "int8", "kernels"),
     [
@@ -188,6 +201,7 @@ def test_a_round_on_a_gpu_emits_the_same_tokens(settings):
     assert toy.decode(plan, w, prompt, 24, settings, seed=3)[0] == expected
 
 
+@pytest.mark.sweep
 @pytest.mark.material
 def test_kernels_on_the_real_model(real_checkpoint):
     """SmolLM2's first two layers (all thirty, interpreted, compile for minutes): the same text in the same rounds."""
@@ -242,6 +256,7 @@ cross_lowering = pytest.mark.skipif(
 )
 
 
+@pytest.mark.sweep(quick=["bfloat16-smollm2*", "float32-gemma*", "bfloat16-qwen2-7b"])
 @cross_lowering
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -276,6 +291,7 @@ def test_attention_lowers_where_head_dim_is_no_power_of_two(head_dim, dtype):
     assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, dtype))) == 2
 
 
+@pytest.mark.sweep(quick=["llama3-8b", "gemma3-1b"])
 @cross_lowering
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_whole_round_lowers_at_the_shapes_of(name):
@@ -368,6 +384,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.sweep(quick=["attention, kernel", "head with ids, kernel", "product*"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_nothing_turns_to_64_bits(name):
     function, arguments = OPERATIONS[name]

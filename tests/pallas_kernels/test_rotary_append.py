@@ -68,6 +68,7 @@ def test_bfloat16_is_rounded_once_and_its_bits_may_be_kept(how):
     assert np.array_equal(floats[2][:, 3:10], qkv.reshape(7, -1, 16)[:, 6:].swapaxes(0, 1))
 
 
+@pytest.mark.sweep(quick=["0.0-float32-*", "1.0-bfloat16-*"])
 @both
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -88,6 +88,7 @@ def test_bfloat16_weights_are_summed_in_float32(how):
     np.testing.assert_allclose(scores, expected, atol=1e-3)
 
 
+@pytest.mark.sweep(quick=["*-xla", "100-40-10-True-interpret"])
 @both
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(("size", "more", "k"), [(100, 40, 10), (200, 64, 4), (65, 130, 10), (64, 5, 3)])

@@ -33,17 +33,23 @@ GARBAGE = 3e30  # finite, as everything is that stands in a cache; larger than a
 words_of, dense_of = jax.jit(bit_words), jax.jit(Sees.dense, static_argnums=1)
 
 
-def sees(committed, line) -> Sees:
-    """line: [T, T] booleans, which rows of the tree behind the committed ones each query sees."""
-    return Sees(jnp.int32(committed), words_of(jnp.asarray(line)))
+def sees(committed, line, first=None) -> Sees:
+    """Who sees whom.
+
+    line: [T, T] booleans, which rows of the tree behind the committed ones each query sees. first: [T], of the
+    committed rows it sees those from this one on (a window); None: all.
+    """
+    return Sees(
+        jnp.int32(committed), words_of(jnp.asarray(line)), None if first is None else jnp.asarray(first, jnp.int32)
+    )
 
 
-def reference(q, keys, values, committed, line) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax attention query by query, over the rows that each one sees, in float64.
+def reference(q, keys, values, committed, line, first=None, cap=0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax attention query by query, over the rows that each one sees, in float64; cap: of its scores, 0: none.
 
     Returns what it gives [T, heads, head_dim], and what it would give if all values were positive.
     """
-    dense = np.asarray(dense_of(sees(committed, line), keys.shape[1]))
+    dense = np.asarray(dense_of(sees(committed, line, first), keys.shape[1]))
     q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
     tokens, heads, head_dim = q.shape
     group = heads // keys.shape[0]
@@ -52,6 +58,7 @@ def reference(q, keys, values, committed, line) -> tuple[np.ndarray, np.ndarray]
         rows = np.flatnonzero(dense[t])
         for head in range(heads):
             scores = keys[head // group, rows] @ q[t, head] / np.sqrt(head_dim)
+            scores = cap * np.tanh(scores / cap) if cap else scores
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
             out[t, head] = weights @ values[head // group, rows]
@@ -79,6 +86,16 @@ def case(shape, committed, kind, seed, spread=1.0):
 
 def ours(how, q, keys, values, committed, line) -> np.ndarray:
     return np.asarray(attend[how](q, keys, values, sees(committed, line)))
+
+
+def capped(how, cap):
+    """`attend[how]` with a soft cap."""
+    attends = (
+        functools.partial(xla.straight, cap=cap)
+        if how == "straight"
+        else functools.partial(tree_attention, how=How(cap))
+    )
+    return jax.jit(functools.partial(attends, **WAY[how]))
 
 
 def error(mine, exact) -> float:
@@ -113,6 +130,7 @@ def test_at_every_edge_of_a_block(how, shape):
                 assert error(ours(how, *given), reference(*given)) < 2e-6
 
 
+@pytest.mark.sweep(quick=["*-xla", "*-straight", "shape4-interpret"])
 @both
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_that_a_query_does_not_see_change_nothing(how, shape):
@@ -128,15 +146,14 @@ def test_rows_that_a_query_does_not_see_change_nothing(how, shape):
     assert not np.array_equal(ours(how, q, keys, values, committed, line)[0], before[0])
 
 
+@pytest.mark.sweep(quick=["*-xla", "*-straight", "3.0-shape0-interpret"])
 @both
 @pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:])
 @pytest.mark.parametrize("cap", [0.0, 3.0])
 def test_a_window_and_a_cap(how, shape, cap):
     """Of the committed rows each query sees those from a first one on; scores are kept within a cap before the mask."""
-    tokens, kv_heads, group, head_dim, capacity = shape
-    straight = how == "straight"
-    capped = functools.partial(xla.straight, cap=cap) if straight else functools.partial(tree_attention, how=How(cap))
-    attend_so = jax.jit(functools.partial(capped, **WAY[how]))
+    tokens, _, _, _, capacity = shape
+    attend_so = capped(how, cap)
     for seed, fill in enumerate((0.0, 0.4, 1.0)):
         committed = round(fill * (capacity - tokens))
         q, keys, values, _, line = case(shape, committed, "any", seed, spread=3.0)
@@ -144,23 +161,10 @@ def test_a_window_and_a_cap(how, shape, cap):
         first = rng.integers(0, committed + 2, tokens) if seed else np.zeros(tokens, int)
         first = np.sort(first) if seed == 1 else first
         keys[:, : max(first.min() - 1, 0)] = GARBAGE  # before what any query sees
-        whose = sees(committed, line)
-        seen = Sees(whose.committed, whose.ancestors, jnp.asarray(first, jnp.int32))
-        mine = np.asarray(attend_so(q, keys, values, seen), np.float64)
-        wide = [np.asarray(x, np.float64) for x in (q, keys, values)]
-        dense = np.asarray(dense_of(seen, capacity))
-        rows = np.arange(capacity)
+        seen = sees(committed, line, first)
+        dense, rows = np.asarray(dense_of(seen, capacity)), np.arange(capacity)
         assert np.array_equal(dense[:, :committed], (rows >= first[:, None])[:, :committed])
-        for t in range(tokens):
-            at = np.flatnonzero(dense[t])
-            for head in range(kv_heads * group):
-                scores = wide[1][head // group, at] @ wide[0][t, head] / np.sqrt(head_dim)
-                scores = cap * np.tanh(scores / cap) if cap else scores
-                weights = np.exp(scores - scores.max())
-                weights /= weights.sum()
-                v = wide[2][head // group, at]
-                exact, size = weights @ v, weights @ np.abs(v)
-                assert (np.abs(mine[t, head] - exact) / size).max() < 2e-5
+        assert error(attend_so(q, keys, values, seen), reference(q, keys, values, committed, line, first, cap)) < 2e-5
 
 
 def test_both_paths_agree():

@@ -94,6 +94,7 @@ def some_request(rng: np.random.Generator) -> tuple[np.ndarray, Request]:
     return rng.integers(3, 3 + rng.choice([4, 200]), rng.integers(1, 90)).astype(np.int32), request
 
 
+@pytest.mark.sweep(quick=["eagle, auto"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_text_is_what_it_is_alone(checkpoint, alone, method):
     """Whatever its neighbours, the slot, the order in which they came, and who gave up beside it."""

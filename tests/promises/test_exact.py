@@ -56,6 +56,7 @@ def test_vanilla_is_the_target_token_by_token(settings):
     assert int(state.finished) == FULL
 
 
+@pytest.mark.sweep(quick=["eagle-*", "*-tree0-settings0", "*-tree6-*"])
 @pytest.mark.parametrize(
     ("tree", "settings"),
     [
@@ -91,6 +92,7 @@ def test_seeds_differ():
     assert len({tuple(toy.decode(plan, w, PROMPT, 24, Sampling(1.0), seed=seed)[0]) for seed in range(6)}) == 6
 
 
+@pytest.mark.sweep(quick=["eagle-*", "medusa-*"])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 31, 64, 65])
 def test_chunk_size_changes_nothing(kind, length):
@@ -104,6 +106,7 @@ def test_chunk_size_changes_nothing(kind, length):
     assert len({tuple(np.asarray(state.histogram)) for _, state in outputs.values()}) == 1
 
 
+@pytest.mark.sweep(quick=["eagle"])
 def test_a_long_cache_changes_nothing(kind):
     """Beyond a capacity of 512 attention walks blocks, and the text crosses two of their borders."""
     w, drafter = toy.weights(CFG, kind=kind)
@@ -114,6 +117,7 @@ def test_a_long_cache_changes_nothing(kind):
     assert short == long
 
 
+@pytest.mark.sweep(quick=["eagle"])
 def test_straight_attention_changes_nothing(kind):
     """XLA's on a GPU: it looks at 512 rows first and then at all, and the text crosses from the one to the other."""
     w, drafter = toy.weights(CFG, kind=kind)
@@ -147,6 +151,7 @@ def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.sweep(quick=["eagle"])
 def test_typical_acceptance_takes_what_is_likely_enough(kind):
     """The lower the bar, the more of each tree is taken; and the text is another than the exact one."""
     w, drafter = toy.weights(CFG, kind=kind)

@@ -44,6 +44,7 @@ def shares(cfg, params, text, settings):
     return jax.nn.softmax(sampling.warp(llama.logits(params, cfg, features), settings), axis=-1)
 
 
+@pytest.mark.sweep(quick=["eagle-*"])
 @pytest.mark.parametrize("settings", [Sampling(1.0), Sampling(0.7, top_k=5)])
 def test_outputs_follow_the_targets_law(kind, settings):
     """Three tokens of a model of eight, 6,000 sequences decoded side by side: chi-square against the exact law."""

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.as_shipped
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
 
 
+@pytest.mark.sweep(quick=["eagle-*", "medusa-256-fixed"])
 @pytest.mark.parametrize(("capacity", "pace"), [(256, "fixed"), (1024, "fixed"), (256, "auto")])
 def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity, pace):
     """Promise 5, read off the optimised HLO: caches are donated and updated in place, whatever a round chooses.

@@ -38,6 +38,7 @@ def tables(plan: Plan, seed: int) -> PaceTables:
     )
 
 
+@pytest.mark.sweep(quick=["eagle-*", "None-greedy"])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize("drawn", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,6 +64,7 @@ def test_no_table_changes_the_text(kind, drawn):
     assert len(seen) > 3, "all tables came to the same rounds, so this test would prove little"
 
 
+@pytest.mark.sweep(quick=["eagle", "None"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_program_for_all_tables(kind):
     plan, w = toy.paced(CFG, kind)

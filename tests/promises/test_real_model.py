@@ -50,6 +50,7 @@ def test_greedy_output_is_that_of_transformers(vanilla, plain, drafted, gguf_pat
                 assert peer.gap([*prompt.tolist(), *expected[:at]]) < 1e-3
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("draft_vocab", ["full", 4096])
 def test_sampling_with_a_seed_is_vanillas(real_checkpoint, vanilla, draft_vocab):
     tree = TreeConfig(8, 3, 4)

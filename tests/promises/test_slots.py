@@ -22,6 +22,7 @@ CFG, TREE, KEPT, SLOTS = toy.config(vocab_size=12), TreeConfig(8, 3, 4), np.arra
 KINDS = ["eagle", "copying", "eagle3"]
 
 
+@pytest.mark.sweep(quick=["eagle-*"])
 @pytest.mark.parametrize("settings", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_slots_change_nothing_but_what_is_drafted(kind, settings):
@@ -42,6 +43,7 @@ def test_slots_change_nothing_but_what_is_drafted(kind, settings):
     assert outside > 0, "nothing outside V' was ever accepted: this test would prove nothing"
 
 
+@pytest.mark.sweep(quick=["eagle"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_a_pace(kind):
     """Rounds that draft nothing put off what the slots see as well."""
@@ -59,6 +61,7 @@ def test_with_a_pace(kind):
     assert outside > 0
 
 
+@pytest.mark.sweep(quick=["fixed"])
 @pytest.mark.as_shipped
 @pytest.mark.parametrize("pace", ["fixed", "auto"])
 def test_no_copy_of_a_cache(pace):

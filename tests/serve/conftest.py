@@ -10,6 +10,14 @@ from frspec_jax.drafting import Draft
 from frspec_jax.serve.served import Settings
 from tests.support.server import serving
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks the real model's server waits half a minute for its programs: such tests are sweeps."""
+    for item in items:
+        if "smol" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.sweep)
+
+
 TREE = Draft(tree=TreeConfig(4, 2, 2), pace="fixed")
 
 

@@ -75,6 +75,7 @@ class Process:
         return self.process.returncode, said
 
 
+@pytest.mark.sweep
 def test_38_and_39_a_process_from_start_to_end(toy_folder):
     with Process(toy_folder, "--slots", "4", "--queue", "8", "--compare", "off") as server:
         server.wait()
@@ -99,6 +100,7 @@ def test_38_and_39_a_process_from_start_to_end(toy_folder):
         assert status == 0 and '"message": "ended"' in said and "Traceback" not in said
 
 
+@pytest.mark.sweep
 def test_39_a_second_signal_ends_it_at_once(toy_folder):
     with Process(toy_folder, "--compare", "off") as server:
         server.wait()

@@ -35,6 +35,7 @@ def test_18_an_entry_for_each_token(toy, temperature):
     assert len(streamed) == whole["usage"]["completion_tokens"]
 
 
+@pytest.mark.sweep
 @pytest.mark.material
 @pytest.mark.as_shipped
 def test_18_split_characters(smol):

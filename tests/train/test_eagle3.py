@@ -215,6 +215,7 @@ def test_features_have_the_targets_streams_beside_them(ckpt, whole):
     np.testing.assert_allclose(features, np.asarray(expected), rtol=2e-3, atol=2e-3)  # stored as float16
 
 
+@pytest.mark.sweep
 def test_a_plain_store_is_run_through_the_target_again(ckpt, whole, tmp_path):
     """A store of EAGLE-2's features has the same tokens: the run that they give is the same, bit for bit."""
     corpus = whole.parent / "chats.jsonl"

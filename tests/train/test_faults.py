@@ -67,6 +67,7 @@ def left(folder: Path) -> set[str]:
 # A full disk -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(quick=["30000"])
 @pytest.mark.parametrize("size", [1_000, 30_000])
 def test_a_full_disk_stops_a_run_in_one_sentence_and_with_room_it_goes_on(ckpt, corpus, whole, tmp_path, capfd, size):
     """In the features, and in the first checkpoint, whose writers are Orbax' threads."""
@@ -134,6 +135,7 @@ def test_a_row_of_metrics_that_was_cut_short_takes_no_other_with_it(tmp_path):
 # A loss that is no number ------------------------------------------------------------------------
 
 
+@pytest.mark.sweep(quick=["loss*"])
 @pytest.mark.parametrize(
     ("what", "first", "expected"),
     [("loss", 5, "step 5: the loss is nan"), ("weights", 6, "step 6: a weight is no finite number")],
@@ -346,6 +348,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.sweep(quick=["9"])
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_a_count_that_is_killed(ckpt, tmp_path, how):

@@ -179,6 +179,7 @@ def command(corpus, ckpt, work, name, *flags) -> list[str]:
     return [str(arg) for arg in given]
 
 
+@pytest.mark.sweep
 def test_a_run_makes_a_draft_that_changes_nothing(ckpt, whole):
     spec, params = drafted(ckpt, "whole")
     assert (spec.num_heads, spec.num_layers, spec.own_lm_heads) == (3, 1, False)

@@ -87,6 +87,7 @@ def distance(a, b) -> float:
     return max(float(jnp.abs(x - y).max() / (jnp.abs(x).max() + 1e-9)) for x, y in pairs)
 
 
+@pytest.mark.sweep(quick=["8"])
 @pytest.mark.parametrize("parts", [2, 8])
 def test_parts_of_a_batch_add_up_to_the_batch(parts):
     """Exactly, though they hold different numbers of pairs: a mean of means would not."""
@@ -171,6 +172,7 @@ def compare(ckpt, store, work, name) -> None:
     assert distance(*drafts) < 1e-4  # measured: 2e-7; Muon's orthogonalisation magnifies rounding
 
 
+@pytest.mark.sweep
 def test_four_devices_give_the_run_of_one(ckpt, store, tmp_path):
     run = start(ckpt, store, tmp_path / "work", "four", 4)
     (said,) = finished(run)
@@ -178,6 +180,7 @@ def test_four_devices_give_the_run_of_one(ckpt, store, tmp_path):
     compare(ckpt, store, tmp_path / "work", "four")
 
 
+@pytest.mark.sweep
 def test_two_hosts_give_the_run_of_one(ckpt, store, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -189,6 +192,7 @@ def test_two_hosts_give_the_run_of_one(ckpt, store, tmp_path):
     compare(ckpt, store, tmp_path / "work", "hosts")
 
 
+@pytest.mark.sweep
 def test_the_best_weights_are_kept(ckpt, store, tmp_path, monkeypatch):
     """Held-out agreement is made to fall: then the draft is what the first evaluation saw."""
     scores = iter([0.5, 0.2, 0.0])

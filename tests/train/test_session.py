@@ -134,6 +134,7 @@ def test_ctrl_c_saves_and_the_run_resumes_bit_for_bit(ckpt, corpus, uninterrupte
     assert same(drafted(ckpt, "stopped")[0], uninterrupted[0][0])
 
 
+@pytest.mark.sweep
 def test_own_answers_are_the_two_commands_in_one(tmp_path, capsys):
     ckpt = checkpoint_folder(tmp_path / "toy", draft=False, ranking=False)
     prompts, store = tmp_path / "prompts.jsonl", tmp_path / "store"
@@ -209,6 +210,7 @@ def test_a_draft_to_start_from_that_is_not_there_is_refused(ckpt, uninterrupted,
     assert "--start-from nosuch is neither a draft" in said and not (tmp_path / "work").exists()
 
 
+@pytest.mark.sweep(quick=["flags0"])
 @pytest.mark.parametrize("flags", [("--start", "random", "--units", "one"), ("--start", "random"), ()])
 def test_a_new_draft_starts_as_the_flags_say(ckpt, uninterrupted, tmp_path, flags):
     """Again nothing moves, so the draft is what the run began with."""
