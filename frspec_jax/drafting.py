@@ -10,7 +10,7 @@ import numpy as np
 
 from frspec_jax import pace_tables, tuned
 from frspec_jax.checkpoint import Checkpoint
-from frspec_jax.config import VANILLA, TreeConfig
+from frspec_jax.config import SLOTS, VANILLA, TreeConfig
 from frspec_jax.defaults import defaults
 from frspec_jax.drafters.base import NO_WEIGHTS, Drafter, DraftSpec, DraftWeights, Target, Vanilla
 from frspec_jax.errors import UserError, quoted
@@ -27,8 +27,8 @@ class Draft:
     """What drafts and how: what `load` takes, what flags make, and what `python -m eval tune` searches."""
 
     name: str | None = None  # a draft's name or folder, "none" for vanilla decoding; None: the default one
-    # V', "full", or a share such as "1/4". None: what `eval tune` found best on this device, or a quarter of the
-    # vocabulary where there is a ranking.
+    # V', "full", or a share such as "1/4". None: what `eval tune` found best on this device, or with a ranking
+    # what suits (`usual_vocab`): a quarter of the vocabulary, and with slots a sixteenth.
     vocab: int | str | None = None
     tree: TreeConfig | None = None  # None: what suits the pace
     # The file that sub-vocabularies are taken from, a ranking or a token map; None: the checkpoint's ranking.
@@ -39,7 +39,8 @@ class Draft:
     # "auto": each round drafts and verifies what pays (`frspec_jax.pace`). "fixed": the whole tree, as in the papers.
     # None: auto, but fixed where a tree is asked for.
     pace: Literal["auto", "fixed"] | None = None
-    # M, so many ids of the text so far may be proposed besides V' (`frspec_jax.slots`); None: what suits the device.
+    # M, so many ids of the text so far may be proposed besides V' (`frspec_jax.slots`); None: SLOTS where the pace is
+    # auto and the draft can have them, and none where it is fixed.
     context_slots: int | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +131,8 @@ def assembled(
                 "drop the flag, or say full"
             )
         draft = dataclasses.replace(draft, vocab="full")
+    if draft.context_slots is None:
+        draft = dataclasses.replace(draft, context_slots=SLOTS if draft.paced and spec.in_context else 0)
     known = spec.vocabulary(params)
     ids = draft_ids(checkpoint, draft, known, at_most=not asked)
     assert draft.tree is not None
@@ -228,7 +231,7 @@ def draft_ids(
     ranking = None if draft.ranking is None else _ranking(checkpoint, file)  # a file that is named has to be there
     vocab = draft.vocab
     if vocab is None:
-        vocab, at_most = min(vocab_size // 4, len(every)) if file.is_file() else "full", True
+        vocab, at_most = min(usual_vocab(vocab_size, draft), len(every)) if file.is_file() else "full", True
     if vocab == "full":
         return every
     size = vocab_of(vocab, vocab_size)
@@ -243,6 +246,16 @@ def draft_ids(
         size = min(size, reach_of(ranking, every))
     always = control_ids(checkpoint.tokenizer, checkpoint.stop_ids, vocab_size)
     return sub_vocabulary(ranking, size, vocab_size, always, known)
+
+
+def usual_vocab(vocab_size: int, draft: Draft) -> int:
+    """V' where none is asked for: a quarter of the vocabulary, and with slots, which bring what is lacking, less.
+
+    A sixteenth and 512 slots accept what a half alone does (docs/vocabulary.md). Of a small vocabulary a sixteenth
+    would be nothing.
+    """
+    quarter = vocab_size // 4
+    return max(vocab_size // 16, min(1024, quarter)) if draft.context_slots else quarter
 
 
 def _ranking(checkpoint: Checkpoint, file: Path) -> Ranking:

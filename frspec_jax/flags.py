@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frspec_jax.config import TREE_LIMIT, VANILLA, Sampling, TreeConfig
+from frspec_jax.config import SLOTS, TREE_LIMIT, VANILLA, Sampling, TreeConfig
 from frspec_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def add_draft_flags(parser: argparse.ArgumentParser) -> None:
         "--draft-vocab",
         metavar="N",
         help="V', tokens that the draft may propose, full, or a share such as 1/4 "
-        "(default: as tuned, or a quarter, if ranked)",
+        "(default: as tuned, or if ranked a quarter, and a sixteenth with slots)",
     )
     group.add_argument(
         "--ranking",
@@ -136,7 +136,8 @@ def add_draft_flags(parser: argparse.ArgumentParser) -> None:
         "--context-slots",
         type=int,
         metavar="M",
-        help="the draft may also propose the last M ids of this text, prompt included, that V' lacks (default: none)",
+        help="the draft may also propose the last M ids of this text, prompt included, that V' lacks "
+        f"(default: {SLOTS} with --pace auto, and none with a fixed one)",
     )
     add_tree_flags(group)
     group.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")
