@@ -34,7 +34,7 @@ def rotary_append(
     slot = jnp.zeros(batch, jnp.int32) if place.slot is None else place.slot
     heads = width // head_dim - 2 * kv_heads
     block = min(MOST_TOKENS, power_of_two(tokens, least=1))
-    learned = () if norms is None else (jnp.stack([norms.query, norms.key]),)
+    learned = () if norms is None else (norms.query, norms.key)
     scaling = None if norms is None else (norms.eps, norms.offset)
     kernel = functools.partial(_kernel, heads=heads, block=block, skip=place.skip, scaling=scaling)
     whole = pl.BlockSpec(memory_space=pl.ANY)
@@ -60,7 +60,7 @@ def rotary_append(
 def _kernel(*refs: Any, heads: int, block: int, skip: int, scaling: tuple[float, float] | None) -> None:
     """One head of `block` tokens. The caches come twice, as what is read and as what is written: they are the same.
 
-    scaling: eps and offset of the heads' norms, whose weights [2, head_dim] come too; None: there are none.
+    scaling: eps and offset of the heads' norms, whose two weights [head_dim] come too; None: there are none.
     """
     qkv_ref, cos_sin_ref, start_ref, slot_ref, _keys, _values, *learned, q_ref, keys_ref, values_ref = refs
     tokens, half, kv_heads = cos_sin_ref.shape[1], cos_sin_ref.shape[2] // 2, keys_ref.shape[1]
@@ -77,14 +77,16 @@ def _kernel(*refs: Any, heads: int, block: int, skip: int, scaling: tuple[float,
     sin = plt.load(cos_sin_ref.at[text, row, low + half], mask=real, other=0.0)
     a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
     if scaling is not None:
-        (weights_ref,), (eps, offset) = learned, scaling
-        # Values are not rotated, nor normed: what becomes of them here is not stored.
-        which = jnp.broadcast_to(jnp.minimum(head // heads, 1), pair.shape)
+        (query_ref, key_ref), (eps, offset) = learned, scaling
         scale = lax.rsqrt((a32 * a32 + b32 * b32).sum(1) / (2 * half) + eps)[:, None]
-        a32, b32 = (
-            _normed(x, scale, plt.load(weights_ref.at[which, pair + at], mask=pair < half, other=0), offset, a.dtype)
-            for x, at in ((a32, 0), (b32, half))
-        )
+
+        def weight(at: int) -> Array:
+            """A query's or a key's. (Values are neither normed nor rotated: what becomes of them is not stored.)"""
+            inside = pair < half
+            query, key = (plt.load(ref.at[pair + at], mask=inside, other=0) for ref in (query_ref, key_ref))
+            return jnp.where(jnp.broadcast_to(head < heads, pair.shape), query, key)
+
+        a32, b32 = (_normed(x, scale, weight(at), offset, a.dtype) for x, at in ((a32, 0), (b32, half)))
     turned = (a32 * cos - b32 * sin).astype(a.dtype), (b32 * cos + a32 * sin).astype(b.dtype)
 
     at = start_ref[sequence] + skip + row
