@@ -12,6 +12,7 @@ What a text says is what it would say alone, seed for seed, whoever sits beside 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ from frspec_jax.writer import Writer
 if TYPE_CHECKING:
     from frspec_jax.generator import Generator
 
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Fresh:
@@ -48,6 +51,7 @@ class Fresh:
     logprobs: tuple[Likely, ...] | None  # of each; None where the request wants none
     finish_reason: str | None  # "stop", "length", or None while it goes on; the slot is free after that
     result: Result | None  # of the whole answer, with its last piece
+    fault: Exception | None = None  # why there is no more of this request, whose slot is free; the others go on
 
 
 @dataclasses.dataclass
@@ -199,14 +203,24 @@ class Batch:
         self._places.holds(text.slot, text.prompt.tolist())
         text.began = time.perf_counter()
         text.prefill_seconds += text.began - begun
-        return [self._fresh(text, report, 0)]
+        return [self._told(text, report, 0)]
 
     def _round(self, texts: list[_Text]) -> list[Fresh]:
         unused = self._rounds.size_for(len(texts)) - len(texts)
         slots = [text.slot for text in texts] + [self._spare] * unused
         self._state, report = self._rounds.run(self._state, slots)
         report = jax.device_get(report)
-        return [self._fresh(text, report, row) for row, text in enumerate(texts)]
+        return [self._told(text, report, row) for row, text in enumerate(texts)]
+
+    def _told(self, text: _Text, report: Report, row: int) -> Fresh:
+        """What a report's row brought a text; where telling it fails, that text alone ends."""
+        try:
+            return self._fresh(text, report, row)
+        except Exception as error:
+            log.exception("a request in slot %d has failed", text.slot)
+            if self._texts.get(text.slot) is text:
+                self._leave(text)
+            return Fresh(text.slot, (), (), None, None, None, fault=error)
 
     def _fresh(self, text: _Text, report: Report, row: int) -> Fresh:
         """What a report's row brought a text, which leaves where that ends it."""
@@ -285,7 +299,9 @@ class Batch:
     def _run_through(self, ids: np.ndarray, request: Request) -> None:
         self.admit(ids, request)
         while self.busy:
-            self.step()
+            for fresh in self.step():
+                if fresh.fault is not None:
+                    raise fresh.fault
 
 
 SLOTS = 8  # texts at a time, where nobody says
@@ -310,6 +326,8 @@ def answers(
             number, (ids, request) = waiting.pop()
             running[batch.admit(ids, request)] = number, model.writer(request)
         for fresh in batch.step():
+            if fresh.fault is not None:
+                raise fresh.fault
             number, writer = running[fresh.slot]
             result = fresh.result
             writer.more(fresh.tokens, ended=result is not None)

@@ -29,17 +29,6 @@ class UserError(Exception):
         return spelled(super().__str__())
 
 
-class SlotFault(RuntimeError):
-    """A fault of one slot of a batch: its request fails, and the others go on.
-
-    slot: the one. Whoever drives the batch cancels it.
-    """
-
-    def __init__(self, slot: int, reason: str) -> None:
-        super().__init__(reason)
-        self.slot = slot
-
-
 # Where writing fails for good: a full disk or quota, a device that gave out, a stream that is closed.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -78,6 +79,20 @@ def orbax_refusals() -> Iterator[None]:
         if outermost:
             log.removeFilter(_not_of_orbax)
         sys.unraisablehook = unraisable
+
+
+@functools.cache
+def leave_orbax_out() -> None:
+    """From now on nothing is printed of how Orbax's own tasks end: when an error is ours to tell, some still run."""
+    others = sys.unraisablehook
+
+    def hook(one: sys.UnraisableHookArgs) -> None:
+        code = getattr(one.object, "cr_code", None)  # of a coroutine
+        if "orbax" not in getattr(code, "co_filename", ""):
+            others(one)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -16,7 +16,7 @@ from frspec_jax.families import BY_NAME, windows_of
 from frspec_jax.plan import Plan
 from frspec_jax.shapes import model_shapes
 from frspec_jax.state import Asked, DecodeState, Weights, new_caches, state_after
-from frspec_jax.vocabulary import crop
+from frspec_jax.vocabulary import WholeHead, crop
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.models import SHAPES, Shape
 
@@ -59,9 +59,9 @@ def config_of(shape: Shape, family: str = "llama") -> ModelConfig:
     )
 
 
-def eagle_of(config: ModelConfig, kernels: Kernels = AUTO) -> Eagle:
+def eagle_of(config: ModelConfig, kernels: Kernels = AUTO, slots: int = 0) -> Eagle:
     """An EAGLE drafter with the shape of one of the target's layers, as the published heads have it."""
-    return Eagle(EagleConfig.like(config).layer_of(config), kernels)
+    return Eagle(EagleConfig.like(config).layer_of(config), kernels, slots=slots)
 
 
 def state_at(plan: Plan, length: Array, capacity: int, dtype: jnp.dtype) -> DecodeState:
@@ -71,15 +71,21 @@ def state_at(plan: Plan, length: Array, capacity: int, dtype: jnp.dtype) -> Deco
     return state_after(plan, caches, feature, root, length, Asked.of(Sampling(), seed=0, limit=capacity))
 
 
-def random_weights(config: ModelConfig, draft_vocab: int | None, dtype: jnp.dtype, key: Array) -> Weights:
-    """Random weights for a target, and for an EAGLE draft whose head keeps `draft_vocab` rows (None: no draft)."""
+def random_weights(
+    config: ModelConfig, draft_vocab: int | None, dtype: jnp.dtype, key: Array, slots: bool = False
+) -> Weights:
+    """Random weights for a target, and for an EAGLE draft whose head keeps `draft_vocab` rows (None: no draft).
+
+    slots: whether the draft has any for ids of the text, and so the whole head.
+    """
     target_key, draft_key = jax.random.split(key)
     target = _random(target_key, model_shapes(config, dtype))
     if draft_vocab is None:
         return Weights(target, NO_WEIGHTS)
     params = _random(draft_key, EagleConfig.like(config).shapes(config, dtype))
-    head = crop(target.head, np.arange(draft_vocab))
-    return Weights(target, EagleWeights(target.embedding, head, None, params))
+    kept = np.arange(draft_vocab)
+    whole = WholeHead.of(target.head, kept) if slots else None
+    return Weights(target, EagleWeights(target.embedding, crop(target.head, kept), whole, params))
 
 
 def _random(key: Array, shapes: Any) -> Any:

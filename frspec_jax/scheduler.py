@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
-from frspec_jax.errors import SlotFault, UserError
+from frspec_jax.errors import UserError
 from frspec_jax.tickets import Ended, Overloaded, Piece, Ticket, Unready
 from frspec_jax.writer import Writer
 
@@ -267,15 +267,7 @@ class Engine:
                     self._running[slot] = ticket
         if not batch.busy:
             return True
-        try:
-            brought = batch.step()
-        except SlotFault as fault:
-            log.exception("a slot has failed")
-            batch.cancel(fault.slot)
-            if (ticket := self._free(fault.slot)) is not None:
-                _post([(ticket, fault)])
-            return True
-        self._hand_out(brought)
+        self._hand_out(batch.step())
         return True
 
     def _next(self) -> Ticket | None:
@@ -294,10 +286,10 @@ class Engine:
         events: list[tuple[Ticket, Fresh | Exception]] = []
         for fresh in brought:
             ticket = self._running.get(fresh.slot)
-            if fresh.finish_reason is not None:
+            if fresh.finish_reason is not None or fresh.fault is not None:
                 self._free(fresh.slot)
             if ticket is not None:
-                events.append((ticket, fresh))
+                events.append((ticket, fresh.fault or fresh))
         for ticket in _post(events):  # whose event loop is gone
             self.leave(ticket)
 

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from frspec_jax.errors import UserError, quoted
-from frspec_jax.files import orbax_refusals
+from frspec_jax.files import leave_orbax_out, orbax_refusals
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -51,8 +51,8 @@ def load_params(folder: Path, shapes: Any) -> Any:
     except (Exception, asyncio.CancelledError) as error:  # Orbax raises many kinds for a folder that is cut short
         if interrupted(error):
             raise KeyboardInterrupt from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{quoted(folder)} is damaged or incomplete ({reason[:200]}); convert it again") from None
+        leave_orbax_out()
+        raise _damaged(folder, error) from None
 
 
 def _by_name(wanted: Any, found: Any) -> Any:
@@ -120,8 +120,15 @@ def opened(folder: Path) -> Iterator[Callable[[tuple[str, ...]], _OnDisk | None]
     try:
         yield stored
     except ValueError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{quoted(folder)} is damaged or incomplete ({reason[:200]}); convert it again") from None
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Path, error: BaseException) -> UserError:
+    """What to say of a folder that cannot be read: the reason is what was found first, in its first line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"{quoted(folder)} is damaged or incomplete ({reason[:200]}); convert it again")
 
 
 def interrupted(error: BaseException) -> bool:

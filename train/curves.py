@@ -74,6 +74,7 @@ def draw(works: list[Path], out: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize="small")
+    figure.suptitle(", ".join(work.resolve().name for work in works), fontsize="medium")
     try:
         with written_aside(out, f"--out {out}", suffix=out.suffix) as part_file:
             figure.savefig(part_file, dpi=110)

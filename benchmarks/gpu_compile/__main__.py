@@ -32,6 +32,7 @@ from pallas_kernels.models import SHAPES
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("auto", "xla", "attention", "attention and head", "all", "mosaic")
+CASE = ("what", "model", "layers", "draft_vocab", "slots", "kernels", "texts", "context", "devices")  # a flag each
 BUDGETS = Path(__file__).parent / "budgets.json"
 
 
@@ -112,6 +113,21 @@ def by_stage(entry: dict[str, Any]) -> Table:
     return table
 
 
+def crossings(entries: list[dict[str, Any]]) -> Table:
+    """What crosses devices in a round, and what each of them holds."""
+    table = Table("program", "GiB a device", title="Over several devices")
+    for heading in ("stage", "of"):
+        table.add_column(heading)
+    table.add_column("MB of results", justify="right")
+    for entry in entries:
+        held = f"{(entry['held'] + entry['temporaries']) / 2**30:.1f}"
+        for at, crossing in enumerate(entry["collectives"]):
+            of = ", ".join(f"{count} {what}" for what, count in crossing["of"].items())
+            first = (entry["name"], held) if at == 0 else ("", "")
+            table.add_row(*first, crossing["stage"], of, f"{crossing['bytes'] / 1e6:,.3f}")
+    return table
+
+
 def difference(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> Table:
     """Launches by stage, before and after, of the programs that both ledgers have."""
     table = Table("program", "stage", title="Launches, before and after")
@@ -160,10 +176,14 @@ def main() -> None:
         "--draft-vocab", type=_vocabulary, metavar="V'", help="ids of the draft's head, or full (default: 32768)"
     )
     parser.add_argument(
+        "--slots", type=_at_least_1, metavar="M", help="of the draft, for ids of the text (default: none)"
+    )
+    parser.add_argument(
         "--kernels", choices=KERNELS, help="which run as kernels (default: auto); mosaic: all, attention in Mosaic GPU"
     )
     parser.add_argument("--texts", type=_at_least_1, metavar="B", help="of a batch (default: 16)")
     parser.add_argument("--context", type=_at_least_1, metavar="N", help="tokens in the cache (default: 1024)")
+    parser.add_argument("--devices", type=_at_least_1, metavar="N", help="that divide the target (default: 1)")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="XLA's options")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a program is over its budget")
     parser.add_argument("--diff", nargs=2, type=Path, metavar="FILE", help="two ledgers to hold side by side")
@@ -176,13 +196,14 @@ def main() -> None:
         console.print(difference(*map(_ledger_at, args.diff)))
         return
     files.check_writable(args.out, f"--out {args.out}")
-    given = {name: getattr(args, name) for name in ("what", "model", "layers", "kernels", "texts", "context")}
-    given["draft_vocab"] = args.draft_vocab
+    given = {name: getattr(args, name) for name in CASE}
     one = {name: value for name, value in given.items() if value is not None}
     entries = compile_all([{"case": one}] if one else watched(), dict(map(_option, args.set)))
     for entry in entries[:1] if not one else entries:
         console.print(by_stage(entry))
     console.print(summary(entries))
+    if any(entry["collectives"] for entry in entries):
+        console.print(crossings(entries))
     provenance.save(args.out / "ledger.json", {"compiled_for": "NVIDIA H100 80GB HBM3", "programs": entries})
     picture.draw(entries, args.out)
     console.print(f"{args.out}/ledger.json, ledger.png")

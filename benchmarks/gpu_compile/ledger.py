@@ -24,6 +24,7 @@ STAGES = (
     ("draft: the rest", r"/draft\b"),
 )
 OTHER = "the rest"  # counters, the output, and what XLA leaves without a name
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
 
 def stage_of(path: str) -> str:
@@ -51,6 +52,8 @@ def ledger(done: Compiled, layers: int) -> dict[str, Any]:
         "read": sum(launch.read for launch in block.launches),
         "written": sum(launch.written for launch in block.launches),
         "temporaries": done.temporaries,
+        "held": done.held,
+        "collectives": [_collective(name, each) for name in stages if (each := _crossing(stages[name]))],
         "stages": [_stage(name, stages[name]) for name in sorted(stages, key=_order) if stages[name]],
     }
 
@@ -68,6 +71,8 @@ def over_budget(entry: dict[str, Any], budget: dict[str, Any]) -> list[str]:
         ("launches of compaction", stages.get("compaction", 0), budget.get("compaction", 4)),
         ("copies of a cache", entry["cache_copies"], 0),
         ("MiB of temporaries", round(entry["temporaries"] / 2**20), budget.get("temporaries", 64)),
+        ("collectives", sum(crossing["count"] for crossing in entry["collectives"]), budget.get("collectives", 0)),
+        ("GiB a device", round((entry["held"] + entry["temporaries"]) / 2**30, 1), budget.get("device", 80)),
         ("bytes spilled", sum(kernel["spilled"] for kernel in entry["kernels"]), 0),
     )
     return [f"{entry['name']}: {value} {what}, {most} allowed" for what, value, most in points if value > most]
@@ -89,6 +94,17 @@ def _order(name: str) -> tuple[int, str]:
 
 def _loop(loop: Loop) -> dict[str, Any]:
     return {"kind": loop.kind, "stage": stage_of(loop.path), "launches": len(loop.inside), "waits": loop.waits}
+
+
+def _crossing(launches: Sequence[Launch]) -> list[Launch]:
+    """Those in which devices exchange something."""
+    return [launch for launch in launches if launch.what in COLLECTIVES]
+
+
+def _collective(stage: str, launches: Sequence[Launch]) -> dict[str, Any]:
+    """What crosses devices in a stage; bytes are of one device's results."""
+    of = dict(collections.Counter(launch.what for launch in launches))
+    return {"stage": stage, "count": len(launches), "of": of, "bytes": sum(launch.written for launch in launches)}
 
 
 def _stage(name: str, launches: Sequence[Launch]) -> dict[str, Any]:

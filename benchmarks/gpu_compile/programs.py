@@ -13,18 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.mesh import AbstractDevice  # no public name yet
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, SingleDeviceSharding
 
 from benchmarks.train_step import random_batch
 from frspec_jax import batched, defaults, engine, kv_cache
 from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import Vanilla
 from frspec_jax.drafters.eagle import EagleConfig
+from frspec_jax.mesh_parts import state_on, weights_on
 from frspec_jax.pace_tables import DEFAULT, tables_of
 from frspec_jax.plan import EXACT, Plan
 from frspec_jax.prefill import Chunk, prefill_chunk
 from frspec_jax.presets import config_of, eagle_of, family_of, random_weights, state_at
 from frspec_jax.sampling import Rule
+from frspec_jax.sharding import AXIS, WHOLE, on_devices
 from pallas_kernels.device import H100, compiling_for
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.models import SHAPES
@@ -59,6 +61,8 @@ class Case:
     rule: Rule = "greedy"
     texts: int = 16  # of a batch
     split_k: bool = False  # whether XLA may split a product over its inputs, which takes a second launch to add up
+    slots: int = 0  # of the draft, for ids of the text beside V'
+    devices: int = 1  # over which the target is divided; the ledger is that of one of them
 
     @property
     def name(self) -> str:
@@ -68,15 +72,20 @@ class Case:
             said.append(f"{self.texts} texts")
         if self.what in ("round", "paced", "batch"):
             said.append(f"V' {self.draft_vocab:,}" if self.draft_vocab else "full vocabulary")
+            said += [f"{self.slots} slots"] * bool(self.slots)
         if self.what != "train":
             said.append(f"kernels {self.kernels}")
+        if self.devices > 1:
+            said.append(f"{self.devices} devices")
+        if self.context != Case.context:
+            said.append(f"context {self.context:,}")
         said += ["products split over K"] * self.split_k + [self.rule] * (self.rule != "greedy")
         return f"{self.what}: {', '.join(said)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A function with its arguments as shapes."""
+    """A function with its arguments as shapes, which on several devices say where their parts stand."""
 
     function: Any
     arguments: tuple[Any, ...]
@@ -89,7 +98,8 @@ class Compiled:
     """What XLA made of a case."""
 
     text: str  # optimised HLO
-    temporaries: int  # bytes
+    temporaries: int  # bytes of a device
+    held: int  # bytes of a device: the arguments, weights and caches among them
     loop: int | None
 
 
@@ -104,10 +114,14 @@ def compiled(case: Case, options: dict[str, Any]) -> Compiled:
 
 def compiled_program(make: Callable[[], Traced], options: dict[str, Any], split_k: bool = False) -> Compiled:
     """The same for what `make` gives: it is called, and what it names is traced, for an H100."""
-    place = SingleDeviceSharding(_topology().devices[0])
+    alone = SingleDeviceSharding(h100s(1)[0])
 
     def abstract(tree: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+        def shaped(a: Any) -> jax.ShapeDtypeStruct:
+            placed = a.sharding if isinstance(a, jax.ShapeDtypeStruct) else None
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed or alone)
+
+        return jax.tree.map(shaped, tree)
 
     # Pallas asks which GPU it compiles for: an abstract mesh tells it.
     told = AbstractDevice(H100.kind, CORES, "gpu")
@@ -118,12 +132,15 @@ def compiled_program(make: Callable[[], Traced], options: dict[str, Any], split_
         lowered = jitted.trace(*map(abstract, this.arguments)).lower(lowering_platforms=("cuda",))
     products = {} if split_k else {"xla_gpu_experimental_force_split_k": 1}
     done = lowered.compile(compiler_options=EXACT | products | {"xla_gpu_autotune_level": 0} | options)
-    return Compiled(done.as_text(), done.memory_analysis().temp_size_in_bytes, this.loop)
+    memory = done.memory_analysis()
+    return Compiled(done.as_text(), memory.temp_size_in_bytes, memory.argument_size_in_bytes, this.loop)
 
 
-def _topology() -> Any:
+@functools.cache
+def h100s(count: int) -> Any:
+    """So many H100s of one host, to compile for."""
     config = (Path(__file__).parent / "h100.txtpb").read_text()
-    return topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    return topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x1x{count}").devices
 
 
 def _config(case: Case) -> ModelConfig:
@@ -135,10 +152,14 @@ def _plan(case: Case) -> tuple[Plan, Any, Any]:
     """The plan, and the shapes of weights and state."""
     config, kernels = _config(case), KERNELS[case.kernels]
     vocabulary: int | None = case.draft_vocab or config.vocab_size
-    plan = Plan(config, eagle_of(config, kernels), TreeConfig(*case.tree), (2,), case.rule, kernels)
+    mesh = Mesh(np.array(h100s(case.devices)), (AXIS,)) if case.devices > 1 else None
+    divided = dataclasses.replace(kernels, axis=AXIS if mesh else None)
+    drafter = eagle_of(config, kernels, case.slots)
+    plan = Plan(config, drafter, TreeConfig(*case.tree), (2,), case.rule, divided, mesh=mesh)
     if case.what == "vanilla":
         plan, vocabulary = dataclasses.replace(plan, drafter=Vanilla(), tree=VANILLA), None
-    weights = jax.eval_shape(functools.partial(random_weights, config, vocabulary, DTYPE), jax.random.key(0))
+    made = functools.partial(random_weights, config, vocabulary, DTYPE, slots=bool(case.slots))
+    weights = jax.eval_shape(made, jax.random.key(0))
     if case.what == "paced":
         plan = dataclasses.replace(plan, pace=defaults.GPU_PACE, tree=defaults.DEFAULTS["gpu"].paced)
         tables = tables_of(defaults.GPU_PACE, plan.tree, DEFAULT)
@@ -153,7 +174,19 @@ def _rounds(case: Case) -> Traced:
     plan, weights, state = _plan(case)
     sizes = attention_rows(state.caches.capacity, plan.kernels.attention)
     loop = sum(case.context + plan.margin > rows for rows in sizes[:-1])
-    return Traced(functools.partial(engine.decode_rounds, plan), (weights, state, np.int32(0)), 1, loop)
+    rounds: Any = np.int32(0)
+    if plan.mesh is not None:
+        weights = _placed(plan.mesh, weights, weights_on(weights))
+        state = _placed(plan.mesh, state, state_on(state.caches))
+        rounds = _placed(plan.mesh, rounds, WHOLE)
+    return Traced(functools.partial(engine.rounds_on_mesh, plan), (weights, state, rounds), 1, loop)
+
+
+def _placed(mesh: Mesh, arrays: Any, specs: Any) -> Any:
+    """The shapes of arrays, with where their parts stand."""
+    return jax.tree.map(
+        lambda a, there: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), arrays, on_devices(mesh, arrays, specs)
+    )
 
 
 def _batch(case: Case) -> Traced:

@@ -27,7 +27,7 @@ from eval.commands.flags import (
 )
 from eval.data.questions import Question, of_tasks, read_questions, spread
 from eval.methods import replay, side_by_side
-from eval.runs.provenance import save
+from eval.runs.provenance import machine, save
 from eval.show import plots
 from eval.show.head_plots import kept_by_rows
 from eval.show.tallies import acceptance_by_depth
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         min(sum(one.result.rounds for given in tasks.values() for one in given) for tasks in by_method.values())
     )
     figures = {
+        "model": vanilla.checkpoint.path.resolve().name,
         "tree": dataclasses.asdict(next(iter(methods.values())).tree),
         "max_new_tokens": args.max_new_tokens,
         "questions": len(questions),
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     }
     show(figures)
     if args.out is not None:
-        plots.save(kept_by_rows(figures), args.out, "accepted_by_rows")
+        plots.save(kept_by_rows(figures, machine()), args.out, "accepted_by_rows")
     save(args.json, figures)
 
 

@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> None:
         names = [row["name"] for row in figures["methods"]]
         plots.bars(axis, names, [speed_up(row) for row in figures["methods"]], digits=2)
         axis.set_xlabel("times as fast as vanilla decoding, over three prompts")
-        title = f"{checkpoint.path.resolve().name} on {provenance.machine().removeprefix('CPU: ')}"
-        axis.set_title(plots.plain(title), fontsize="medium", loc="left")
+        title = plots.heading(checkpoint.path.resolve().name, provenance.machine())
+        axis.set_title(title, fontsize="medium", loc="left")
         plots.save(drawn, args.json.parent, args.json.stem)
 
 

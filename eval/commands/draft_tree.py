@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> None:
     trees = [grown(model, text) for model in (full, cropped)]
     told = vanilla.checkpoint.tokenizer.decode(text[len(prompt) :].tolist())
     inside = set(side_by_side.draft_ids(cropped).tolist())
-    plots.save(drawing(trees, inside, f"{args.prompt} … {told}"), args.out, "draft_tree")
+    name = checkpoint.path.resolve().name
+    plots.save(drawing(trees, inside, f"{name}: {args.prompt} … {told}"), args.out, "draft_tree")
     for one in trees:
         path = " ".join(repr(one.words[node]) for node in sorted(one.accepted, key=lambda n: one.depth[n]))
         print(f"{one.title}: accepted {path}, then the target's own {one.bonus!r}")

@@ -79,6 +79,11 @@ def facts(name: str, ranking: Ranking) -> dict[str, Any]:
     }
 
 
+def counted(name: str, ranking: Ranking) -> str:
+    """A ranking in a picture's legend: whose tokens they are, and how many were counted."""
+    return f"{name}: {ranking.tokens / 1e6:,.3g} million tokens, of {len(ranking.counts):,} ids"
+
+
 def long_tail(rankings: dict[str, Ranking]) -> Figure:
     """Frequency by rank, both axes logarithmic; and the cumulative share of occurrences by share of vocabulary."""
     drawn, (zipf, whole) = plots.figure(width=10.5, columns=2)
@@ -87,10 +92,10 @@ def long_tail(rankings: dict[str, Ranking]) -> Figure:
         counts = np.sort(ranking.counts)[::-1]
         seen = counts[counts > 0] / ranking.tokens
         ranks = np.unique(np.geomspace(1, len(seen), 400).astype(int))  # evenly over the logarithm: a light SVG
-        zipf.plot(ranks, seen[ranks - 1], color=colour, label=plots.plain(name))
+        zipf.plot(ranks, seen[ranks - 1], color=colour)
         share = cumulative(ranking)
         places = np.unique(np.linspace(1, len(share), 500).astype(int))
-        whole.plot(places / len(share), share[places - 1], color=colour, label=plots.plain(name))
+        whole.plot(places / len(share), share[places - 1], color=colour, label=plots.plain(counted(name, ranking)))
     whole.axvline(0.25, color="black", linewidth=1, linestyle=":")
     whole.axhline(0.95, color="black", linewidth=1, linestyle=":")
     whole.annotate(

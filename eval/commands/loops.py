@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     texts = [question.first for question in spread(read_questions(args.data), args.questions)]
     prompts = [methods["vanilla"].encode(text) for text in texts]
     rows = compare(methods, prompts, request)
-    title = f"{checkpoint.path.resolve().name} on {provenance.machine().removeprefix('CPU: ')}"
+    title = plots.heading(checkpoint.path.resolve().name, provenance.machine())
     plots.save(drawing(rows, title), args.out, "loops")
     save(args.json, {"prompts": len(prompts), "max_new_tokens": args.max_new_tokens, "methods": rows})
     show(rows)
@@ -141,7 +141,7 @@ def drawing(rows: list[dict[str, Any]], title: str) -> Figure:
         axis.bar_label(bars, fmt="%.3g", fontsize="x-small")
     axis.set_xticks(range(len(rows)), [plots.plain(row["name"]) for row in rows])
     axis.set_ylabel("milliseconds a round")
-    axis.set_title(plots.plain(title), fontsize="medium", loc="left")
+    axis.set_title(title, fontsize="medium", loc="left")
     axis.legend(fontsize="small")
     return drawn
 

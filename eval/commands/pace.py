@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("the answer is one token, which no round made; give another --prompt")
     show(model, first, rounds)
     if args.out is not None:
-        plots.save(drawn(first, rounds), args.out, "pace")
+        title = plots.heading(model.checkpoint.path.resolve().name, machine())
+        plots.save(drawn(first, rounds, title), args.out, "pace")
     save(args.json, {"machine": machine(), "sizes": model.drafting.pace.sizes, **figures(rounds)})
 
 
@@ -130,7 +131,7 @@ def show(model: Generator, first: str, rounds: list[Round]) -> None:
     console.print(table)
 
 
-def drawn(first: str, rounds: list[Round]) -> Figure:
+def drawn(first: str, rounds: list[Round], title: str) -> Figure:
     """The answer, each token in the colour of how it came, over the nodes that each round verified."""
     lines: list[list[tuple[str, int]]] = [[]]
     for piece, origin in [
@@ -145,6 +146,7 @@ def drawn(first: str, rounds: list[Round]) -> Figure:
     figure = Figure(figsize=(10, 1.6 + 0.22 * len(lines)), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(0.22 * len(lines) + 0.2, 1.4))
     above.axis("off")
+    above.set_title(title, fontsize="medium", loc="left")
     above.set_xlim(0, LINE)
     above.set_ylim(-len(lines), 0.5)
     for row, line in enumerate(lines):

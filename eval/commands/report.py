@@ -7,7 +7,7 @@ that is not finished is reported as far as it has come.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.commands.flags import add_out_argument
@@ -15,6 +15,7 @@ from eval.show import plots, tables
 from eval.show.tallies import Run
 from frspec_jax import files
 from frspec_jax.errors import UserError
+from frspec_jax.locks import folder_lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +36,21 @@ def run(args: argparse.Namespace) -> None:
         if names.count(name) > 1:
             raise UserError(f"two runs are called {name}, and their tables would lie in one folder; rename one")
     out: Path = args.out or args.runs[0] / "report"
+    with folder_lock(out, f"--out {out}"):
+        report(runs, out, args.tie)
+    print(f"{out / 'report.md'}: {len(runs)} run{'s' if len(runs) > 1 else ''}, tables and plots beside it")
+
+
+def report(runs: Sequence[Run], out: Path, tie: float | None) -> None:
+    """Write the pages, tables and plots of these runs into a folder.
+
+    tie: choices closer than this are a near-tie; None: as it suits each run's numbers.
+    """
     pages = ["# Evaluation\n", introduction()]
     drawn = plots.save(plots.accepted_by_vocabulary(runs), out, "accepted_length_by_vocabulary")
     pages.append(picture(drawn, "Accepted length against V' / V: our runs, and the paper's models (dashed)"))
     for one in runs:
-        every = tables.every(one, one.tie if args.tie is None else args.tie)
+        every = tables.every(one, one.tie if tie is None else tie)
         pages += [f"## {one.name}\n", conditions(one)]
         speed = plots.save(plots.tokens_per_second(one), out, f"{one.name}-tokens_per_second")
         depth = plots.save(plots.acceptance(one), out, f"{one.name}-acceptance_by_depth")
@@ -47,7 +58,6 @@ def run(args: argparse.Namespace) -> None:
         pages += [table.markdown() for table in every]
         write(out, {f"{one.name}/{table.name}.csv": table.csv() for table in every})
     write(out, {"report.md": "\n".join(pages)})
-    print(f"{out / 'report.md'}: {len(runs)} run{'s' if len(runs) > 1 else ''}, tables and plots beside it")
 
 
 def write(out: Path, texts: Mapping[str, str]) -> None:

@@ -113,7 +113,7 @@ def search(args: argparse.Namespace, request: Request, checkpoint: Checkpoint, f
     if rivals["before"]["tokens_per_second"] > rivals["best"]["tokens_per_second"]:
         best, rivals["best"] = start, rivals["before"]  # what was measured one after the other does not hold up
     vanilla = rivals["vanilla"]["tokens_per_second"]
-    title = f"{checkpoint.path.resolve().name}, draft {folder.name}, on {tuned.machine().removeprefix('CPU: ')}"
+    title = plots.heading(f"{checkpoint.path.resolve().name}, draft {folder.name},", tuned.machine())
     plots.save(tune_plots.sweeps(best, points, space, vanilla, title), out, "tuned-sweeps")
     plots.save(tune_plots.trade_off(best, points, vanilla, title), out, "tuned-trade-off")
     save(args.json, figures_of(bench, folder.name, points, rivals))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from eval.show import plots
 
 
-def kept_by_rows(figures: dict[str, Any]) -> Figure:
+def kept_by_rows(figures: dict[str, Any], machine: str) -> Figure:
     """The share of the first method's accepted length that each V' keeps, without slots and with them.
 
     figures: of `python -m eval accept`.
@@ -33,4 +33,6 @@ def kept_by_rows(figures: dict[str, Any]) -> Figure:
     axis.set_xlabel("rows of the draft's head that a level reads")
     axis.set_ylabel(f"accepted length, % of {plots.plain(rows[0]['name'])}'s")
     axis.legend(fontsize="small")
+    title = plots.heading(figures["model"], machine) + f"\n{figures['questions']} questions, greedy"
+    axis.set_title(title, fontsize="medium", loc="left")
     return drawn

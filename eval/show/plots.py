@@ -41,6 +41,11 @@ def plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
+def heading(model: str, machine: str) -> str:
+    """What a picture's title says first: which model was measured, on which machine (`provenance.machine`)."""
+    return plain(f"{model} on {machine.removeprefix('CPU: ')}")
+
+
 def save(drawn: Figure, folder: Path, name: str) -> str:
     """Write FOLDER/name.png and name.svg; the same figure gives the same bytes.
 
@@ -80,7 +85,7 @@ def bars(axis: Axes, names: Sequence[str], values: Sequence[float], errors: Any 
 def titled(run: Run) -> str:
     """What a figure shows: the model, the machine, and the run where it has a name of its own."""
     of = "" if run.name == run.model else f" ({run.name})"
-    return plain(f"{run.model} on {run.manifest['machine'].removeprefix('CPU: ')}, {run.manifest['dtype']}{of}")
+    return heading(run.model, run.manifest["machine"]) + plain(f", {run.manifest['dtype']}{of}")
 
 
 def tokens_per_second(run: Run) -> Figure:

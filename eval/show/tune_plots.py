@@ -16,7 +16,7 @@ NAMES = {"draft_vocab": "V'", "size": "tree size", "depth": "depth", "top_k": "t
 def sweeps(best: Choice, points: list[Point], space: dict[str, list[int]], vanilla: float, title: str = "") -> Figure:
     """Tokens/s as each figure of the setting is varied about the best one.
 
-    title: the model and the machine.
+    title: the model and the machine, `plots.heading`.
     """
     drawn, axes = plots.figure(width=12, height=3.4, columns=len(space))
     rates = {p.choice.setting: p.rate for p in points}
@@ -35,14 +35,14 @@ def sweeps(best: Choice, points: list[Point], space: dict[str, list[int]], vanil
             axis.set_xticks([value for value, _ in measured])
         axis.set_ylim(0, None)
     axes[0].set_ylabel("tokens/s (dotted: vanilla)")
-    drawn.suptitle(plots.plain(title), fontsize="medium")
+    drawn.suptitle(title, fontsize="medium")
     return drawn
 
 
 def trade_off(best: Choice, points: list[Point], vanilla: float, title: str = "") -> Figure:
     """Every setting by its milliseconds and its tokens a round, over lines of equal tokens/s.
 
-    title: the model and the machine.
+    title: the model and the machine, `plots.heading`.
     """
     drawn, (axis,) = plots.figure(width=7, height=5)
     rates = {p.choice.setting: p.rate for p in points}
@@ -66,7 +66,7 @@ def trade_off(best: Choice, points: list[Point], vanilla: float, title: str = ""
     axis.set_xlabel("milliseconds a round")
     axis.set_ylabel("tokens a round, bonus counted")
     axis.set_title("grey: equal tokens/s", fontsize="small", loc="left", pad=14)
-    drawn.suptitle(plots.plain(title), fontsize="medium")
+    drawn.suptitle(title, fontsize="medium")
     drawn.colorbar(dots, ax=axis, label="log2 V'", pad=0.08)
     axis.legend(fontsize="small", loc="lower right")
     return drawn

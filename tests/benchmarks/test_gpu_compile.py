@@ -117,7 +117,7 @@ def test_a_program_is_read_by_launches_bytes_and_loops():
 
 def test_the_ledger_counts_by_stage():
     class done:
-        text, temporaries, loop = TEXT, 100 * 2**20, 0
+        text, temporaries, held, loop = TEXT, 100 * 2**20, 2**30, 0
 
     found = ledger.ledger(done, layers=1)  # type: ignore[arg-type]
     stages = {stage["stage"]: stage["launches"] for stage in found["stages"]}
@@ -151,6 +151,34 @@ ENTRY %main (q: bf16[60,32,128]) -> bf16[60,32,128] {
     (launch,) = program.block(program.entry).launches
     assert launch.what == "kernel tree_attention" and ledger.stage_of(launch.path) == "verify layers"
     assert (launch.read, launch.written) == (60 * 32 * 128 * 2, 60 * 32 * 128 * 2)
+
+
+def test_what_crosses_devices_is_counted():
+    text = """
+ENTRY %main (x: bf16[60,8192], n: f32[60]) -> (bf16[60,8192], f32[8,60]) {
+  %x = bf16[60,8192]{1,0} parameter(0)
+  %n = f32[60]{0} parameter(1)
+  %begun = bf16[60,8192]{1,0} all-reduce-start(%x), metadata={op_name="jit(f)/verify/layer_0/attention/psum"}
+  %sum = bf16[60,8192]{1,0} all-reduce-done(%begun), metadata={op_name="jit(f)/verify/layer_0/attention/psum"}
+  %all = f32[8,60]{1,0} all-gather(%n), dimensions={0}, metadata={op_name="jit(f)/verify/lm_head/all_gather"}
+  ROOT %t = (bf16[60,8192]{1,0}, f32[8,60]{1,0}) tuple(%sum, %all)
+}
+"""
+
+    class done:
+        temporaries, held, loop = 2**30, 2**31, None
+
+    done.text = text  # type: ignore[attr-defined]
+    entry = {"name": "this", "kernels": [], **ledger.ledger(done, layers=1)}  # type: ignore[arg-type]
+    assert entry["launches"] == 2 and entry["collectives"] == [
+        {"stage": "verify layers", "count": 1, "of": {"all-reduce": 1}, "bytes": 60 * 8192 * 2},
+        {"stage": "head and choice", "count": 1, "of": {"all-gather": 1}, "bytes": 8 * 60 * 4},
+    ]
+    budget = {"launches": 2, "waits": 0, "temporaries": 2048, "collectives": 1, "device": 2.5}
+    assert ledger.over_budget(entry, budget) == [
+        "this: 2 collectives, 1 allowed",
+        "this: 3.0 GiB a device, 2.5 allowed",
+    ]
 
 
 @pytest.mark.parametrize(("shape", "size"), [("f32[]", 4), ("(bf16[2,3]{1,0}, s32[5]{0})", 32), ("pred[7]", 7)])

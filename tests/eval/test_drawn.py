@@ -173,7 +173,7 @@ def test_the_demo_compares_four_ways(ckpt, tmp_path, capsys):
     evaluate("demo", "--ckpt", ckpt, "--max-new-tokens", 8, "--json", tmp_path / "demo.json")
     out = " ".join(capsys.readouterr().out.split())  # as wide as the terminal of whoever runs this
     rows = json.loads((tmp_path / "demo.json").read_text())["methods"]
-    assert [row["name"] for row in rows] == ["vanilla", "EAGLE-2", "FR-Spec 68", "FR-Spec 68, auto"]
+    assert [row["name"] for row in rows] == ["vanilla", "EAGLE-2", "FR-Spec 68", "FR-Spec 68 + 204 slots, auto"]
     assert all(row["identical_to_vanilla"] for row in rows)
     assert "FR-Spec as it comes is" in out and "with the same text" in out and "█" in out
     assert all(prompt in out for prompt in demo.PROMPTS.values())

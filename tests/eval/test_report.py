@@ -14,6 +14,7 @@ from eval.data.questions import TASKS
 from eval.show import plots, tables, tallies
 from eval.show.tallies import Run, acceptance_by_depth, speed_ups, tally
 from frspec_jax.errors import UserError
+from frspec_jax.locks import folder_lock
 
 
 def answer(emitted, rounds, seconds, **more):
@@ -211,6 +212,17 @@ def test_refusals(folder, tmp_path, capsys):
     assert "two runs are called run" in refused(capsys, folder, other / "run")
     (tmp_path / "file").write_text("")
     assert "--out" in refused(capsys, folder, "--out", tmp_path / "file" / "x")
+
+
+def test_two_do_not_write_one_report(folder, capsys):
+    report(folder)
+    before = {file: file.read_bytes() for file in (folder / "report").rglob("*.*")}
+    capsys.readouterr()
+    with folder_lock(folder / "report"):
+        assert "is being written by" in refused(capsys, folder, "--tie", "5")
+        assert {file: file.read_bytes() for file in before} == before
+    report(folder, "--tie", "5")
+    assert {file: file.read_bytes() for file in before} != before
 
 
 # The paper's figures ------------------------------------------------------------------------------

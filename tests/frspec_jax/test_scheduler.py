@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from frspec_jax.errors import SlotFault, UserError
+from frspec_jax.errors import UserError
 from frspec_jax.request import Request
 from frspec_jax.scheduler import Ended, Engine, Overloaded
 from tests.support.scripted import asked, run, text_of, until
@@ -124,7 +124,7 @@ def test_a_fault_reaches_one_request():
         with pytest.raises(Ended) as error:
             await anext(tickets[0])
         assert error.value.kind == "fault" and "no" not in str(error.value).split()
-        batch.fault = SlotFault(0, "broken")
+        batch.faults[0] = ValueError("broken")
         batch.gate.release(1000)
         with pytest.raises(Ended):
             _ = [piece async for piece in tickets[1]]

@@ -61,6 +61,7 @@ def test_sampling_with_a_seed_is_vanillas(real_checkpoint, vanilla, draft_vocab)
 
 
 @pytest.mark.as_shipped
+@pytest.mark.sweep
 @pytest.mark.parametrize("settings", [Sampling(), Sampling(1.0)])
 def test_bfloat16_is_vanillas_too(real_checkpoint, settings):
     """On a CPU with AMX, where it is the default, a token rounds alike alone and in a tree (docs/kernels.md)."""

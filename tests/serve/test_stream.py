@@ -5,7 +5,6 @@ import threading
 import openai
 import pytest
 
-from frspec_jax.errors import SlotFault
 from tests.support.server import HTTP, deltas, error_of, events_of
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 1}
@@ -50,21 +49,18 @@ def test_3_usage_in_a_stream(toy):
     assert toy.refused("/v1/chat/completions", body)["param"] == "stream_options"
 
 
-def test_4_a_fault_in_one_slot(toy):
+def test_4_a_fault_in_one_slot(toy, monkeypatch):
     alone = [toy.complete(f"prompt {n}", max_tokens=200, temperature=1, seed=n)["choices"][0]["text"] for n in range(3)]
+    batch = toy.batch.batch
+    told = batch._fresh
     for early in (True, False):
-        steps = 0
 
-        def fail_slot_of_the_victim(batch, early=early):
-            nonlocal steps
-            running = toy.served.engine._running
-            victim = next((slot for slot, ticket in running.items() if ticket.request.seed == 999), None)
-            if victim is not None:
-                steps += 1
-                if early or (steps > 30 and running[victim]._writer.taken > 3):
-                    raise SlotFault(victim, "injected")
+        def fails_of_the_victim(text, report, row, early=early):
+            if text.request.seed == 999 and (early or len(text.tokens) > 30):
+                raise ValueError("injected")
+            return told(text, report, row)
 
-        toy.batch.before_step = fail_slot_of_the_victim
+        monkeypatch.setattr(batch, "_fresh", fails_of_the_victim)
         texts: dict[int, str] = {}
 
         def ask(n, texts=texts):
@@ -85,8 +81,7 @@ def test_4_a_fault_in_one_slot(toy):
             thread.join(30)
         assert [texts.get(n) for n in range(3)] == alone
         if not early:
-            steps = 0
             with pytest.raises(openai.APIError):
                 list(toy.client().completions.create(**body))
-        toy.batch.before_step = None
+        monkeypatch.undo()
         toy.idle()

@@ -26,7 +26,7 @@ class Scripted:
         self.slots, self.texts = slots, {}
         self.order: list[int] = []  # seeds, as they were admitted
         self.gate = threading.Semaphore(10**9)
-        self.fault: Exception | None = None
+        self.faults: dict[int, Exception] = {}  # by slot, whose text ends with it
         self.steps = 0
 
     @property
@@ -56,12 +56,12 @@ class Scripted:
     def step(self) -> list[Fresh]:
         self.gate.acquire()
         self.steps += 1
-        if self.fault is not None:
-            fault, self.fault = self.fault, None
-            raise fault
         return [self.fresh(slot) for slot in list(self.texts)]
 
     def fresh(self, slot: int) -> Fresh:
+        if slot in self.faults:
+            del self.texts[slot]
+            return Fresh(slot, (), (), None, None, None, fault=self.faults.pop(slot))
         request, done = self.texts[slot]
         tokens = tuple(LETTERS[done : min(done + (2 if done else 1), request.max_new_tokens)])
         self.texts[slot][1] = done + len(tokens)
