@@ -31,7 +31,7 @@ from eval.runs import provenance
 from frspec_jax import sharding
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
-from frspec_jax.errors import reported
+from frspec_jax.errors import UserError, reported
 from frspec_jax.presets import config_of, family_of
 from frspec_jax.shapes import model_shapes
 from frspec_jax.stored_weights import save_params
@@ -88,11 +88,14 @@ def measured(folder: Path, model: str, layers: int, devices: int) -> dict[str, i
         subprocess.Popen([*command, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for n in range(devices)
     ]
-    said, _ = processes[0].communicate()
-    for other in processes[1:]:
-        other.kill()
-        other.wait()
-    found: dict[str, int] = json.loads(said.splitlines()[-1])
+    assert processes[0].stdout is not None
+    said = processes[0].stdout.readline()
+    for process in reversed(processes):  # as they are: each would wait for all others to end
+        process.kill()
+        process.wait()
+    if not said:
+        raise UserError("the first process ended before it had loaded its part; what it printed says why")
+    found: dict[str, int] = json.loads(said)
     return found
 
 

@@ -91,6 +91,7 @@ class Traced:
     arguments: tuple[Any, ...]
     donated: int | tuple[int, ...]  # the argument that it may overwrite
     loop: int | None = None  # which of its loops of rounds is looked at; None: all that it runs
+    mesh: Mesh | None = None  # of several devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +127,13 @@ def compiled_program(make: Callable[[], Traced], options: dict[str, Any], split_
     # Pallas asks which GPU it compiles for: an abstract mesh tells it.
     told = AbstractDevice(H100.kind, CORES, "gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=told)
-    with compiling_for(H100), jax.sharding.use_abstract_mesh(mesh):
-        this = make()
-        jitted = jax.jit(this.function, donate_argnums=this.donated)
-        lowered = jitted.trace(*map(abstract, this.arguments)).lower(lowering_platforms=("cuda",))
+    with compiling_for(H100):
+        with jax.sharding.use_abstract_mesh(mesh):
+            this = make()
+        here = mesh if this.mesh is None else this.mesh.abstract_mesh.update(abstract_device=told)
+        with jax.sharding.use_abstract_mesh(here):
+            jitted = jax.jit(this.function, donate_argnums=this.donated)
+            lowered = jitted.trace(*map(abstract, this.arguments)).lower(lowering_platforms=("cuda",))
     products = {} if split_k else {"xla_gpu_experimental_force_split_k": 1}
     done = lowered.compile(compiler_options=EXACT | products | {"xla_gpu_autotune_level": 0} | options)
     memory = done.memory_analysis()
@@ -179,7 +183,7 @@ def _rounds(case: Case) -> Traced:
         weights = _placed(plan.mesh, weights, weights_on(weights))
         state = _placed(plan.mesh, state, state_on(state.caches))
         rounds = _placed(plan.mesh, rounds, WHOLE)
-    return Traced(functools.partial(engine.rounds_on_mesh, plan), (weights, state, rounds), 1, loop)
+    return Traced(functools.partial(engine.rounds_on_mesh, plan), (weights, state, rounds), 1, loop, plan.mesh)
 
 
 def _placed(mesh: Mesh, arrays: Any, specs: Any) -> Any:
