@@ -63,7 +63,7 @@ def arrivals(rate: float, count: int, seed: int) -> np.ndarray:
     """When requests arrive, seconds [count]: Poisson at `rate` a second; an infinite rate is all at once."""
     if math.isinf(rate):
         return np.zeros(count)
-    return np.random.default_rng(seed).exponential(1 / rate, count).cumsum()
+    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count))
 
 
 async def models_of(url: str, key: str | None) -> list[str]:

@@ -124,7 +124,7 @@ def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, config: Con
 
 def interpret_params(**settings: Any) -> Any:
     """How JAX interprets a kernel in Mosaic GPU: public from JAX 0.11 on."""
-    return mgpu.InterpretGPUParams(**settings)  # type: ignore[attr-defined]
+    return mgpu.InterpretGPUParams(**settings)
 
 
 def _rows(cache: Any, head: Array, first: Array, count: int, columns: Any) -> Any:
@@ -179,7 +179,7 @@ def _attend(*refs: Any, config: Config, blocks: _Blocks) -> None:
         fetch(first + ahead)
     mgpu.barrier_wait(begun)
     # Once more through registers: what T rows fill by TMA, T being any number, does not lie as wgmma reads it.
-    q[...] = mgpu.load(came, layout=mgpu.Layout.WGMMA, optimized=False)  # type: ignore[call-arg]
+    q[...] = mgpu.load(came, layout=mgpu.Layout.WGMMA, optimized=False)
     mgpu.commit_smem()
 
     token_of_row = lax.iota(jnp.int32, ROWS) & (each - 1)
