@@ -246,6 +246,7 @@ def test_words_keep_leading_axes():
     assert has_bit(words[0], jnp.arange(6).reshape(2, 3)).shape == (3, 2, 3)
 
 
+@pytest.mark.sweep(quick=["256-*", "1024-shape0"])
 @pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
 @pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8)])
 @pytest.mark.parametrize("capacity", [BLOCK, 4 * BLOCK])

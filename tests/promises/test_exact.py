@@ -132,6 +132,7 @@ def test_straight_attention_changes_nothing(kind):
 
 
 @pytest.mark.as_shipped
+@pytest.mark.sweep(quick=["eagle-tree3", "copying-tree0", "medusa-tree1"])
 @pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
 @pytest.mark.parametrize("tree", [TREE, *OTHER_TREES])
 def test_speculative_is_vanilla_in_bfloat16_too(kind, tree):
