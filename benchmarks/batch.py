@@ -57,7 +57,7 @@ def together(batch: Batch, prompts: list[np.ndarray], tokens: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, metavar="CKPT", help="checkpoint folder")
-    parser.add_argument("--draft", metavar="NAME", help="its draft (default: the only one there is)")
+    parser.add_argument("--draft", metavar="NAME", help="its draft (default: the first that it had)")
     parser.add_argument("--data", type=Path, metavar="FILE", help="questions (default: the sample that ships)")
     parser.add_argument("--texts", default="1,4,8,16", metavar="B,B,...", help="at once (default: 1,4,8,16)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of each text (default: 64)")

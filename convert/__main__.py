@@ -9,8 +9,8 @@ from frspec_jax.commands import dispatch
 from frspec_jax.errors import quoted
 
 COMMANDS = {
-    "hf": "a Hugging Face folder (Llama, Qwen2): safetensors or .bin, sharded or not",
-    "gguf": "a GGUF file (llama, qwen2), any quantisation",
+    "hf": "a Hugging Face folder (Llama, Mistral, Qwen, Gemma): safetensors or .bin, sharded or not",
+    "gguf": "a GGUF file (of the same families), any quantisation",
     "draft": "a published draft of any form: looked at, and read by whichever of the next three is for it",
     "eagle": "a published EAGLE, EAGLE-2 or HASS draft, into the checkpoint of its target",
     "eagle3": "a published EAGLE-3 draft, with the map of its vocabulary",

@@ -123,14 +123,14 @@ def add_draft_flags(parser: argparse.ArgumentParser) -> None:
         "--draft-vocab",
         metavar="N",
         help="V', tokens that the draft may propose, full, or a share such as 1/4 "
-        "(default: as tuned, or if ranked a quarter, and a sixteenth with slots)",
+        "(default: as tuned; else, if ranked, a sixteenth with slots and a quarter without)",
     )
     group.add_argument(
         "--ranking",
         type=Path,
         metavar="FILE",
         help="take the sub-vocabulary from this ranking, or from a token map: ids, most frequent first, as .pt, .json, "
-        ".txt or .safetensors (default: the checkpoint's ranking)",
+        ".txt, .npy or .safetensors (default: the checkpoint's ranking)",
     )
     group.add_argument(
         "--context-slots",
@@ -260,6 +260,6 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=IMPLEMENTATIONS,
         default="auto",
-        help="auto: Pallas kernels where they were measured to win (default); pallas: all of them; mosaic: all, "
-        "attention in Mosaic GPU instead of Triton; interpret: slowly, on any device",
+        help="auto: Pallas kernels for attention on a GPU, others where they were measured to win (default); "
+        "pallas: all of them; mosaic: all, attention in Mosaic GPU instead of Triton; interpret: slowly, on any device",
     )

@@ -1,7 +1,8 @@
 """`python -m eval demo --ckpt CKPT`: prompts of three kinds answered as users get them, then the comparison.
 
 `make demo` runs it: vanilla decoding, EAGLE-2 with the full vocabulary, FR-Spec with the same tree in every round as in
-its paper, and FR-Spec as it comes, whose rounds draft and verify what pays. All with the same prompts in the same run.
+its paper, and FR-Spec with a pace, whose rounds draft and verify what pays, at the same V' and with slots for ids of
+the text. All with the same prompts in the same run.
 """
 
 from __future__ import annotations

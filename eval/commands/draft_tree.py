@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-vocab",
         metavar="N",
-        help="V' of the cropped tree: a number, or a share such as 1/4 (default: as in generate)",
+        help="V' of the cropped tree: a number, or a share such as 1/4 (default: as tuned, or a quarter)",
     )
     parser.add_argument("--prompt", default="Why do leaves turn red in autumn?", metavar="TEXT")
     parser.add_argument(

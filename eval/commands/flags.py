@@ -107,7 +107,7 @@ def add_ranking_argument(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="take sub-vocabularies from each of these: .npz rankings, or token maps (.pt, .json, .txt, .safetensors) "
+        help="take sub-vocabularies from each of these: .npz rankings, or token maps (.pt, .json, .txt, .npy, ...) "
         "(default: the checkpoint's ranking)",
     )
 

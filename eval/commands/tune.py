@@ -3,7 +3,7 @@
 A setting is as good as its tokens a round (which the draft's quality decides) over its milliseconds a
 round (which the device decides). Both are measured on sample prompts, one figure of the setting being
 varied at a time, best first kept, until a whole pass changes nothing. The winner is then held against
-vanilla decoding and the old default, side by side, and written to DRAFT/tuned.json, which
+vanilla decoding and what was used before, side by side, and written to DRAFT/tuned.json, which
 `frspec_jax.load` and `generate` read; flags still win. What rounds with a pace cost here is measured anew too.
 """
 
