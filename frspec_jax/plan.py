@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh
 
 from frspec_jax.config import ModelConfig, TreeConfig
@@ -52,6 +54,11 @@ class Plan:
     def only_best(self) -> bool:
         """Whether nothing is asked of the target's logits but which is the largest."""
         return self.rule == "greedy" and not self.adjusts and not self.logprobs
+
+    def stops(self, tokens: Array) -> Array:
+        """Which of some tokens end a text."""
+        # Where no id does, one that is none: XLA of JAX 0.11 crashes over an empty constant on a mesh.
+        return jnp.isin(tokens, jnp.array(self.stop_ids or (-1,), jnp.int32))
 
     @property
     def margin(self) -> int:

@@ -113,7 +113,7 @@ def emit(plan: Plan, state: DecodeState, tree: DraftTree, taken: Taken, caches: 
     """Step 6: write down what was taken, as far as a stop id or the limit allows."""
     depth, block, drafts = plan.tree.depth, taken.block, taken.drafts
     index = jnp.arange(depth + 1, dtype=jnp.int32)
-    stops = jnp.isin(block, jnp.array(plan.stop_ids, jnp.int32)) & (index <= drafts)
+    stops = plan.stops(block) & (index <= drafts)
     stopped = stops.any()
     count = jnp.where(stopped, jnp.argmax(stops).astype(jnp.int32), drafts) + 1
     room = state.asked.limit - state.emitted

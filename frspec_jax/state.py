@@ -102,7 +102,7 @@ def state_after(plan: Plan, caches: Caches, feature: Array, root: Array, length:
     """The state after `length` tokens: `feature` [H] is the last one's, and `root` the token chosen from it."""
     depth = plan.tree.depth
     room = depth + 1 + (caches.capacity if plan.keeps else 0)
-    stopped = jnp.isin(root, jnp.array(plan.stop_ids, jnp.int32))
+    stopped = plan.stops(root)
     return DecodeState(
         caches=caches,
         length=length,

@@ -1,8 +1,8 @@
 """`python -m eval demo --ckpt CKPT`: prompts of three kinds answered as users get them, then the comparison.
 
 `make demo` runs it: vanilla decoding, EAGLE-2 with the full vocabulary, FR-Spec with the same tree in every round as in
-its paper, and FR-Spec with a pace, whose rounds draft and verify what pays, at the same V' and with slots for ids of
-the text. All with the same prompts in the same run.
+its paper, and FR-Spec as users get it: with a pace, whose rounds draft and verify what pays, and with the V' and the
+slots for ids of the text that suit that. All with the same prompts in the same run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
     )
     parser.add_argument(
-        "--draft-vocab", default="1/4", metavar="N", help="FR-Spec's V', a number or a share (default: 1/4)"
+        "--draft-vocab",
+        metavar="N",
+        help="FR-Spec's V', a number or a share (default: 1/4; with a pace, what suits)",
     )
     add_dtype_flag(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)")
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.ckpt} holds no draft to show; add one with python -m train eagle or convert eagle")
     drafts = [
         Draft(args.draft, "full", pace="fixed"),
-        Draft(args.draft, args.draft_vocab, pace="fixed"),
+        Draft(args.draft, args.draft_vocab or "1/4", pace="fixed"),
         Draft(args.draft, args.draft_vocab, pace="auto"),
     ]
     models = methods(checkpoint, drafts, dtype=args.dtype)

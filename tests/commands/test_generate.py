@@ -76,6 +76,7 @@ def test_text_and_figures_go_to_different_streams(checkpoint, capsys):
     assert "tokens/s" in captured.err and "with bonus" in captured.err
 
 
+@pytest.mark.sweep
 def test_the_id_of_a_record_goes_to_its_answer(checkpoint, capsys, tmp_path):
     """In a batch and one by one, out of a compressed list as out of lines."""
     rows = [{"id": "q1", "prompt": "the end"}, {"prompt": "the cat"}, {"id": 7, "instruction": "the", "input": "hat"}]
@@ -132,6 +133,7 @@ def test_a_stream_that_is_left_alone_spoils_nothing(checkpoint):
     assert model.generate("hello", Request(24)).tokens == whole.tokens
 
 
+@pytest.mark.sweep
 def test_an_answer_that_fills_the_context_is_cut(checkpoint):
     model = api.load(checkpoint, "none", context=256)
     prompt = np.full(250, 40, np.int32)
@@ -197,6 +199,7 @@ def test_several_prompts_are_answered_together_and_in_their_order(checkpoint, ca
     assert model.generate([], request) == []
 
 
+@pytest.mark.sweep
 def test_an_answer_ends_before_a_stop_text(checkpoint, capsys):
     """Alone, streamed and in a batch: the token that completes it is the last, and nothing of it is in the text."""
     model = api.load(checkpoint)
@@ -255,6 +258,7 @@ def test_several_answers_are_told_apart(checkpoint, capsys, tmp_path):
         assert lines[0] == "--- answer 1 of 2 ---" and "--- answer 2 of 2 ---" in lines
 
 
+@pytest.mark.sweep
 def test_what_is_off_is_said_once(tmp_path, capsys):
     bare = checkpoint_folder(tmp_path / "bare", draft=False, ranking=False)
     generate.main(["--ckpt", str(bare.path), "--prompt", "the", "--max-new-tokens", "2"])

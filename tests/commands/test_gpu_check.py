@@ -111,6 +111,7 @@ def sleeps(session):
     time.sleep(60)
 
 
+@pytest.mark.sweep
 def test_a_failing_step_is_reported_and_a_slow_one_stopped(tmp_path, monkeypatch):
     """What was told before stays, the next step runs all the same, and there is always a whole file."""
     monkeypatch.setattr(runner, "LEAST", 0.5)

@@ -48,6 +48,7 @@ def test_input_that_is_no_text(ckpt):
     one_sentence(generate(ckpt, shell="<&-"), "standard input is closed")
 
 
+@pytest.mark.sweep
 def test_output_that_cannot_be_written(ckpt):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
@@ -60,6 +61,7 @@ def test_a_reader_that_goes_away_is_no_error(ckpt):
     assert done.returncode == 0 and b"Traceback" not in done.stderr
 
 
+@pytest.mark.sweep
 def test_characters_that_the_terminal_lacks_are_escaped(ckpt):
     """The toy's text is of many bytes that are no character."""
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -72,6 +72,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != LOCK}
 
 
+@pytest.mark.sweep(quick=["a checkpoint*", "a store*", "a run of an evaluation"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_second_is_refused_and_goes_on_once_the_first_is_killed(case, toy_copy, corpus, tmp_path, capfd):
     held, command = CASES[case]

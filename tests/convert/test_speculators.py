@@ -56,6 +56,7 @@ def test_a_draft_of_speculators_stands_for_the_ids_of_its_map_and_changes_nothin
         assert model.generate_ids(np.array([5, 80, 33, 9], np.int32), Request(24)).tokens == expected
 
 
+@pytest.mark.sweep
 def test_a_trained_embedding_is_kept_and_told(ckpt, tmp_path, capsys):
     folder = published_speculators(tmp_path / "draft", ckpt, IDS, norm_before_residual=True)
     rows = torch.randn(160, 48, generator=torch.Generator().manual_seed(1))

@@ -118,6 +118,7 @@ def test_every_drive_emits_the_same_tokens(ckpt):
     assert results[0][0] == model.generate_ids(prompt, Request(20)).tokens and results[0][1] > 0
 
 
+@pytest.mark.sweep
 def test_a_drive_that_is_wrong_is_noticed(ckpt, monkeypatch):
     model = api.load(ckpt)
     monkeypatch.setitem(loops.DRIVES, "a call a round", lambda text: None)
@@ -139,6 +140,7 @@ def test_the_loops_command(ckpt, tmp_path, capsys):
 # Paces --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep
 def test_pace_shows_what_each_round_did(ckpt, tmp_path, capsys):
     """Every token of the answer once, whatever it came from, and no more of them drafted or copied than verified."""
     prompt = "what is what is what is it"

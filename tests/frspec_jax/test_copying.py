@@ -107,6 +107,7 @@ def test_raised_tokens_are_those_of_a_softmax_over_raised_logits(cropped):
         np.testing.assert_allclose(np.asarray(scores[row]), expected[order], atol=1e-5)
 
 
+@pytest.mark.sweep
 def test_the_text_is_remembered():
     """After rounds of several tokens, and a prompt in chunks: every token but the first, which it is never told."""
     cfg = toy.config(vocab_size=12)
@@ -134,6 +135,7 @@ def test_a_text_that_repeats_is_drafted_in_fewer_rounds():
     assert rounds["eagle"] > 110 and rounds["copying"] < 50
 
 
+@pytest.mark.sweep
 def test_what_is_copied_may_lie_outside_the_sub_vocabulary():
     cfg = toy.config(vocab_size=12)
     ids = np.array([0, 1, 2, 3], np.int32)

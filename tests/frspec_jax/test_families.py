@@ -151,6 +151,7 @@ class InMemory:
         return self.tensors[name]
 
 
+@pytest.mark.sweep
 @settings(max_examples=12, deadline=None)
 @given(models())
 def test_any_shape_of_any_family_is_what_transformers_has(drawn):

@@ -160,6 +160,7 @@ def test_seeds_that_are_none_are_refused(seed):
         Request(seed=seed)
 
 
+@pytest.mark.sweep
 def test_the_context_is_prompt_and_answer_whatever_drafts(checkpoint):
     """A prompt near its end: a large tree leaves as much room as vanilla decoding."""
     request = Request(100, Sampling(1.0), seed=4)

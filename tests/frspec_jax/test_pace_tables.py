@@ -47,6 +47,7 @@ def test_as_users_get_it_the_text_is_vanillas(toy_folder, vanilla, draft, drawn)
     assert result.method.endswith("+auto") and ("copying" in result.method) == draft.copies
 
 
+@pytest.mark.sweep
 def test_costs_are_measured_once_and_kept(toy_folder, tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     measured, times = pace_tables.measured, []

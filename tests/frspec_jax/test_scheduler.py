@@ -158,6 +158,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_waits():
     run(check)
 
 
+@pytest.mark.sweep
 def test_over_a_model(toy_folder):
     """The engine's text is the model's own."""
     from frspec_jax import api

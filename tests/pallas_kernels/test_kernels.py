@@ -163,7 +163,7 @@ def test_the_head_on_a_gpu(num_warps, num_stages, size):
 # The round with kernels inside -------------------------------------------------------------------
 
 
-@pytest.mark.sweep(quick=["eagle-settings0-*", "medusa-*"])
+@pytest.mark.sweep(quick=["eagle-settings0-*"])
 @pytest.mark.parametrize(
     ("kind", "settings", "int8", "kernels"),
     [

@@ -52,6 +52,7 @@ def reference(q, keys, values, committed, line):
 # Interpreted -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep
 @interpreted
 @settings(max_examples=6, deadline=None)
 @given(

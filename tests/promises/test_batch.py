@@ -155,6 +155,7 @@ def test_one_program_for_all_requests(checkpoint):
     assert made == []
 
 
+@pytest.mark.sweep
 def test_a_prompt_that_was_read_is_not_read_again(checkpoint, alone):
     """In the slot that holds its beginning, and beside a text that goes on in it; to the token as if read anew."""
     model = api.load(checkpoint, "eagle", context=1000)
@@ -200,6 +201,7 @@ def alone_with(model: api.Generator, ids: np.ndarray, limit: int) -> list[int]:
     return model.generate_ids(ids, Request(limit)).tokens
 
 
+@pytest.mark.sweep
 def test_nobody_waits_for_a_long_prompt(checkpoint):
     """While it is read, the others have a round after each chunk."""
     model = api.load(checkpoint, NO_DRAFT, context=1000)

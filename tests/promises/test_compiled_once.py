@@ -42,6 +42,7 @@ def programs():
         jax.monitoring.unregister_event_duration_listener(hear)
 
 
+@pytest.mark.sweep(quick=["eagle"])
 def test_a_second_prompt_compiles_nothing(kind):
     cfg = toy.config()
     w, drafter = toy.weights(cfg, kind=kind)

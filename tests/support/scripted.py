@@ -26,6 +26,7 @@ class Scripted:
         self.slots, self.texts = slots, {}
         self.order: list[int] = []  # seeds, as they were admitted
         self.gate = threading.Semaphore(10**9)
+        self.fault: Exception | None = None  # of the next step
         self.faults: dict[int, Exception] = {}  # by slot, whose text ends with it
         self.steps = 0
 
@@ -56,6 +57,8 @@ class Scripted:
     def step(self) -> list[Fresh]:
         self.gate.acquire()
         self.steps += 1
+        if self.fault is not None:
+            raise self.fault
         return [self.fresh(slot) for slot in list(self.texts)]
 
     def fresh(self, slot: int) -> Fresh:

@@ -106,6 +106,7 @@ def test_a_fit_finds_how_far_to_trust_the_text(right):
         assert share[2] < 2 and share[1] < 2
 
 
+@pytest.mark.sweep
 def test_the_command_writes_what_drafting_then_uses(ckpt, tmp_path, capsys):
     own = checkpoint_folder(tmp_path / "toy")
     store_of(tmp_path / "store", own)

@@ -103,6 +103,7 @@ def counted(row: Batch, s: int) -> list[int]:
     return [t for t in range(s, 19) if row.mask[t] and row.segment[t] == row.segment[t - s]]
 
 
+@pytest.mark.sweep
 def test_the_loss_is_over_pairs_whose_token_is_in_the_vocabulary(row, draft):
     spec, params, _, _, embedding, head = draft
     layer = spec.layer_of(CFG)
@@ -276,6 +277,7 @@ def test_a_draft_can_start_from_another(ckpt, whole, tmp_path, capsys):
     assert same(drafted(ckpt, "second")[1], drafted(ckpt, "whole")[1])
 
 
+@pytest.mark.sweep
 def test_a_draft_of_other_norms_and_an_embedding_of_its_own_keeps_them(ckpt, whole, tmp_path):
     spec, params = drafted(ckpt, "whole")
     norms, embedding = Norms(True, "joined", True), 0.5 * ckpt.params().embedding

@@ -212,6 +212,7 @@ def test_ctrl_c_saves_and_the_run_resumes_bit_for_bit(ckpt, whole, tmp_path, mon
     assert same(drafted(ckpt, "stopped")[1], drafted(ckpt, "whole")[1])
 
 
+@pytest.mark.sweep
 def test_heads_can_start_from_others(ckpt, whole, tmp_path, capsys):
     """With a learning rate of zero nothing moves."""
     main(command(whole, ckpt, tmp_path / "work", "second", "--start-from", "whole", "--lr", "0"))
@@ -229,6 +230,7 @@ def test_refusals_of_runs(ckpt, whole, tmp_path, capsys):
     assert "is a draft of kind medusa; give one of kind eagle" in refusal(capsys, argv)
 
 
+@pytest.mark.sweep
 def test_the_tree_is_fitted_to_the_heads_and_drafts_with_it_change_nothing(ckpt, whole, tmp_path, capsys):
     main(command(whole, ckpt, tmp_path / "work", "fitted", "--start-from", "whole", "--lr", "0"))
     tree = ["medusa-tree", whole, "--ckpt", ckpt.path, "--draft", "fitted", "--row", 16, "--rows", 2]

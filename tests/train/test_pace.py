@@ -55,6 +55,7 @@ def test_places_of_an_answer_are_the_rounds_that_would_be(toy_folder, vocab):
     assert (seen.beam[1] <= seen.beam[0]).all() and (seen.chain[1] <= seen.chain[0]).all()
 
 
+@pytest.mark.sweep
 def test_the_command_writes_what_load_reads(toy_copy, tmp_path, capsys):
     main(
         [

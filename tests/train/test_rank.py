@@ -165,6 +165,7 @@ def test_workers_need_no_jax():
 # The command -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep
 def test_the_command_as_a_user_types_it(tmp_path, ckpt):
     folder = tmp_path / "corpora"
     folder.mkdir()

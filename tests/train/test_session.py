@@ -192,12 +192,14 @@ def test_a_draft_is_not_overwritten(ckpt, uninterrupted, tmp_path, capsys):
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.sweep
 def test_a_draft_can_start_from_another(ckpt, uninterrupted, tmp_path):
     """With a learning rate of zero nothing moves: the new draft is the old one."""
     main(command(uninterrupted[1], ckpt, tmp_path / "work", "second", "--start-from", "whole", "--lr", "0"))
     assert same(drafted(ckpt, "second")[0], uninterrupted[0][0])
 
 
+@pytest.mark.sweep
 def test_the_loss_can_count_prompts_too(ckpt, uninterrupted, tmp_path):
     main(command(uninterrupted[1], ckpt, tmp_path / "work", "all", "--loss-on", "all"))
     assert not same(drafted(ckpt, "all")[0], uninterrupted[0][0])

@@ -108,6 +108,7 @@ def test_the_fit_finds_a_linear_target(linear):
     assert (found[:, 0] / found[:, 2] > 0.9).all(), "self-fed steps of a linear draft stay near the target"
 
 
+@pytest.mark.sweep
 def test_in_units_a_draft_soon_hears_which_token_came(linear):
     """From random weights, the same steps of Muon: where the embedding is small, only units let it matter."""
     packing, embedding = linear
