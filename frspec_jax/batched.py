@@ -111,7 +111,8 @@ def read_chunk(plan: Plan, weights: Weights, state: DecodeState, reading: Readin
     """Read a chunk of a prompt into its slot. With the last one the text begins, and its first token is reported."""
     slot = reading.slot
     mine = _at(slot, state)
-    caches = Caches(mine.caches.target, mine.caches.draft, reading.text)
+    remembered = _map(lambda rows: rows[slot], mine.caches.draft)  # what a drafter keeps of each text beside the pools
+    caches = Caches(mine.caches.target, remembered, reading.text)
     penalties = reading.penalties
     if penalties is not None and mine.penalties is not None:
         penalties = dataclasses.replace(penalties, bearing=mine.penalties.bearing)
