@@ -128,8 +128,8 @@ def _on_mesh(program: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(program)
     def run(plan: Plan, weights: Weights, state: DecodeState, more: Any) -> Any:
-        where = mesh_parts.state_on(state.caches)
-        given = (mesh_parts.weights_on(weights), where, WHOLE)
+        where = mesh_parts.state_on(plan, state.caches)
+        given = (mesh_parts.weights_on(plan, weights), where, WHOLE)
         return on_mesh(functools.partial(program, plan), plan.mesh, given, (where, WHOLE))(weights, state, more)
 
     return jax.jit(run, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("state",))
