@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from frspec_jax import compile_cache, pace_tables, sharding
+from frspec_jax import compile_cache, mesh_parts, pace_tables, sharding
 from frspec_jax.checkpoint import Checkpoint
 from frspec_jax.config import ModelConfig
 from frspec_jax.defaults import CONTEXT, defaults
@@ -72,7 +72,8 @@ def load(
         most 4096).
       kernels: implementations of attention and of the draft's head.
       target: the weights, if they are loaded already: several models may share them.
-      mesh: over whose devices the target is divided (`sharding.mesh_of`); None: one device has all of it.
+      mesh: over whose devices the target is divided (`sharding.mesh_of`), and an EAGLE draft where that pays; None: one
+        device has all of it.
 
     Raises:
       UserError: with one sentence that says what to mend.
@@ -85,7 +86,8 @@ def load(
     with jax.enable_x64(False):
         params = checkpoint.params(runtime.dtype, mesh) if target is None else target
         drafting, weights = assembled(checkpoint, Target(checkpoint.config, params), draft, kernels)
-        weights = sharding.everywhere(weights, mesh)
+        drafter, weights = mesh_parts.draft_on(mesh, drafting.drafter, weights)
+        drafting = dataclasses.replace(drafting, drafter=drafter)
     pace = drafting.pace
     tables = None if pace is None else pace_tables.tables_of(pace, drafting.tree, drafting.odds)
     tables = sharding.everywhere(tables, mesh)

@@ -97,7 +97,7 @@ class Batch:
             self._state = mesh_parts.made(
                 plan,
                 lambda: programs.new_state(plan, model.weights, model.capacity, slots + 1, model.runtime.dtype),
-                lambda state: mesh_parts.state_on(state.caches),
+                lambda state: mesh_parts.state_on(plan, state.caches),
             )
         self._rounds = SharedRounds(model, self._plan, sizes or ladder(slots))
         self._texts: dict[int, _Text] = {}

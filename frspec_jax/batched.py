@@ -111,7 +111,8 @@ def read_chunk(plan: Plan, weights: Weights, state: DecodeState, reading: Readin
     """Read a chunk of a prompt into its slot. With the last one the text begins, and its first token is reported."""
     slot = reading.slot
     mine = _at(slot, state)
-    caches = Caches(mine.caches.target, mine.caches.draft, reading.text)
+    remembered = _map(lambda rows: rows[slot], mine.caches.draft)  # what a drafter keeps of each text beside the pools
+    caches = Caches(mine.caches.target, remembered, reading.text)
     penalties = reading.penalties
     if penalties is not None and mine.penalties is not None:
         penalties = dataclasses.replace(penalties, bearing=mine.penalties.bearing)
@@ -127,8 +128,8 @@ def _on_mesh(program: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(program)
     def run(plan: Plan, weights: Weights, state: DecodeState, more: Any) -> Any:
-        where = mesh_parts.state_on(state.caches)
-        given = (mesh_parts.weights_on(weights), where, WHOLE)
+        where = mesh_parts.state_on(plan, state.caches)
+        given = (mesh_parts.weights_on(plan, weights), where, WHOLE)
         return on_mesh(functools.partial(program, plan), plan.mesh, given, (where, WHOLE))(weights, state, more)
 
     return jax.jit(run, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("state",))

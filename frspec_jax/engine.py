@@ -69,8 +69,8 @@ Step = Callable[[Plan, Weights, DecodeState], DecodeState]
 
 @functools.wraps(decode_rounds)
 def rounds_on_mesh(plan: Plan, weights: Weights, state: DecodeState, rounds: Array) -> DecodeState:
-    program, where = functools.partial(decode_rounds, plan), state_on(state.caches)
-    return on_mesh(program, plan.mesh, (weights_on(weights), where, WHOLE), where)(weights, state, rounds)
+    program, where = functools.partial(decode_rounds, plan), state_on(plan, state.caches)
+    return on_mesh(program, plan.mesh, (weights_on(plan, weights), where, WHOLE), where)(weights, state, rounds)
 
 
 run = jax.jit(rounds_on_mesh, static_argnames=("plan",), donate_argnames=("state",), compiler_options=EXACT)

@@ -254,7 +254,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="divide the target among N devices; each has the draft whole (default: 1)",
+        help="divide the target, and an EAGLE draft where that pays, among N devices (default: 1)",
     )
     group.add_argument(
         "--kernels",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -309,7 +310,8 @@ class Generator:
         return Writer(self.checkpoint.tokenizer, request.stop, self.checkpoint.stop_ids)
 
     def _new_caches(self, plan: Plan) -> Caches:
-        return mesh_parts.made(plan, lambda: new_caches(plan, self.capacity, self.runtime.dtype), mesh_parts.caches_on)
+        where = functools.partial(mesh_parts.caches_on, plan)
+        return mesh_parts.made(plan, lambda: new_caches(plan, self.capacity, self.runtime.dtype), where)
 
     def _take_caches(self) -> Caches | None:
         with self._lock:

@@ -124,8 +124,8 @@ def prefill_on_mesh(
     plan: Plan, weights: Weights, caches: Caches, chunk: Chunk, asked: Asked, penalties: Penalties | None = None
 ) -> DecodeState:
     program = functools.partial(prefill_chunk, plan)
-    given = (weights_on(weights), caches_on(caches), WHOLE, WHOLE, WHOLE)
-    return on_mesh(program, plan.mesh, given, state_on(caches))(weights, caches, chunk, asked, penalties)
+    given = (weights_on(plan, weights), caches_on(plan, caches), WHOLE, WHOLE, WHOLE)
+    return on_mesh(program, plan.mesh, given, state_on(plan, caches))(weights, caches, chunk, asked, penalties)
 
 
 run = jax.jit(prefill_on_mesh, static_argnames=("plan",), compiler_options=EXACT, donate_argnames=("caches",))

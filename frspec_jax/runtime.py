@@ -31,5 +31,5 @@ class Runtime:
 
     @property
     def of_target(self) -> Kernels:
-        """The kernels of the target, whose layers may be divided; a drafter's never are."""
+        """The kernels of the target, whose layers may be divided; a drafter carries its own."""
         return self.kernels if self.mesh is None else dataclasses.replace(self.kernels, axis=AXIS)

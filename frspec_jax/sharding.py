@@ -1,9 +1,11 @@
 """A target over several devices: which part of each weight a device holds, and how programs run on all of them.
 
 Every device runs the same program on its own part of the target: some of the heads, some of the MLP's columns, some of
-the head's rows. What attention and MLP add is a sum over the devices, two a layer; everything else, the draft among it,
-each device works out for itself. So the code of a layer is the code of one device, kernels included, and one device
-(`mesh` is None) is the case without sums.
+the head's rows. What attention and MLP add is a sum over the devices, two a layer; everything else each device works
+out for itself. So the code of a layer is the code of one device, kernels included, and one device (`mesh` is None) is
+the case without sums.
+
+A draft's layer is divided in the same way where that `pays`, and else each device has it whole.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -36,6 +38,12 @@ PARTITION = {
     "lm_head": ROWS,
 }
 
+# Bytes of a draft's layer that a device must be spared for the two sums a pass to pay. An H100 reads so many in 20 us,
+# and two sums of a few rows are taken to last as long over NVLink: neither was measured.
+LEAST_SAVED = 64 << 20
+
+T = TypeVar("T")
+
 
 def mesh_of(devices: int) -> Mesh | None:
     """A mesh of so many devices, those of all hosts in their order; None for one.
@@ -59,9 +67,15 @@ class Rows(Protocol):
     def __getitem__(self, at: Any) -> Any: ...
 
 
+def divides(config: ModelConfig, count: int) -> bool:
+    """Whether layers of these sizes can be divided among so many devices, each with whole heads."""
+    heads, kv_heads, inner = config.num_heads, config.num_kv_heads, config.intermediate_size
+    return heads % count == inner % count == 0 and (kv_heads % count == 0 or count % kv_heads == 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A target of these sizes, divided among `count` devices.
+    """A target, or a draft's layer as a model of its own, of these sizes, divided among `count` devices.
 
     Raises:
       UserError: it cannot be divided so.
@@ -71,9 +85,8 @@ class Split:
     count: int
 
     def __post_init__(self) -> None:
-        heads, kv_heads, inner = self.config.num_heads, self.config.num_kv_heads, self.config.intermediate_size
-        shared = kv_heads % self.count == 0 or self.count % kv_heads == 0
-        if heads % self.count or inner % self.count or not shared:
+        if not divides(self.config, self.count):
+            heads, kv_heads, inner = self.config.num_heads, self.config.num_kv_heads, self.config.intermediate_size
             raise UserError(
                 f"--tensor-parallel {self.count}: the target's {heads} heads, {kv_heads} KV heads and {inner} columns "
                 "of the MLP cannot be divided so; give a number that divides the first and the last, and divides the "
@@ -84,6 +97,11 @@ class Split:
     def kv_heads(self) -> int:
         """KV heads a device. Where there are fewer of them than devices, several devices hold the same one."""
         return max(1, self.config.num_kv_heads // self.count)
+
+    @property
+    def all_kv_heads(self) -> int:
+        """KV heads of all devices together: what a cache over the mesh has."""
+        return self.kv_heads * self.count
 
     @property
     def vocabulary(self) -> int:
@@ -124,6 +142,22 @@ class Split:
         return np.pad(whole, spare) if any(after for _, after in spare) else whole
 
 
+def in_parts(split: Split, mesh: Mesh, name: str, stored: Rows, dtype: Any) -> Array:
+    """A stored weight, divided among the devices of a mesh: each device's part is read by itself."""
+    axis, width = PARTITION[name].index(AXIS), sum(b - a for a, b in split.pieces(name, 0))
+    shape = (*stored.shape[:axis], width * split.count, *stored.shape[axis + 1 :])
+
+    def part(at: Any) -> np.ndarray:
+        return split.part(name, stored, (at[axis].start or 0) // width).astype(dtype, copy=False)
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, PARTITION[name]), part)
+
+
+def _names(path: Sequence[Any]) -> tuple[str, ...]:
+    """The names that lead to a weight."""
+    return tuple(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
+
+
 def placed(
     config: ModelConfig, mesh: Mesh, stored: Callable[[tuple[str, ...]], Rows | None], dtype: Any
 ) -> LlamaParams:
@@ -136,24 +170,15 @@ def placed(
     split = Split(config, mesh.devices.size)
 
     def place(path: Sequence[Any], like: Any) -> Array:
-        names = tuple(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
-        name = names[-1]
+        names = _names(path)
         source = stored(names)
-        if name == "lm_head" and source is None:  # tied: a device's rows of it are a copy
+        if names[-1] == "lm_head" and source is None:  # tied: a device's rows of it are a copy
             source = stored(("embedding",))
         assert source is not None
-        spec = PARTITION.get(name, WHOLE)
-        if spec == WHOLE:
-            whole = functools.cache(lambda: np.asarray(source[...]).astype(dtype, copy=False))
-            return jax.make_array_from_callback(like.shape, NamedSharding(mesh, spec), lambda _: whole())
-        axis = spec.index(AXIS)
-        width = sum(b - a for a, b in split.pieces(name, 0))
-        shape = (*like.shape[:axis], width * split.count, *like.shape[axis + 1 :])
-
-        def part(at: Any) -> np.ndarray:
-            return split.part(name, source, (at[axis].start or 0) // width).astype(dtype, copy=False)
-
-        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+        if names[-1] in PARTITION:
+            return in_parts(split, mesh, names[-1], source, dtype)
+        whole = functools.cache(lambda: np.asarray(source[...]).astype(dtype, copy=False))
+        return jax.make_array_from_callback(like.shape, NamedSharding(mesh, WHOLE), lambda _: whole())
 
     shapes = model_shapes(dataclasses.replace(config, tied_head=False), dtype)
     params: LlamaParams = jax.tree_util.tree_map_with_path(place, shapes)
@@ -172,6 +197,27 @@ def spread(params: LlamaParams, config: ModelConfig, mesh: Mesh) -> LlamaParams:
     return placed(config, mesh, stored, params.embedding.dtype)
 
 
+def pays(weights: Any, config: ModelConfig, count: int) -> bool:
+    """Whether a draft's layer is divided among so many devices: it can be, and a pass on each then reads enough less.
+
+    weights: the draft's, or their shapes. config: its layer, as a model of one.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(weights)
+    layer = sum(x.size * x.dtype.itemsize for path, x in paths if _names(path)[-1] in PARTITION)
+    return divides(config, count) and layer - layer // count >= LEAST_SAVED
+
+
+def spread_draft(weights: T, split: Split, mesh: Mesh) -> T:
+    """A draft's weights that are in memory: its layer divided among the devices of a mesh, all else on each of them."""
+
+    def place(path: Sequence[Any], x: Any) -> Any:
+        name = _names(path)[-1]
+        return in_parts(split, mesh, name, np.asarray(x), x.dtype) if name in PARTITION else everywhere(x, mesh)
+
+    placed: T = jax.tree_util.tree_map_with_path(place, weights)
+    return placed
+
+
 def everywhere(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays that each device of a mesh has whole; no mesh: as they are."""
     if mesh is None:
@@ -179,6 +225,8 @@ def everywhere(tree: Any, mesh: Mesh | None) -> Any:
     there = NamedSharding(mesh, WHOLE)
 
     def put(x: Any) -> Array:
+        if isinstance(x, Array) and x.sharding.is_equivalent_to(there, x.ndim):
+            return x  # the target's embedding, of which a device needs no second one
         if isinstance(x, Array) and len(x.sharding.device_set) > 1:  # of the target's: from device to device
             moved: Array = jax.jit(lambda x: x, out_shardings=there)(x)
             return moved
@@ -203,13 +251,9 @@ def agreed(arrays: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(arrays)
 
 
-def weight_specs(params: LlamaParams) -> Any:
-    """Where the parts of a target's weights stand, in its structure."""
-
-    def spec(path: Sequence[Any], _: Any) -> PartitionSpec:
-        return PARTITION.get(str(getattr(path[-1], "name", path[-1])), WHOLE)
-
-    return jax.tree_util.tree_map_with_path(spec, params)
+def weight_specs(weights: Any) -> Any:
+    """Where the parts of weights stand, a target's or those of a draft that is divided, in their structure."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: PARTITION.get(_names(path)[-1], WHOLE), weights)
 
 
 def on_mesh(program: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -92,8 +92,7 @@ def new_caches(plan: Plan, capacity: int, dtype: jnp.dtype) -> Caches:
     text = jnp.full(capacity + 1, -1, jnp.int32) if plan.reads_text else None
     kv_heads = None
     if plan.mesh is not None:
-        split = Split(plan.config, plan.mesh.devices.size)
-        kv_heads = split.kv_heads * split.count
+        kv_heads = Split(plan.config, plan.mesh.devices.size).all_kv_heads
     target = kv_cache.empty(plan.config, capacity, dtype, kv_heads)
     return Caches(target, plan.drafter.new_memory(capacity, dtype), text)
 

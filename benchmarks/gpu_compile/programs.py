@@ -20,7 +20,7 @@ from frspec_jax import batched, defaults, engine, kv_cache
 from frspec_jax.config import VANILLA, ModelConfig, TreeConfig
 from frspec_jax.drafters.base import Vanilla
 from frspec_jax.drafters.eagle import EagleConfig
-from frspec_jax.mesh_parts import state_on, weights_on
+from frspec_jax.mesh_parts import divided, state_on, weights_on
 from frspec_jax.pace_tables import DEFAULT, tables_of
 from frspec_jax.plan import EXACT, Plan
 from frspec_jax.prefill import Chunk, prefill_chunk
@@ -154,16 +154,15 @@ def _config(case: Case) -> ModelConfig:
 
 def _plan(case: Case) -> tuple[Plan, Any, Any]:
     """The plan, and the shapes of weights and state."""
-    config, kernels = _config(case), KERNELS[case.kernels]
-    vocabulary: int | None = case.draft_vocab or config.vocab_size
-    mesh = Mesh(np.array(h100s(case.devices)), (AXIS,)) if case.devices > 1 else None
-    divided = dataclasses.replace(kernels, axis=AXIS if mesh else None)
-    drafter = eagle_of(config, kernels, case.slots)
-    plan = Plan(config, drafter, TreeConfig(*case.tree), (2,), case.rule, divided, mesh=mesh)
-    if case.what == "vanilla":
-        plan, vocabulary = dataclasses.replace(plan, drafter=Vanilla(), tree=VANILLA), None
+    config, kernels, drafts = _config(case), KERNELS[case.kernels], case.what != "vanilla"
+    vocabulary = case.draft_vocab or config.vocab_size if drafts else None
     made = functools.partial(random_weights, config, vocabulary, DTYPE, slots=bool(case.slots))
     weights = jax.eval_shape(made, jax.random.key(0))
+    mesh = Mesh(np.array(h100s(case.devices)), (AXIS,)) if case.devices > 1 else None
+    on_mesh = dataclasses.replace(kernels, axis=AXIS if mesh else None)
+    drafter = divided(eagle_of(config, kernels, case.slots), weights.draft, case.devices) if drafts else Vanilla()
+    tree = TreeConfig(*case.tree) if drafts else VANILLA
+    plan = Plan(config, drafter, tree, (2,), case.rule, on_mesh, mesh=mesh)
     if case.what == "paced":
         plan = dataclasses.replace(plan, pace=defaults.GPU_PACE, tree=defaults.DEFAULTS["gpu"].paced)
         tables = tables_of(defaults.GPU_PACE, plan.tree, DEFAULT)
@@ -180,8 +179,8 @@ def _rounds(case: Case) -> Traced:
     loop = sum(case.context + plan.margin > rows for rows in sizes[:-1])
     rounds: Any = np.int32(0)
     if plan.mesh is not None:
-        weights = _placed(plan.mesh, weights, weights_on(weights))
-        state = _placed(plan.mesh, state, state_on(state.caches))
+        weights = _placed(plan.mesh, weights, weights_on(plan, weights))
+        state = _placed(plan.mesh, state, state_on(plan, state.caches))
         rounds = _placed(plan.mesh, rounds, WHOLE)
     return Traced(functools.partial(engine.rounds_on_mesh, plan), (weights, state, rounds), 1, loop, plan.mesh)
 

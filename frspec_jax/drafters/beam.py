@@ -21,6 +21,7 @@ from frspec_jax.drafters.copying import Copies, Copying, NoCopies, NoCopying
 from frspec_jax.kv_cache import LayerKV
 from frspec_jax.layers import embedded
 from frspec_jax.placement import Placement
+from frspec_jax.sharding import AXIS, Split
 from frspec_jax.slots import Slots
 from frspec_jax.tree import ALL_THE_WAY, Beam, Candidates, DraftTree, Going, rerank
 from frspec_jax.vocabulary import DraftHead, WholeHead
@@ -66,6 +67,7 @@ class BeamDrafter(abc.ABC, Generic[W]):
     kernels: Kernels
     copying: Copying | NoCopying
     slots: int  # M, how many ids of the text so far it may propose besides its sub-vocabulary
+    split: Split | None  # how its layer is divided over a mesh, which `kernels.axis` then names; None: it is whole
 
     @abc.abstractmethod
     def fused(self, weights: W, features: Array) -> Array:
@@ -86,7 +88,17 @@ class BeamDrafter(abc.ABC, Generic[W]):
 
     def new_memory(self, capacity: int, dtype: jnp.dtype) -> BeamMemory:
         slots = Slots.empty(self.slots) if self.slots else None
-        return BeamMemory(kv_cache.empty(self.config, capacity, dtype)[0], slots)
+        kv_heads = None if self.split is None else self.split.all_kv_heads
+        return BeamMemory(kv_cache.empty(self.config, capacity, dtype, kv_heads)[0], slots)
+
+    def divided(self, devices: int) -> Self:
+        """The same with its layer divided among so many devices, as the target's layers are.
+
+        All else of it each device has whole: to divide `fc` or the head would be one more exchange a pass, and of the
+        head a sub-vocabulary leaves little.
+        """
+        split, kernels = Split(self.config, devices), dataclasses.replace(self.kernels, axis=AXIS)
+        return dataclasses.replace(self, split=split, kernels=kernels)  # type: ignore[type-var]
 
     @property
     def reads_text(self) -> bool:

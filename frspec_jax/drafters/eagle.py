@@ -28,6 +28,7 @@ from frspec_jax.layers import LayerParams, Pass, decoder_layer, linear
 from frspec_jax.pace import Pace
 from frspec_jax.placement import Placement
 from frspec_jax.schema import checked
+from frspec_jax.sharding import Split
 from frspec_jax.vocabulary import WholeHead, crop
 from pallas_kernels.dispatch import AUTO, Kernels
 
@@ -56,6 +57,7 @@ class Eagle(BeamDrafter[EagleWeights]):
     kernels: Kernels = AUTO
     copying: Copying | NoCopying = NO_COPYING
     slots: int = 0
+    split: Split | None = None
     taps: ClassVar[tuple[int, ...]] = ()
 
     def fused(self, weights: EagleWeights, features: Array) -> Array:

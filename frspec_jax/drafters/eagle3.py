@@ -30,6 +30,7 @@ from frspec_jax.layers import LayerParams, Pass, decoder_layer
 from frspec_jax.pace import Pace
 from frspec_jax.placement import Placement
 from frspec_jax.schema import checked
+from frspec_jax.sharding import Split
 from frspec_jax.vocabulary import WholeHead, crop
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.products import linear, rms_norm
@@ -87,6 +88,7 @@ class Eagle3(BeamDrafter[Eagle3Weights]):
     norms: Norms = AS_PUBLISHED
     copying: NoCopying = NO_COPYING  # its head cannot read what lies outside its vocabulary
     slots: int = 0
+    split: Split | None = None
 
     def fused(self, weights: Eagle3Weights, features: Array) -> Array:
         return joined_taps(weights.params, self.norms, features, self.config.rms_norm_eps)

@@ -11,11 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from frspec_jax.config import ModelConfig
+from frspec_jax.drafters.base import DraftParams
+from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.errors import UserError
-from frspec_jax.sharding import PARTITION, Split, mesh_of
+from frspec_jax.mesh_parts import draft_on
+from frspec_jax.presets import model_config
+from frspec_jax.sharding import PARTITION, Split, mesh_of, pays
 from tests.support import toy
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +38,7 @@ def run(*command: str, devices: int = 8, **how) -> subprocess.Popen:
 
 
 def said(process: subprocess.Popen) -> str:
-    out, error = process.communicate(timeout=600)
+    out, error = process.communicate(timeout=1200)
     assert process.returncode == 0, error[-2000:]
     return out
 
@@ -69,10 +75,37 @@ def test_what_cannot_be_divided_is_refused(changes, count):
         mesh_of(99)
 
 
-@pytest.mark.sweep(quick=["one draft"])
-@pytest.mark.parametrize(("names", "least"), [(["eagle, greedy"], 2), ([], 10)], ids=["one draft", "all"])
+def eagle_of(name: str, dtype) -> tuple[DraftParams, ModelConfig]:
+    """The shapes of a published model's EAGLE draft, and its layer as a model of one."""
+    cfg = model_config(name)
+    draft = EagleConfig.like(cfg)
+    return draft.shapes(cfg, dtype), draft.layer_of(cfg)
+
+
+def test_a_draft_is_divided_where_that_spares_enough_bytes():
+    for name in ("llama3-8b", "llama3-70b"):
+        assert [pays(*eagle_of(name, jnp.bfloat16), count) for count in (1, 2, 4, 8)] == [False, True, True, True]
+    assert not any(pays(*eagle_of("qwen2.5-0.5b", jnp.bfloat16), count) for count in (1, 2))
+    # 116 MiB in bfloat16, of which two devices spare each other half.
+    assert [pays(*eagle_of("llama3.2-1b", jnp.bfloat16), count) for count in (2, 4)] == [False, True]
+    assert pays(*eagle_of("llama3.2-1b", jnp.float32), 2)
+    assert not pays(*eagle_of("qwen2-7b", jnp.bfloat16), 8), "28 heads are not divided by 8"
+
+
+def test_on_one_device_a_draft_stays_as_it_is():
+    weights, drafter = toy.weights(CFG)
+    same = draft_on(None, drafter, weights.draft)
+    assert same[0] is drafter and same[1] is weights.draft
+
+
+@pytest.mark.sweep(quick=["two drafts"])
+@pytest.mark.parametrize(
+    ("names", "least"),
+    [(["eagle, greedy", "eagle3 divided, with slots"], 3), ([], 18)],
+    ids=["two drafts", "all"],
+)
 def test_text_on_two_four_and_eight_devices_is_that_of_one(names, least):
-    """EAGLE-2 with a fixed tree and a pace, EAGLE-3, Medusa, copying, vanilla; greedy and sampled; a batch."""
+    """EAGLE-2 and EAGLE-3 whole and divided, with a fixed tree, a pace and slots; Medusa, copying, vanilla; a batch."""
     found = json.loads(said(run("tests.support.sharded", *names)).splitlines()[-1])
     assert len(found) >= least and all(found.values()), [name for name, same in found.items() if not same]
 

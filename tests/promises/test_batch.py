@@ -29,6 +29,7 @@ METHODS = {
     "eagle, auto": Draft("eagle"),
     "eagle, fixed": Draft("eagle", tree=TreeConfig(6, 3, 3)),
     "eagle, copying": Draft("eagle", tree=TreeConfig(6, 3, 3), copying=True),
+    "eagle, slots": Draft("eagle", vocab=40, tree=TreeConfig(6, 3, 3), context_slots=24),
     "eagle3": Draft("eagle3"),
     "medusa": Draft("medusa"),
     "text alone": Draft("none", copying=True),
