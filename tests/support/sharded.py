@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from frspec_jax import api, mesh_parts, sharding
 from frspec_jax.config import Sampling, TreeConfig
-from frspec_jax.drafters.beam import BeamDrafter, BeamMemory
+from frspec_jax.drafters.beam import BeamDrafter, BeamMemory, BeamWeights
 from frspec_jax.pace import Pace
 from frspec_jax.plan import Plan
 from frspec_jax.state import DecodeState, Weights
@@ -134,21 +134,23 @@ def main(wanted: list[str]) -> None:
             same[f"{name}, {devices} devices"] = all(facts)
             print(f"{name}, {devices} devices: {facts}", file=sys.stderr)
     if not wanted:
-        alone = batch(None)
-        same["a batch, out of a checkpoint"] = batch(sharding.mesh_of(2)) == alone
+        answers = batch(None)
+        same["a batch, out of a checkpoint"] = batch(sharding.mesh_of(2)) == answers
         with drafts_divided():
-            same["a batch, its draft divided"] = batch(sharding.mesh_of(4)) == alone
+            same["a batch, its draft divided"] = batch(sharding.mesh_of(4)) == answers
     print(json.dumps(same))
 
 
 def batch(mesh: Mesh | None) -> list[list[int]]:
     """What a model of a checkpoint's folder answers to three prompts at once."""
-    draft = api.Draft(tree=TreeConfig(4, 2, 2), context_slots=8)
+    asked = api.Draft(tree=TreeConfig(4, 2, 2), context_slots=8)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint_folder(Path(folder) / "toy")
-        model = api.load(checkpoint, draft, dtype="float32", context=256, mesh=mesh)
+        model = api.load(checkpoint, asked, dtype="float32", context=256, mesh=mesh)
         is_divided = mesh_parts.split_of(model.drafting.drafter) is not None
         assert is_divided == (mesh is not None and sharding.LEAST_SAVED == 0)
+        draft, target = model.weights.draft, model.weights.target
+        assert isinstance(draft, BeamWeights) and draft.embedding is target.embedding, "a device would hold it twice"
         return [result.tokens for result in model.generate(["the end", "a b", "hello world"], api.Request(12))]
 
 
