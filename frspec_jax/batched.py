@@ -180,9 +180,12 @@ def bear_on(state: DecodeState, slot: Array, bearing: Bearing) -> DecodeState:
 def copy_slot(state: DecodeState, source: Array, target: Array) -> DecodeState:
     """The caches of one slot, copied into another: what two prompts have in common is read once."""
 
-    def copied(x: Any) -> Any:
-        if not isinstance(x, LayerKV):
-            return x
-        return jax.tree.map(lambda rows: _put(rows, lax.dynamic_index_in_dim(rows, source, keepdims=False), target), x)
+    def copied(rows: Array) -> Array:
+        return _put(rows, lax.dynamic_index_in_dim(rows, source, keepdims=False), target)
 
-    return _map(lambda x: x, state, shared=copied)
+    def pool(x: Any) -> Any:
+        return jax.tree.map(copied, x) if isinstance(x, LayerKV) else x
+
+    target_cache = _map(lambda x: x, state.caches.target, shared=pool)
+    draft = _map(copied, state.caches.draft, shared=pool)  # what a drafter keeps of each text beside the pools, too
+    return dataclasses.replace(state, caches=dataclasses.replace(state.caches, target=target_cache, draft=draft))

@@ -186,7 +186,7 @@ def looking_up(draft: Draft, dtype: Any) -> Drafting:
 
 
 def preferred(checkpoint: Checkpoint, folder: Path, draft: Draft, dtype: Any) -> Draft:
-    """The draft with a tree, and with V' where `python -m eval tune` found one: what is not asked for is chosen.
+    """The draft with a pace and a tree, and with V' where `eval tune` found one: what is not asked for is chosen.
 
     Of a draft that was tuned here its setting is taken, where there is a ranking to take V' from; else what suits
     the device.
@@ -202,7 +202,7 @@ def preferred(checkpoint: Checkpoint, folder: Path, draft: Draft, dtype: Any) ->
         asks = draft.vocab is not None or draft.copies
         usual = setting is None or (setting.tree == VANILLA and asks)
         tree = defaults(dtype).tree if setting is None or usual else setting.tree
-    return dataclasses.replace(draft, vocab=vocab, tree=tree)
+    return dataclasses.replace(draft, vocab=vocab, tree=tree, pace="auto" if draft.paced else "fixed")
 
 
 def preferred_tree(checkpoint: Checkpoint, draft: Draft, dtype: Any = None) -> TreeConfig:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frspec_jax import api
-from frspec_jax.api import Draft
+from frspec_jax.api import Draft, Request
+from frspec_jax.batch import Batch
 from frspec_jax.config import TreeConfig
 from frspec_jax.drafters.base import Accepted, Turn
 from frspec_jax.errors import UserError
@@ -20,6 +21,7 @@ from frspec_jax.method import Method
 from frspec_jax.slots import Slots
 from frspec_jax.vocabulary import WholeHead
 from tests.support import toy
+from tests.support.folders import VOCAB_SIZE as V_TOY
 
 V, M, KEPT = 40, 6, np.array([3, 1, 4, 15, 9])
 WHOLE = WholeHead.of(jnp.asarray(np.random.default_rng(0).normal(size=(V, 8)), jnp.float32), KEPT)
@@ -104,6 +106,29 @@ def test_names():
     method = Method("eagle", cropped=True, copying=True, paced=True, slots=512)
     assert method.name == "eagle+fr+slots512+copying+auto" and Method.parse(method.name) == method
     assert method.label(3072) == "FR-Spec 3,072 + 512 slots, auto"
+
+
+def test_users_get_slots_and_a_fixed_tree_has_none(toy_folder):
+    """As many as there are ids outside the sub-vocabulary, of which a toy has few."""
+    tree = TreeConfig(4, 2, 2)
+    for draft in (Draft(), Draft("eagle"), Draft(pace="auto"), Draft(tree=tree, pace="auto")):
+        model = api.load(toy_folder, draft)
+        assert model.draft_vocab == V_TOY // 4 and model.context_slots == V_TOY - V_TOY // 4
+    for draft in (Draft(tree=tree), Draft(pace="fixed"), Draft(context_slots=0), Draft(vocab="full")):
+        assert api.load(toy_folder, draft).context_slots == 0
+
+
+def test_a_beginning_that_is_taken_from_another_slot_brings_its_ids(toy_folder):
+    model = api.load(toy_folder, Draft(vocab=40, context_slots=24, pace="fixed"), context=256)
+    batch = Batch(model, 2)
+    prompt = np.random.default_rng(2).integers(3, 260, 80)
+    batch.admit(prompt, Request(4))
+    while batch.reading:
+        batch.step()
+    seen = np.asarray(batch._state.caches.draft.slots.ids)[0]
+    assert (seen >= 0).sum() == 24
+    other = batch.admit(np.append(prompt, [5, 6]), Request(4))
+    assert other == 1 and np.array_equal(np.asarray(batch._state.caches.draft.slots.ids)[1], seen)
 
 
 def test_what_is_asked_for_is_shown_and_refused(toy_folder):
