@@ -52,6 +52,7 @@ def test_the_tensors_decide_on_the_number_of_heads(tiny_ckpt, tmp_path, capsys):
     assert "says medusa_num_heads 2; the tensors are of 5" in capsys.readouterr().err
 
 
+@pytest.mark.sweep
 def test_an_imported_draft_is_loaded_by_its_kind_and_changes_nothing(tiny_ckpt, tmp_path):
     imported(published_medusa(tmp_path / "draft", tiny_ckpt, own=False), tiny_ckpt, "medusa", command="medusa")
     model, vanilla = api.load(tiny_ckpt), api.load(tiny_ckpt, "none")

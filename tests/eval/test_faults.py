@@ -200,6 +200,7 @@ def paced(monkeypatch, speed_up):
     monkeypatch.setattr(tune.Bench, "side_by_side", measured)
 
 
+@pytest.mark.sweep
 def test_where_no_setting_pays_vanilla_is_what_users_get(copy, monkeypatch, capsys):
     paced(monkeypatch, 0.976)
     main(["tune", "--ckpt", str(copy), *SMALL])

@@ -173,6 +173,7 @@ def test_cut_off_at_any_byte(ckpt, data, whole, tmp_path):
         assert (out / "records.jsonl").read_bytes().startswith(content[: max([0, *(e for e in ends if e <= size)])])
 
 
+@pytest.mark.sweep
 def test_killed_outright(ckpt, data, whole, tmp_path):
     out = tmp_path / "run"
     argv = [sys.executable, "-m", "eval", *map(str, command(ckpt, data, out)), "--dtype", "float32"]

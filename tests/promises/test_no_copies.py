@@ -20,7 +20,7 @@ pytestmark = pytest.mark.as_shipped
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], np.int32)
 
 
-@pytest.mark.sweep(quick=["eagle-*", "medusa-256-fixed"])
+@pytest.mark.sweep(quick=["eagle-256-*", "medusa-256-fixed"])
 @pytest.mark.parametrize(("capacity", "pace"), [(256, "fixed"), (1024, "fixed"), (256, "auto")])
 def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity, pace):
     """Promise 5, read off the optimised HLO: caches are donated and updated in place, whatever a round chooses.
@@ -49,6 +49,7 @@ def test_no_copy_of_a_cache_in_the_compiled_programs(kind, capacity, pace):
         assert program.memory_analysis().alias_size_in_bytes >= size
 
 
+@pytest.mark.sweep(quick=["eagle"])
 @pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs compute in float32, whatever the weights are")
 def test_no_weight_is_widened_in_the_compiled_round(kind):
     """Handed rows or ids amiss, XLA's CPU backend makes float32 copies of bfloat16 weights at each call."""
