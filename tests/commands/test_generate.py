@@ -90,6 +90,7 @@ def test_the_id_of_a_record_goes_to_its_answer(checkpoint, capsys, tmp_path):
     assert [answer["tokens"] for answer in found[0]] == [answer["tokens"] for answer in found[1]]
 
 
+@pytest.mark.sweep
 def test_prompt_files_and_standard_input(checkpoint, capsys, tmp_path, monkeypatch):
     file = tmp_path / "prompts.jsonl"
     messages = [{"role": "user", "content": "hello"}]
@@ -162,6 +163,7 @@ def test_models_of_one_draft_share_a_reading(checkpoint):
         assert after.prefill_seconds == reading.seconds and after.prompt_tokens == len(prompt)
 
 
+@pytest.mark.sweep
 def test_bfloat16_runs(checkpoint):
     model = api.load(checkpoint, dtype=jnp.bfloat16)
     assert model.weights.target.embedding.dtype == jnp.bfloat16

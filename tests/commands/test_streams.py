@@ -56,6 +56,7 @@ def test_output_that_cannot_be_written(ckpt):
     one_sentence(generate(ckpt, "--prompt", "hi", "--json", shell=">/dev/full"), "cannot be written")
 
 
+@pytest.mark.sweep
 def test_a_reader_that_goes_away_is_no_error(ckpt):
     done = generate(ckpt, "--prompt", "hi", shell="| true")
     assert done.returncode == 0 and b"Traceback" not in done.stderr

@@ -68,6 +68,7 @@ def test_a_tree_stands_with_parents_amid_their_children():
     assert places.tolist() == [1.25, 0.5, 2.0, 0.0, 1.0, 2.0]
 
 
+@pytest.mark.sweep
 def test_what_is_drawn_is_what_is_decoded(ckpt):
     """The accepted path and the bonus are the target's own next tokens; the mask is the tree's."""
     vanilla = api.load(ckpt, "none")
@@ -91,6 +92,7 @@ def test_what_is_drawn_is_what_is_decoded(ckpt):
     assert longest > 1  # somewhere a draft was right, or the test above says little
 
 
+@pytest.mark.sweep
 def test_the_tree_command(ckpt, tmp_path, capsys):
     evaluate("draft-tree", "--ckpt", ckpt, "--prompt", "the end", "--after", "3", "--out", tmp_path)
     out = capsys.readouterr().out
@@ -171,6 +173,7 @@ def test_pace_shows_what_each_round_did(ckpt, tmp_path, capsys):
     assert "holds no draft to watch" in said
 
 
+@pytest.mark.sweep
 def test_the_demo_compares_four_ways(ckpt, tmp_path, capsys):
     evaluate("demo", "--ckpt", ckpt, "--max-new-tokens", 8, "--json", tmp_path / "demo.json")
     out = " ".join(capsys.readouterr().out.split())  # as wide as the terminal of whoever runs this

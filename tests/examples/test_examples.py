@@ -40,7 +40,7 @@ def test_every_script_is_known_here_and_in_the_readme():
     assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 45 for name in scripts)
 
 
-@pytest.mark.sweep(quick=["batch", "stream", "sample", "compare_vocabularies"])
+@pytest.mark.sweep(quick=["batch", "stream", "compare_vocabularies"])
 @pytest.mark.parametrize("name", SAYS)
 def test_an_example(name, toy_folder, desk, monkeypatch):
     ckpt, more = toy_folder.path, []

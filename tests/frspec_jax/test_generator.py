@@ -244,6 +244,7 @@ def test_a_template_that_says_nothing_is_one_sentence(checkpoint, monkeypatch, t
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.sweep
 def test_64_bits_as_jaxs_default_change_nothing(checkpoint, model, tmp_path):
     expected = model.generate_ids(PROMPT, Request(16, Sampling(1.0), seed=5)).tokens
     code = (

@@ -59,7 +59,9 @@ def test_one_stop_text_is_no_sequence_of_letters():
 
 
 def test_what_objects_say_of_themselves(model, toy_folder):
-    assert repr(model).startswith(f"<Generator {toy_folder.path}: eagle+fr+copying+auto, V' = 68 of 272, trees of")
+    assert repr(model).startswith(
+        f"<Generator {toy_folder.path}: eagle+fr+slots204+copying+auto, V' = 68 of 272, trees of"
+    )
     assert "float32, context 1,024" in repr(model)
     answer = model.generate("the end", max_new_tokens=9)
     assert str(answer) == answer.text and repr(answer).startswith("<Result ") and answer.summary() in repr(answer)

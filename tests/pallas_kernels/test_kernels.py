@@ -163,7 +163,7 @@ def test_the_head_on_a_gpu(num_warps, num_stages, size):
 # The round with kernels inside -------------------------------------------------------------------
 
 
-@pytest.mark.sweep(quick=["eagle-settings0-*"])
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("kind", "settings", "int8", "kernels"),
     [
@@ -291,7 +291,7 @@ def test_attention_lowers_where_head_dim_is_no_power_of_two(head_dim, dtype):
     assert kernels_in(lowered(attend, *attention_cases.arguments(model, 60, 8192, dtype))) == 2
 
 
-@pytest.mark.sweep(quick=["llama3-8b", "gemma3-1b"])
+@pytest.mark.sweep(quick=["llama3-8b"])
 @cross_lowering
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_whole_round_lowers_at_the_shapes_of(name):

@@ -141,6 +141,7 @@ def test_a_text_is_what_it_is_alone(checkpoint, alone, method):
         assert drafted > 0, "nothing was ever drafted, so this test proves little"
 
 
+@pytest.mark.sweep
 def test_one_program_for_all_requests(checkpoint):
     """Warmed up, a batch compiles nothing more, whatever is asked of it."""
     rng = np.random.default_rng(3)

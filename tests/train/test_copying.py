@@ -80,7 +80,7 @@ def test_the_loss_is_that_of_a_softmax_over_raised_logits(ckpt, tmp_path):
     np.testing.assert_allclose(-float(found.best.mean()), np.mean(plain), rtol=1e-4)
 
 
-@pytest.mark.sweep(quick=["0.9"])
+@pytest.mark.sweep
 @pytest.mark.parametrize("right", [0.02, 0.9])
 def test_a_fit_finds_how_far_to_trust_the_text(right):
     """Matches of two tokens are right as often as told, those of one by chance; the draft itself gives a token 1 %."""

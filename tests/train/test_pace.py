@@ -41,7 +41,7 @@ def test_what_was_right_is_counted(toy_folder):
     assert fitted.beam[0][at[0.5]] == pytest.approx(0.5 + (1 - 0.5) / (DOUBT + 1), abs=0.06)
 
 
-@pytest.mark.sweep(quick=["64"])
+@pytest.mark.sweep
 @pytest.mark.parametrize("vocab", ["full", 64])
 def test_places_of_an_answer_are_the_rounds_that_would_be(toy_folder, vocab):
     """Forced to draft at every token, the engine itself proposes what `look_at` counts: the same hits at the root."""

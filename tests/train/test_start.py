@@ -93,6 +93,7 @@ def test_a_batch_of_prompts_alone_has_units_too(tmp_path):
     assert Units.measured(packing, np.full((40, WIDTH), 0.25, np.float32)) == Units(2.0, 0.25)
 
 
+@pytest.mark.sweep
 def test_the_fit_finds_a_linear_target(linear):
     packing, embedding = linear
     units = Units.measured(packing, embedding)
