@@ -241,6 +241,7 @@ def test_what_is_no_request_is_one_sentence(checkpoint, capsys, flags, sentence)
     assert line.startswith("error: ") and sentence in line
 
 
+@pytest.mark.sweep
 def test_what_a_record_is_called_by_stays_with_its_answer(checkpoint, capsys, tmp_path):
     file = tmp_path / "prompts.jsonl"
     rows = [{"id": "a/1", "prompt": "the end"}, {"prompt": "in the"}, {"question_id": 7, "prompt": "he"}]

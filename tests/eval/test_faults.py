@@ -223,7 +223,7 @@ def test_where_no_setting_pays_vanilla_is_what_users_get(copy, monkeypatch, caps
 OTHER = {"draft_vocab": 8, "tree": {"size": 4, "depth": 2, "top_k": 2}}
 
 
-@pytest.mark.sweep(quick=["entry"])
+@pytest.mark.sweep
 @pytest.mark.parametrize("damage", ["{", "", "[]", "entry"])
 def test_a_damaged_file_of_settings_is_replaced(copy, damage, monkeypatch, capsys):
     paced(monkeypatch, 1.5)

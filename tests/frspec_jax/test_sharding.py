@@ -98,7 +98,7 @@ def test_on_one_device_a_draft_stays_as_it_is():
     assert same[0] is drafter and same[1] is weights.draft
 
 
-@pytest.mark.sweep(quick=["one draft"])
+@pytest.mark.sweep
 @pytest.mark.parametrize(("names", "least"), [(["eagle3 divided, with slots"], 1), ([], 18)], ids=["one draft", "all"])
 def test_text_on_two_four_and_eight_devices_is_that_of_one(names, least):
     """EAGLE-2 and EAGLE-3 whole and divided, with a fixed tree, a pace and slots; Medusa, copying, vanilla; a batch."""
