@@ -33,19 +33,20 @@ def answers(capsys, checkpoint, *flags) -> list[dict]:
 
 
 FIXED, QUARTER = ("--pace", "fixed"), VOCAB_SIZE // 4
+SLOTS = f"slots{VOCAB_SIZE - QUARTER}"  # as many as there are ids outside V'
 SAMPLED = ("--temperature", "1", "--seed", "4", "--top-k", "40", "--top-p", "0.9")
 # What is asked to draft: the method, and the size of its vocabulary.
 DRAFTS = {
     ("--draft", "none"): ("vanilla", None),
     ("--draft-vocab", "full", *FIXED): ("eagle", VOCAB_SIZE),
     ("--copying", "on", *FIXED): ("eagle+fr+copying", QUARTER),
-    (): ("eagle+fr+copying+auto", QUARTER),
+    (): (f"eagle+fr+{SLOTS}+copying+auto", QUARTER),
 }
 OTHERS = {
     ("--draft-vocab", "32", *FIXED): ("eagle+fr", 32),
     FIXED: ("eagle+fr", QUARTER),
     ("--tree-size", "1"): ("vanilla", None),
-    ("--copying", "off"): ("eagle+fr+auto", QUARTER),
+    ("--copying", "off"): (f"eagle+fr+{SLOTS}+auto", QUARTER),
     ("--draft", "none", "--copying", "on"): ("vanilla+copying+auto", None),
 }
 
