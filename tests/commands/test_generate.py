@@ -151,7 +151,7 @@ def test_models_of_one_draft_share_a_reading(checkpoint):
     """What V' keeps matters only once a draft proposes, so a prompt is read once; each answers as it would alone."""
     prompt, request = np.arange(1, 40, dtype=np.int32), Request(12)
     whole = api.load(checkpoint, api.Draft(vocab="full"))
-    cropped = api.load(checkpoint, api.Draft(vocab=68), target=whole.weights.target)
+    cropped = api.load(checkpoint, api.Draft(vocab=68, context_slots=0), target=whole.weights.target)
     vanilla = api.load(checkpoint, "none", target=whole.weights.target)
     assert whole.reads_as(request) == cropped.reads_as(request) != vanilla.reads_as(request)
     other = api.load(checkpoint, api.Draft(vocab="full"))  # with weights of its own
