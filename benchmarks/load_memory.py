@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import subprocess
-import sys
+import multiprocessing.connection
+import socket
 import tempfile
 import threading
-import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from frspec_jax.stored_weights import save_params
 from pallas_kernels.models import SHAPES
 
 GIB = 2**30
-PORT = 9911
 DTYPE = jnp.bfloat16
 
 
@@ -53,13 +52,12 @@ def held() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def loaded(folder: Path, model: str, layers: int, devices: int, process: int) -> dict[str, int] | None:
-    """What the first of these processes needs to load its part, in bytes; the others only stand by."""
-    jax.distributed.initialize(f"127.0.0.1:{PORT}", devices, process)
+def load(told: Connection, folder: Path, cfg: ModelConfig, address: str, devices: int, process: int) -> None:
+    """One of so many processes: the first tells what it needs to load its part, in bytes, and the others stand by."""
+    jax.distributed.initialize(address, devices, process)
     mesh = sharding.mesh_of(devices)
     if process:
-        sys.stdin.read()  # until the first has ended
-        return None
+        told.recv()  # never comes: it is killed when the first is done
     jnp.zeros(8).block_until_ready()
     before, most, over = held(), 0, threading.Event()
 
@@ -70,72 +68,77 @@ def loaded(folder: Path, model: str, layers: int, devices: int, process: int) ->
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    params = Checkpoint(folder, config(model, layers), "").params(DTYPE, mesh)
+    params = Checkpoint(folder, cfg, "").params(DTYPE, mesh)
     jax.block_until_ready(params)
     over.set()
     watcher.join()
     part = sum(shard.data.nbytes for array in jax.tree.leaves(params) for shard in array.addressable_shards)
-    return {"part": part, "after": held() - before, "most": max(most, held()) - before}
+    told.send({"part": part, "after": held() - before, "most": max(most, held()) - before})
 
 
-def measured(folder: Path, model: str, layers: int, devices: int) -> dict[str, int]:
-    """The same of processes of their own."""
-    shapes = model_shapes(config(model, layers), DTYPE)
-    save_params(folder / "params", jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
-    command = [sys.executable, "-m", "benchmarks.load_memory", "--model", model, "--layers", str(layers)]
-    command += ["--devices", str(devices), "--folder", str(folder), "--process"]
-    processes = [
-        subprocess.Popen([*command, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for n in range(devices)
-    ]
-    assert processes[0].stdout is not None
-    said = processes[0].stdout.readline()
+def measured(folder: Path, cfg: ModelConfig, devices: int) -> dict[str, int]:
+    """What it tells, of a checkpoint of zeros of these sizes."""
+    save_params(folder / "params", jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), model_shapes(cfg, DTYPE)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    anew = multiprocessing.get_context("spawn")
+    mine, told = anew.Pipe()
+    given = (told, folder, cfg, address, devices)
+    processes = [anew.Process(target=load, args=(*given, number), daemon=True) for number in range(devices)]
+    for process in processes:
+        process.start()
+    multiprocessing.connection.wait([mine, processes[0].sentinel])
+    found: dict[str, int] | None = mine.recv() if mine.poll() else None
     for process in reversed(processes):  # as they are: each would wait for all others to end
         process.kill()
-        process.wait()
-    if not said:
+        process.join()
+    if found is None:
         raise UserError("the first process ended before it had loaded its part; what it printed says why")
-    found: dict[str, int] = json.loads(said)
     return found
 
 
-def part_of(model: str, devices: int) -> int:
-    """Bytes of a device's part of the whole model."""
-    whole = model_shapes(config(model, SHAPES[model].layers), DTYPE)
+def part_of(cfg: ModelConfig, devices: int) -> int:
+    """Bytes of a device's part of a whole model."""
+    split = sharding.Split(cfg, devices)
 
-    def share(weight: jax.ShapeDtypeStruct, spec: Any) -> int:
-        return weight.size * weight.dtype.itemsize // (1 if spec == sharding.WHOLE else devices)
+    def share(path: Sequence[Any], weight: jax.ShapeDtypeStruct) -> int:
+        size, spec = weight.size * weight.dtype.itemsize, sharding.PARTITION.get(path[-1].name)
+        if spec is None:
+            return size
+        mine = sum(end - start for start, end in split.pieces(path[-1].name, 0))
+        return size // weight.shape[spec.index(sharding.AXIS)] * mine
 
-    return sum(jax.tree.leaves(jax.tree.map(share, whole, sharding.weight_specs(whole))))
+    shapes = model_shapes(dataclasses.replace(cfg, tied_head=False), DTYPE)  # a device has rows of the head apart
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(share, shapes)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="llama3-70b", metavar="NAME", help="default: llama3-70b")
-    parser.add_argument("--layers", type=int, default=4, metavar="L", help="of its layers (default: 4)")
-    parser.add_argument("--devices", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--layers", type=int, metavar="L", help="of its layers (default: 4, or all of fewer)")
+    parser.add_argument("--tensor-parallel", type=int, default=8, metavar="N", help="devices (default: 8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.process is not None:
-        print(json.dumps(loaded(args.folder, args.model, args.layers, args.devices, args.process)), flush=True)
-        return
-    begun = time.perf_counter()
+    model, devices, most = args.model, args.tensor_parallel, SHAPES[args.model].layers
+    layers = min(4, most) if args.layers is None else args.layers
+    if not 1 <= layers <= most:
+        raise UserError(f"--layers {layers}: {model} has {most}; give 1 to {most}")
+    if devices < 2:
+        raise UserError(f"--tensor-parallel {devices} divides nothing; give at least 2")
+    whole = part_of(config(model, most), devices)
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(Path(folder), args.model, args.layers, args.devices)
-    whole = part_of(args.model, args.devices)
+        found = measured(Path(folder), config(model, layers), devices)
     beyond = found["most"] - found["part"]
     figures: dict[str, Any] = {
-        "model": args.model,
-        "layers": args.layers,
-        "devices": args.devices,
+        "model": model,
+        "layers": layers,
+        "devices": devices,
         "bytes": found,
         "of_the_part": round(found["most"] / found["part"], 3),
         "whole_model": {"part": whole, "of_the_part, if what is on top stays": round((whole + beyond) / whole, 3)},
-        "seconds": round(time.perf_counter() - begun, 1),
     }
-    table = Table("GiB, of one process", f"{args.layers} layers", "all layers")
+    table = Table("GiB, of one process", f"{layers} layers", "all layers")
     table.add_row("its part of the weights", f"{found['part'] / GIB:.2f}", f"{whole / GIB:.2f}")
     table.add_row("the most that it held", f"{found['most'] / GIB:.2f}", f"{(whole + beyond) / GIB:.2f}, extrapolated")
     table.add_row("of its part", f"{figures['of_the_part']:.2f}", f"{(whole + beyond) / whole:.2f}, extrapolated")

@@ -15,7 +15,7 @@ from frspec_jax.errors import UserError
 from frspec_jax.schema import Entries, checked
 
 TREE_LIMIT = 256  # nodes; ancestor sets are int32 words, eight of them at this size
-SLOTS = 512  # for ids of the text, as users get them: a text seldom has more that V' lacks (docs/vocabulary.md)
+CONTEXT_SLOTS = 512  # for ids of the text, as users get them: a text seldom has more that V' lacks (docs/vocabulary.md)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from frspec_jax import pace_tables, tuned
 from frspec_jax.checkpoint import Checkpoint
-from frspec_jax.config import SLOTS, VANILLA, TreeConfig
+from frspec_jax.config import CONTEXT_SLOTS, VANILLA, TreeConfig
 from frspec_jax.defaults import defaults
 from frspec_jax.drafters.base import NO_WEIGHTS, Drafter, DraftSpec, DraftWeights, Target, Vanilla
 from frspec_jax.errors import UserError, quoted
@@ -39,8 +39,8 @@ class Draft:
     # "auto": each round drafts and verifies what pays (`frspec_jax.pace`). "fixed": the whole tree, as in the papers.
     # None: auto, but fixed where a tree is asked for.
     pace: Literal["auto", "fixed"] | None = None
-    # M, so many ids of the text so far may be proposed besides V' (`frspec_jax.slots`); None: SLOTS where the pace is
-    # auto and the draft can have them, and none where it is fixed.
+    # M, so many ids of the text so far may be proposed besides V' (`frspec_jax.slots`); None: CONTEXT_SLOTS where the
+    # pace is auto and the draft can have them, and none where it is fixed.
     context_slots: int | None = None
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ def assembled(
             )
         draft = dataclasses.replace(draft, vocab="full")
     if draft.context_slots is None:
-        draft = dataclasses.replace(draft, context_slots=SLOTS if draft.paced and spec.in_context else 0)
+        draft = dataclasses.replace(draft, context_slots=CONTEXT_SLOTS if draft.paced and spec.in_context else 0)
     known = spec.vocabulary(params)
     ids = draft_ids(checkpoint, draft, known, at_most=not asked)
     assert draft.tree is not None

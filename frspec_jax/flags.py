@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frspec_jax.config import SLOTS, TREE_LIMIT, VANILLA, Sampling, TreeConfig
+from frspec_jax.config import CONTEXT_SLOTS, TREE_LIMIT, VANILLA, Sampling, TreeConfig
 from frspec_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def add_draft_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="M",
         help="the draft may also propose the last M ids of this text, prompt included, that V' lacks "
-        f"(default: {SLOTS} with --pace auto, and none with a fixed one)",
+        f"(default: {CONTEXT_SLOTS} with --pace auto, and none with a fixed one)",
     )
     add_tree_flags(group)
     group.add_argument("--draft-int8", action="store_true", help="round the draft's head to int8: fewer bytes to read")

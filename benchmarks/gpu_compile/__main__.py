@@ -28,11 +28,23 @@ from benchmarks.gpu_compile import picture
 from eval.runs import provenance
 from frspec_jax import files
 from frspec_jax.errors import UserError, reported
+from frspec_jax.presets import model_config
+from frspec_jax.sharding import Split
 from pallas_kernels.models import SHAPES
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("auto", "xla", "attention", "attention and head", "all", "mosaic")
 CASE = ("what", "model", "layers", "draft_vocab", "slots", "kernels", "texts", "context", "devices")  # a flag each
+ROUNDS = ("round", "paced", "batch")  # what drafts
+READ_BY = {  # which programs a flag says something of, where that is not all of them
+    "draft_vocab": ROUNDS,
+    "slots": ROUNDS,
+    "texts": ("batch",),
+    "kernels": (*ROUNDS, "vanilla", "prefill"),
+    "context": (*ROUNDS, "vanilla", "prefill"),
+    "devices": ("round", "paced", "vanilla"),
+}
+FLAGS = {"devices": "tensor-parallel"}  # whose names are not the case's own
 BUDGETS = Path(__file__).parent / "budgets.json"
 
 
@@ -152,6 +164,20 @@ def _whole(entry: dict[str, Any]) -> dict[str, Any]:
     return {"stage": "all", "launches": entry["launches"], "read": entry["read"]}
 
 
+def check(case: dict[str, Any]) -> None:
+    """Refuse a case of which a flag says nothing, or which cannot be.
+
+    Raises:
+      UserError: names the flag.
+    """
+    what, model = case.get("what", "round"), case.get("model", "llama3-8b")  # as `programs.Case` has them
+    for name, kinds in READ_BY.items():
+        if name in case and what not in kinds:
+            flag = FLAGS.get(name, name.replace("_", "-"))
+            raise UserError(f"--{flag} says nothing of --what {what}; drop it, or give it with {', '.join(kinds)}")
+    Split(model_config(model), case.get("devices", 1))
+
+
 def _ledger_at(path: Path) -> list[dict[str, Any]]:
     try:
         return json.loads(path.read_text("utf-8"))["programs"]
@@ -183,7 +209,9 @@ def main() -> None:
     )
     parser.add_argument("--texts", type=_at_least_1, metavar="B", help="of a batch (default: 16)")
     parser.add_argument("--context", type=_at_least_1, metavar="N", help="tokens in the cache (default: 1024)")
-    parser.add_argument("--devices", type=_at_least_1, metavar="N", help="that divide the target (default: 1)")
+    parser.add_argument(
+        "--tensor-parallel", dest="devices", type=_at_least_1, metavar="N", help="devices that divide it (default: 1)"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="XLA's options")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a program is over its budget")
     parser.add_argument("--diff", nargs=2, type=Path, metavar="FILE", help="two ledgers to hold side by side")
@@ -195,9 +223,10 @@ def main() -> None:
     if args.diff:
         console.print(difference(*map(_ledger_at, args.diff)))
         return
-    files.check_writable(args.out, f"--out {args.out}")
     given = {name: getattr(args, name) for name in CASE}
     one = {name: value for name, value in given.items() if value is not None}
+    check(one)
+    files.check_writable(args.out, f"--out {args.out}")
     entries = compile_all([{"case": one}] if one else watched(), dict(map(_option, args.set)))
     for entry in entries[:1] if not one else entries:
         console.print(by_stage(entry))

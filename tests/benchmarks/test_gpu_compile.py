@@ -218,6 +218,22 @@ def test_what_is_not_there_is_refused(wrong, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and wrong[0] in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--what", "train", "--slots", "8"], "--slots says nothing of --what train"),
+        (["--what", "vanilla", "--draft-vocab", "full"], "--draft-vocab says nothing of --what vanilla"),
+        (["--what", "batch", "--tensor-parallel", "2"], "--tensor-parallel says nothing of --what batch"),
+        (["--tensor-parallel", "3"], "--tensor-parallel 3: the target's 32 heads"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(wrong, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_compile", *wrong, "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError) as refused:
+        command.main()
+    assert said in refused.value.on_the_command_line and not (tmp_path / "out").exists()
+
+
 HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
 
