@@ -128,14 +128,9 @@ def extras() -> Iterator[Finding]:
     """What is not needed to generate."""
     for extra, (module, what) in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
-            yield Finding(NOTE, extra, f"{module} is not installed; only {what} needs it", install(extra))
+            yield Finding(NOTE, extra, f"{module} is not installed; only {what} needs it", entry.install(extra))
         else:
             yield Finding(GOOD, extra, f"{module} {importlib.metadata.version(module)}, for {what}")
-
-
-def install(extra: str) -> str:
-    """The command that brings an extra."""
-    return f"pip install '{'frspec-jax' if entry.installed() else '.'}[{extra}]'"
 
 
 # The machine -------------------------------------------------------------------------------------
@@ -165,7 +160,7 @@ def devices() -> Iterator[Finding]:
                 BAD,
                 "gpu",
                 "this machine has an NVIDIA driver, and JAX does not see a GPU",
-                f"{install('cuda12')}, or cuda13",
+                f"{entry.install('cuda12')}, or cuda13",
             )
     else:
         yield Finding(GOOD, "device", f"{count} x {kind}; {suits}")

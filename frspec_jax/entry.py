@@ -23,6 +23,11 @@ def installed() -> bool:
     return BUNDLED.is_dir()
 
 
+def install(extra: str) -> str:
+    """The command that brings an optional part's packages, as one of `pyproject.toml`'s extras."""
+    return f"pip install 'frspec-jax[{extra}]'" if installed() else f"pip install -e '.[{extra}]'"
+
+
 def root() -> Path:
     """The folder that holds `convert`, `train` and `eval`."""
     return BUNDLED if installed() else PACKAGE.parent

@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from frspec_jax import flags
+from frspec_jax import entry, flags
 from frspec_jax.commands import Parser
 from frspec_jax.errors import UserError, quoted, reported
 
@@ -88,9 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             if error.name and error.name.startswith(("frspec_jax", "jax")):
                 raise
-            raise UserError(
-                f"the server needs the package {error.name}; run: pip install 'frspec-jax[serve]'"
-            ) from None
+            raise UserError(f"the server needs the package {error.name}; run: {entry.install('serve')}") from None
         life.serve(args, draft, keys)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-pytest.importorskip("starlette", reason="the server's packages are not there: pip install 'frspec-jax[serve,test]'")
-pytest.importorskip("openai")
+pytest.importorskip("starlette", reason="the server's packages are not there: pip install -e '.[serve,test]'")
+pytest.importorskip("openai", reason="OpenAI's client is not there: pip install -e '.[serve,test]'")
 
 from frspec_jax.config import TreeConfig
 from frspec_jax.drafting import Draft

@@ -118,7 +118,7 @@ def hang_up(server, body):
 
 def test_33_clients_that_vanish(toy):
     engine, hold = toy.served.engine, threading.Event()
-    toy.batch.before_step = lambda batch: engine.running == 4 and hold.wait(20)
+    toy.batch.before_step = lambda batch: engine.running == 4 and hold.wait(120)
     before = len(toy.batch.admitted)
     fill = [hang_up(toy, {"prompt": [5] * 400, "max_tokens": 50}) for _ in range(4)]
     while engine.running < 4:
@@ -146,14 +146,14 @@ def test_33_clients_that_vanish(toy):
 
 def test_34_more_than_there_is_room_for(toy):
     hold = threading.Event()
-    toy.batch.before_step = lambda batch: hold.wait(20)
+    toy.batch.before_step = lambda batch: hold.wait(120)
     body = {"model": "toy", "prompt": "x", "max_tokens": 5, "seed": 1}
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         begun = time.monotonic()
         asked = [pool.submit(toy.post, "/v1/completions", body) for _ in range(50)]
         while sum(one.done() for one in asked) < 38:
             time.sleep(0.01)
-            assert time.monotonic() - begun < 20
+            assert time.monotonic() - begun < 100
         refused = [one.result() for one in asked if one.done()]
         assert all(one.status_code == 429 and int(one.headers["retry-after"]) >= 1 for one in refused)
         try:

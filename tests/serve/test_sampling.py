@@ -42,7 +42,9 @@ def test_12_seeds(toy):
     def drawn(seed):
         return text(toy, temperature=1, seed=seed, max_tokens=20)
 
-    assert len({text(toy, temperature=1, max_tokens=20) for _ in range(5)}) == 5
+    # Texts that end at once are often one and the same replacement character: none may end before its 20 tokens.
+    unseeded = [text(toy, temperature=1, max_tokens=20, logit_bias={"2": -100}) for _ in range(5)]
+    assert len(set(unseeded)) == 5
     seeds = (2**40, 2**63 - 1, -1, -(2**63), 7, 7 + 2**32)
     drawings = [drawn(seed) for seed in seeds]
     assert drawings == [drawn(seed) for seed in seeds] and len(set(drawings)) == len(seeds)
