@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
     )
     parser.add_argument(
-        "--draft-vocab", metavar="N", help="V', a number, full or a share (default: as tuned, or a quarter, if ranked)"
+        "--draft-vocab", metavar="N", help="V', a number, full or a share (default: as users get it)"
     )
     parser.add_argument("--answers", type=int, default=100, metavar="N", help="that are looked at (default: 100)")
     parser.add_argument(
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 def fit(args: argparse.Namespace, checkpoint: Checkpoint, folder: Path) -> None:
     """Look at the answers to prompts, and write what was found beside a draft."""
-    model = api.load(checkpoint, Draft(str(folder), args.draft_vocab, pace="auto", context_slots=0))
+    model = api.load(checkpoint, Draft(str(folder), args.draft_vocab, pace="auto"))
     request = Request(args.max_new_tokens)
     tally = Tally()
     prompts = itertools.islice(fitting(model, corpus_files(args.prompts), request, tally), args.answers)
@@ -125,16 +125,17 @@ class Seen:
         with jax.enable_x64(False):
             caches, parts = new_caches(plan, room, model.runtime.dtype), []
             for first in range(0, len(tokens) - 1, PASS):
+                asked = np.int32(np.clip(len(prompt) - first, 0, PASS))
                 features, caches = _passed(
-                    plan, model.weights, caches, tokens[first : first + PASS + 1], np.int32(first)
+                    plan, model.weights, caches, tokens[first : first + PASS + 1], np.int32(first), asked
                 )
                 parts.append(features)
             features = jnp.concatenate(parts)
             known = np.full(room + 1, -1, np.int32)
             known[1 : len(text)] = text[1:]
             memory = caches.draft
-            # From the end on: what a drafter writes for a tree lies behind the place, where nothing is needed any more.
-            for place in range(count - 1, len(prompt) - 1, -1):
+            # As in decoding: what a drafter writes for a tree is written over when the next token is taken in.
+            for place in range(len(prompt), count):
                 row = features[place - 1 : place]
                 offered, chain, memory = _proposed(
                     plan, model.weights, row, known[place : place + 1], np.int32(place), known, memory
@@ -171,7 +172,13 @@ class Seen:
         of_match = rising(_drawn(self.chain.sum(-1), np.linspace(0, 0.8, lookup.LONGEST + 1)))
         chain = np.stack([rising(_drawn(column, of_match)) for column in self.chain.transpose(2, 0, 1)], -1)
         chain[0] = 0.0
-        about = {"places": self.places, "answers": self.answers, "draft_vocab": self.model.draft_vocab}
+        model = self.model
+        about = {
+            "places": self.places,
+            "answers": self.answers,
+            "draft_vocab": model.draft_vocab,
+            "context_slots": model.context_slots,
+        }
         return Fitted(_rounded(np.stack(beam)), _rounded(chain), about)
 
 
@@ -196,13 +203,15 @@ def _rounded(table: np.ndarray) -> list[list[float]]:
 
 
 @functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("caches",), compiler_options=EXACT)
-def _passed(plan: Plan, weights: Weights, caches: Caches, tokens: Array, first: Array) -> tuple[Array, Caches]:
-    """Run part of a text through target and draft: features [PASS, ...]; tokens: [PASS + 1]."""
+def _passed(
+    plan: Plan, weights: Weights, caches: Caches, tokens: Array, first: Array, asked: Array
+) -> tuple[Array, Caches]:
+    """Run part of a text through target and draft: features [PASS, ...]; tokens: [PASS + 1], `asked` of the prompt."""
     where = Placement.chain(first, PASS)
     features, target = llama.forward(
         weights.target, plan.config, tokens[:-1], where, caches.target, kernels=plan.kernels, taps=plan.drafter.taps
     )
-    draft = plan.drafter.prefill(weights.draft, features, tokens, first, jnp.int32(PASS), caches.draft)
+    draft = plan.drafter.prefill(weights.draft, features, tokens, first, asked, caches.draft)
     return features, Caches(target, draft, caches.text)
 
 

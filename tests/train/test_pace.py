@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from frspec_jax import api, lookup
+from frspec_jax import api, drafting, lookup
 from frspec_jax.api import Draft, Request
+from frspec_jax.config import Sampling
 from frspec_jax.pace import GRID
 from frspec_jax.tree import Candidates
 from tests.support.runs import chats, refusal
@@ -55,6 +56,21 @@ def test_places_of_an_answer_are_the_rounds_that_would_be(toy_folder, vocab):
     assert (seen.beam[1] <= seen.beam[0]).all() and (seen.chain[1] <= seen.chain[0]).all()
 
 
+def test_slots_hold_what_the_text_had_said_by_then(toy_folder, monkeypatch):
+    """No id beyond V' is offered before the text has said it: what comes later is not known while decoding either."""
+    model = api.load(toy_folder, Draft(vocab=64, context_slots=32, pace="auto", copying=False), dtype="float32")
+    seen, request, offers = Seen(model), Request(24, sampling=Sampling(1.0), seed=3), []
+    monkeypatch.setattr(seen, "_count", lambda proposed, following: offers.append(proposed[0].tokens))
+    inside = set(drafting.draft_ids(model.checkpoint, Draft(vocab=64)).tolist())
+    prompt = np.array([n for n in range(model.checkpoint.config.vocab_size) if n not in inside][:12])
+    seen.look_at(prompt, request)
+    text = [*prompt.tolist(), *model.generate_ids(prompt, request).tokens]
+    beyond = [set(tokens.tolist()) - inside for tokens in offers]
+    assert len(offers) == len(text) - 1 - len(prompt) and any(beyond)
+    for place, ids in enumerate(beyond, len(prompt)):
+        assert ids <= set(text[: place + 1])
+
+
 @pytest.mark.sweep
 def test_the_command_writes_what_load_reads(toy_copy, tmp_path, capsys):
     main(
@@ -72,7 +88,7 @@ def test_the_command_writes_what_load_reads(toy_copy, tmp_path, capsys):
     assert "wrote" in capsys.readouterr().out
     file = toy_copy.draft_folder("eagle") / "pace.json"
     data = json.loads(file.read_text())
-    assert data["about"]["answers"] == 3
+    assert data["about"]["answers"] == 3 and data["about"]["context_slots"] == api.load(toy_copy).context_slots
     odds = api.load(toy_copy, dtype="float32").weights.pace.odds
     np.testing.assert_allclose(odds.beam, data["beam"], rtol=1e-6)
     assert (np.diff(odds.beam, axis=-1) >= 0).all()
