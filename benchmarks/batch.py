@@ -2,8 +2,8 @@
 
     python -m benchmarks.batch --ckpt CKPT --data spec_bench/question.jsonl [--texts 1,4,16] [--draft NAME]
 
-One text by itself is `Generator.generate`, vanilla and as users get it. Prompts are read beforehand and not counted; a
-measurement ends when the first of its texts does. The methods take turns, and the median of the repeats counts.
+One text by itself is `Generator.generate`, vanilla and as users get it. Reading prompts is not counted, here or there:
+only rounds in which every slot decodes are. The methods take turns, and the median of the repeats counts.
 The table in docs/batch.md comes from here.
 """
 
@@ -37,17 +37,19 @@ def alone(model: api.Generator, prompts: list[np.ndarray], tokens: int) -> float
 
 
 def together(batch: Batch, prompts: list[np.ndarray], tokens: int) -> float:
-    """Tokens a second of rounds in which every slot has a text."""
-    running = {batch.admit(ids, Request(tokens)) for ids in prompts[: batch.slots]}
-    while batch.reading:
-        batch.step()
-    brought, seconds, ended = 0, 0.0, False
-    while not ended:
+    """Tokens a second of rounds in which every slot decodes; a text that ends makes room for the next."""
+    running: set[int] = set()
+    waiting = itertools.cycle(prompts)
+    brought, seconds = 0, 0.0
+    while brought < batch.slots * tokens:
+        while batch.free:
+            running.add(batch.admit(next(waiting), Request(tokens)))
+        counted = not batch.reading
         begun = time.perf_counter()
         fresh = batch.step()
-        seconds += time.perf_counter() - begun
-        brought += sum(len(one.tokens) for one in fresh)
-        ended = any(one.finish_reason is not None for one in fresh)
+        if counted:
+            seconds += time.perf_counter() - begun
+            brought += sum(len(one.tokens) for one in fresh)
         running -= {one.slot for one in fresh if one.finish_reason is not None}
     for slot in running:
         batch.cancel(slot)
