@@ -32,7 +32,7 @@ from frspec_jax.prefill import Chunk, parts_of
 from frspec_jax.request import Effort, Request, Result, asked_of
 from frspec_jax.sampling import argument
 from frspec_jax.shared_rounds import SharedRounds, ladder
-from frspec_jax.state import RUNNING, STOPPED
+from frspec_jax.state import RUNNING, STOPPED, DecodeState
 from frspec_jax.writer import Writer
 
 if TYPE_CHECKING:
@@ -106,6 +106,11 @@ class Batch:
         self._read_last = False  # whether the last step read a chunk
 
     # What goes on ---------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> DecodeState:
+        """Caches and all else of every slot; the next step gives it away."""
+        return self._state
 
     @property
     def free(self) -> int:

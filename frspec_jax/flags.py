@@ -236,8 +236,8 @@ def add_dtype_flag(parser: Any, default: str | None = None) -> None:
     )
 
 
-def add_device_flags(parser: argparse.ArgumentParser) -> None:
-    """How the model runs."""
+def add_device_flags(parser: argparse.ArgumentParser) -> Any:
+    """How the model runs; the group of flags, for those that a command adds."""
     group = parser.add_argument_group("device")
     add_dtype_flag(group)
     group.add_argument(
@@ -263,3 +263,4 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
         help="auto: Pallas kernels for attention on a GPU, others where they were measured to win (default); "
         "pallas: all of them; mosaic: all, attention in Mosaic GPU instead of Triton; interpret: slowly, on any device",
     )
+    return group

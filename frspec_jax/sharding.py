@@ -58,6 +58,24 @@ def mesh_of(devices: int) -> Mesh | None:
     return None if devices == 1 else Mesh(np.array(there[:devices]), (AXIS,))
 
 
+def meshes_of(replicas: int, devices: int) -> list[Mesh | None]:
+    """Meshes of so many devices for each of several copies of a model, on the devices of this host; [None] for one.
+
+    Raises:
+      UserError: there are not so many.
+    """
+    if replicas == 1:
+        return [mesh_of(devices)]
+    there, taken = jax.local_devices(), replicas * devices
+    if replicas < 1 or devices < 1 or taken > len(there):
+        raise UserError(
+            f"--data-parallel {replicas} with --tensor-parallel {devices} takes {max(taken, 0)} devices, and JAX found "
+            f"{len(there)} here; both are at least 1"
+        )
+    grid = np.array(there[:taken]).reshape(replicas, devices)
+    return [Mesh(row, (AXIS,)) for row in grid]
+
+
 class Rows(Protocol):
     """A stored weight, of which parts can be read: an array, or one on disk."""
 

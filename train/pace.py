@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft", metavar="NAME", help="a draft's name or folder (default: the first that the checkpoint had)"
     )
-    parser.add_argument(
-        "--draft-vocab", metavar="N", help="V', a number, full or a share (default: as users get it)"
-    )
+    parser.add_argument("--draft-vocab", metavar="N", help="V', a number, full or a share (default: as users get it)")
     parser.add_argument("--answers", type=int, default=100, metavar="N", help="that are looked at (default: 100)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=96, metavar="N", help="of an answer, at most (default: 96)"

@@ -39,7 +39,9 @@ def arguments() -> argparse.ArgumentParser:
         "--cors", action="append", metavar="ORIGIN", help="a web page's origin that may ask; * for all (default: none)"
     )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--slots", type=int, default=8, metavar="N", help="requests that decode at once (default: 8)")
+    limits.add_argument(
+        "--slots", type=int, default=8, metavar="N", help="requests that decode at once, on each replica (default: 8)"
+    )
     limits.add_argument(
         "--queue", type=int, default=64, metavar="N", help="requests that may wait; more get 429 (default: 64)"
     )
@@ -73,7 +75,13 @@ def arguments() -> argparse.ArgumentParser:
         help="answer without drafts too, where a request (the page's switch) asks for it; memory for one more text",
     )
     flags.add_draft_flags(parser)
-    flags.add_device_flags(parser)
+    flags.add_device_flags(parser).add_argument(
+        "--data-parallel",
+        type=int,
+        default=1,
+        metavar="R",
+        help="replicas of the model that share the queue, each on --tensor-parallel devices of its own (default: 1)",
+    )
     return parser
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from jax.sharding import Mesh
 
 from frspec_jax import api
 from frspec_jax.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from frspec_jax.flags import DraftFlags
 from frspec_jax.serve.app import application
 from frspec_jax.serve.guard import JsonLines
 from frspec_jax.serve.served import Served, Settings
-from frspec_jax.sharding import mesh_of
+from frspec_jax.sharding import meshes_of
 from pallas_kernels.dispatch import Kernels
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def serve(args: argparse.Namespace, flags: DraftFlags, keys: tuple[bytes, ...]) 
     kernels = Kernels.all(args.kernels)
     api.runtime_of(checkpoint.config, args.dtype, args.context, args.chunk, kernels)  # refused before all else
 
-    def load() -> api.Generator:
+    def load(mesh: Mesh | None) -> api.Generator:
         return api.load(
             checkpoint,
             draft,
@@ -51,9 +52,10 @@ def serve(args: argparse.Namespace, flags: DraftFlags, keys: tuple[bytes, ...]) 
             context=args.context,
             chunk=args.chunk,
             kernels=kernels,
-            mesh=mesh_of(args.tensor_parallel),
+            mesh=mesh,
         )
 
+    meshes = meshes_of(args.data_parallel, args.tensor_parallel)
     settings = Settings(
         names=tuple(dict.fromkeys(args.name or [checkpoint.path.resolve().name])),
         slots=args.slots,
@@ -67,7 +69,7 @@ def serve(args: argparse.Namespace, flags: DraftFlags, keys: tuple[bytes, ...]) 
         compare=args.compare == "on",
     )
     with written_log():
-        served = Served(checkpoint, load, settings)
+        served = Served(checkpoint, load, settings, meshes)
         listener = bound(args.host, args.port)
         asyncio.run(live(served, listener, args.drain_seconds))
     if served.engine.slots == 0 and served.engine.error is not None:  # nothing was ever served

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from frspec_jax import api
 from frspec_jax.api import NO_DRAFT, Generator
@@ -31,7 +33,7 @@ class Settings:
     """How a server behaves."""
 
     names: tuple[str, ...]  # of the model
-    slots: int = 8
+    slots: int = 8  # of each replica
     queue: int = 64
     seconds: float = 600.0  # that a request may take, waiting included
     body_bytes: int = 4 * 2**20
@@ -43,25 +45,33 @@ class Settings:
 
 
 class Served:
-    """A checkpoint that is loaded in the engine's thread, by `load`."""
+    """A checkpoint that is loaded in the engine's threads, by `load`: once for each of the meshes."""
 
-    def __init__(self, checkpoint: Checkpoint, load: Callable[[], Generator], settings: Settings) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        load: Callable[[Mesh | None], Generator],
+        settings: Settings,
+        meshes: Sequence[Mesh | None] = (None,),
+    ) -> None:
         self.checkpoint, self.settings, self._load = checkpoint, settings, load
         self.encoder = Encoder(checkpoint, settings.control_tokens)
         self.token_bytes = TokenBytes(checkpoint.tokenizer)
         self.vocab_size = checkpoint.config.vocab_size
         self.model: Generator | None = None
-        self.engine = Engine(self._build, self._writer, queue=settings.queue)
+        builds = [functools.partial(self._build, mesh) for mesh in meshes]
+        self.engine = Engine(builds, self._writer, queue=settings.queue)
         self._vanilla: Engine | None = None
         self.metrics = Metrics(lambda: [self.engine, *([self._vanilla] if self._vanilla else [])])
         self._unknown: set[str] = set()
         self._created = int(time.time())
 
-    def _build(self, say: Say) -> Any:
+    def _build(self, mesh: Mesh | None, say: Say) -> Any:
         say("reading the weights")
-        self.model = self._load()
-        say(f"compiling for {self.settings.slots} slots [{self.model.drafting.method.name}]")
-        return _batch(self.model, self.settings.slots)
+        model = self._load(mesh)
+        self.model = self.model or model
+        say(f"compiling for {self.settings.slots} slots [{model.drafting.method.name}]")
+        return _batch(model, self.settings.slots)
 
     def _writer(self, request: Request) -> Writer:
         return Writer(self.checkpoint.tokenizer, request.stop, self.checkpoint.stop_ids)
@@ -93,7 +103,7 @@ class Served:
                 )
                 return _batch(plain, 1)
 
-            self._vanilla = Engine(build, self._writer, queue=min(8, self.settings.queue)).start()
+            self._vanilla = Engine([build], self._writer, queue=min(8, self.settings.queue)).start()
         await self._vanilla.ready()
         return self._vanilla
 

@@ -11,7 +11,7 @@ import pytest
 from frspec_jax.errors import UserError
 from frspec_jax.request import Request
 from frspec_jax.scheduler import Ended, Engine, Overloaded
-from tests.support.scripted import asked, run, text_of, until
+from tests.support.scripted import Scripted, asked, engine_over, run, text_of, until
 
 
 def test_many_at_once():
@@ -48,6 +48,70 @@ def test_first_come_first_served():
         assert batch.order == list(range(9))
 
     run(check)
+
+
+def test_the_batch_with_the_fewest_requests_takes_the_next():
+    batches = [Scripted(3), Scripted(3)]
+
+    async def main():
+        async with asyncio.timeout(20), engine_over(*batches, queue=4) as engine:
+            assert engine.slots == 6 and engine.most == 10
+            for batch in batches:
+                batch.gate = threading.Semaphore(0)
+            tickets = engine.submit([asked(60, seed=n) for n in range(10)])
+            for least in (2, 4, 6):
+                await until(lambda least=least: engine.running >= least)
+                first, second = (len(batch.order) for batch in batches)
+                assert abs(first - second) <= 1
+                for batch in batches:
+                    batch.gate.release(1)  # who waited during this step is taken in before the next
+            for batch in batches:
+                batch.gate.release(1000)
+            texts = ["".join([piece.text async for piece in ticket]) for ticket in tickets]
+            assert texts == [("abcdefghijklmnopqrstuvwxyz" * 3)[:60]] * 10
+            await until(lambda: not engine.running)
+        assert sorted(batches[0].order + batches[1].order) == list(range(10))
+
+    asyncio.run(main())
+
+
+def test_who_leaves_frees_its_slot_whichever_batch_has_it():
+    batches = [Scripted(1), Scripted(1)]
+
+    async def main():
+        async with asyncio.timeout(20), engine_over(*batches) as engine:
+            for batch in batches:
+                batch.gate = threading.Semaphore(0)
+            tickets = engine.submit([asked(150, seed=n) for n in range(2)])
+            await until(lambda: engine.running == 2)
+            for ticket in tickets:
+                ticket.close()
+            for batch in batches:
+                batch.gate.release(1)
+            await until(lambda: engine.running == 0)
+            assert [batch.free for batch in batches] == [1, 1]
+
+    asyncio.run(main())
+
+
+def test_one_thread_that_dies_ends_the_engine():
+    batches = [Scripted(1), Scripted(1)]
+
+    async def main():
+        async with asyncio.timeout(20), engine_over(*batches) as engine:
+            for batch in batches:
+                batch.gate = threading.Semaphore(0)
+            tickets = engine.submit([asked(seed=n) for n in range(3)])
+            await until(lambda: engine.running == 2)
+            batches[1].fault = RuntimeError("broken")
+            batches[1].gate.release(1)
+            for ticket in tickets:
+                with pytest.raises(Ended):
+                    await anext(ticket)
+            assert engine.state == "dead"
+            batches[0].gate.release(1000)
+
+    asyncio.run(main())
 
 
 def test_a_full_queue_refuses_at_once_and_all_or_nothing():

@@ -48,7 +48,7 @@ def test_loading_fails():
         raise UserError("--ckpt is nothing")
 
     async def main():
-        engine = Engine(build, lambda request: Writer(TOKENIZER)).start()
+        engine = Engine([build], lambda request: Writer(TOKENIZER)).start()
         with pytest.raises(UserError):
             await engine.ready()
         assert engine.state == "dead"
@@ -64,8 +64,10 @@ def test_nothing_is_taken_while_it_loads_or_drains():
         go.wait(10)
         return batch
 
+    before = threading.enumerate()
+
     async def main():
-        engine = Engine(build, lambda request: Writer(TOKENIZER, request.stop)).start()
+        engine = Engine([build], lambda request: Writer(TOKENIZER, request.stop)).start()
         await until(lambda: engine.progress == "half way")
         with pytest.raises(Unready, match="half way"):
             engine.submit([asked()])
@@ -80,7 +82,9 @@ def test_nothing_is_taken_while_it_loads_or_drains():
         for ticket in taken:
             assert "".join([piece.text async for piece in ticket]) == "abcdef"
         engine.close()
-        assert engine.state == "closed" and not engine._thread.is_alive()
+        assert engine.state == "closed"
+        ours = [thread for thread in threading.enumerate() if thread not in before and thread.name == "engine"]
+        assert not ours
 
     asyncio.run(main())
 

@@ -21,7 +21,7 @@ from frspec_jax.drafters.eagle import EagleConfig
 from frspec_jax.errors import UserError
 from frspec_jax.mesh_parts import draft_on
 from frspec_jax.presets import model_config
-from frspec_jax.sharding import PARTITION, Split, mesh_of, pays
+from frspec_jax.sharding import PARTITION, Split, mesh_of, meshes_of, pays
 from tests.support import toy
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,14 @@ def test_what_cannot_be_divided_is_refused(changes, count):
         mesh_of(99)
 
 
+@pytest.mark.parametrize(("replicas", "devices"), [(99, 1), (2, 99), (0, 1), (2, 0)])
+def test_replicas_that_do_not_fit_are_refused(replicas, devices):
+    with pytest.raises(
+        UserError, match=rf"data.parallel {replicas} with .* {devices} takes \d+ devices, and JAX found"
+    ):
+        meshes_of(replicas, devices)
+
+
 def eagle_of(name: str, dtype) -> tuple[DraftParams, ModelConfig]:
     """The shapes of a published model's EAGLE draft, and its layer as a model of one."""
     cfg = model_config(name)
@@ -99,9 +107,13 @@ def test_on_one_device_a_draft_stays_as_it_is():
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("names", "least"), [(["eagle3 divided, with slots"], 1), ([], 18)], ids=["one draft", "all"])
+@pytest.mark.parametrize(
+    ("names", "least"),
+    [(["eagle3 divided, with slots"], 1), (["replicas"], 2), ([], 20)],
+    ids=["one draft", "replicas", "all"],
+)
 def test_text_on_two_four_and_eight_devices_is_that_of_one(names, least):
-    """EAGLE-2 and EAGLE-3 whole and divided, with a fixed tree, a pace and slots; Medusa, copying, vanilla; a batch."""
+    """EAGLE-2 and EAGLE-3 whole and divided, with a fixed tree, a pace and slots; Medusa, copying, vanilla; batches."""
     found = json.loads(said(run("tests.support.sharded", *names)).splitlines()[-1])
     assert len(found) >= least and all(found.values()), [name for name, same in found.items() if not same]
 

@@ -144,7 +144,7 @@ def test_38_the_engine_dies(own):
 
 
 def test_38_the_engine_hangs(own):
-    own.served.engine._stall = 0.3
+    own.served.engine.stall = 0.3
     go = threading.Event()
     own.batch.before_step = lambda batch: go.wait(20)
     stream = {**BODY, "stream": True}

@@ -74,8 +74,9 @@ class Scripted:
         return Fresh(slot, tokens, (1,) * len(tokens), None, reason, None)
 
 
-def engine_over(batch: Scripted, **limits: Any) -> Engine:
-    return Engine(lambda say: batch, lambda request: Writer(TOKENIZER, request.stop, (2,)), **limits)
+def engine_over(*batches: Scripted, **limits: Any) -> Engine:
+    builds = [lambda say, batch=batch: batch for batch in batches]
+    return Engine(builds, lambda request: Writer(TOKENIZER, request.stop, (2,)), **limits)
 
 
 def asked(tokens: int = 6, seed: int = 0, **fields: Any) -> tuple[np.ndarray, Request]:

@@ -63,7 +63,7 @@ class Running:
 
     @property
     def batch(self) -> Tampered:
-        batch: Any = self.served.engine._batch
+        batch: Any = self.served.engine.batches[0]
         return batch
 
     def client(self, **how: Any) -> openai.OpenAI:
@@ -170,7 +170,7 @@ def serving(checkpoint: Checkpoint, settings: Settings, **load: Any) -> Iterator
     """A server over a checkpoint, ready, with a batch that can be tampered with."""
     build = served_module._batch
     served_module._batch = lambda model, slots: Tampered(build(model, slots))
-    served = Served(checkpoint, lambda: api.load(checkpoint, **load), settings)
+    served = Served(checkpoint, lambda mesh: api.load(checkpoint, mesh=mesh, **load), settings)
     served.engine.start()
     try:
         while served.engine.state == "loading":

@@ -1,12 +1,13 @@
 """`python -m tests.support.sharded [NAME ...]`: texts on one device and on several, as JSON: which are the same.
 
-Without names all cases are run, and a batch out of a checkpoint besides.
+Without names all cases are run, and a batch and replicas of a model (`replicas`) out of a checkpoint besides.
 
 A process of its own, since the number of devices is fixed when JAX begins.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -24,6 +25,7 @@ from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.drafters.beam import BeamDrafter, BeamMemory, BeamWeights
 from frspec_jax.pace import Pace
 from frspec_jax.plan import Plan
+from frspec_jax.scheduler import Engine
 from frspec_jax.state import DecodeState, Weights
 from pallas_kernels.dispatch import AUTO
 from tests.support import toy
@@ -138,7 +140,36 @@ def main(wanted: list[str]) -> None:
         same["a batch, out of a checkpoint"] = batch(sharding.mesh_of(2)) == answers
         with drafts_divided():
             same["a batch, its draft divided"] = batch(sharding.mesh_of(4)) == answers
+    if not wanted or "replicas" in wanted:
+        alone, _ = replicas(1, 1)
+        for copies, devices in ((2, 1), (2, 2)):
+            texts, places = replicas(copies, devices)
+            same[f"{copies} replicas of {devices}"] = texts == alone and len(set(places)) == copies * devices
     print(json.dumps(same))
+
+
+def replicas(copies: int, devices: int) -> tuple[list[str], list[int]]:
+    """What an engine over copies of a checkpoint's model answers to nine requests at once; devices of the caches."""
+    asked = api.Draft(tree=TreeConfig(4, 2, 2), context_slots=8)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = checkpoint_folder(Path(folder) / "toy")
+        models = [
+            api.load(checkpoint, asked, dtype="float32", context=256, mesh=mesh)
+            for mesh in sharding.meshes_of(copies, devices)
+        ]
+        requests = [api.Request(12, sampling=Sampling(0.8 * (n % 2)), seed=n) for n in range(9)]
+        ids = models[0].encode("the end")
+
+        async def text(engine: Engine, request: api.Request) -> str:
+            return "".join([piece.text async for piece in engine.stream(ids, request)])
+
+        async def main() -> tuple[list[str], list[int]]:
+            async with Engine.over(models, slots=2) as engine:
+                texts = await asyncio.gather(*(text(engine, request) for request in requests))
+                caches = [batch.state.caches.target[0].keys for batch in engine.batches]
+                return texts, [device.id for keys in caches for device in keys.sharding.device_set]
+
+        return asyncio.run(main())
 
 
 def batch(mesh: Mesh | None) -> list[list[int]]:
