@@ -17,7 +17,8 @@ from frspec_jax.placement import Placement
 from frspec_jax.plan import Plan
 from frspec_jax.state import COPIED, DRAFTED, FULL, OWN, RUNNING, STOPPED, Caches, DecodeState, Weights
 from frspec_jax.together import ALONE, Together
-from frspec_jax.tree import DraftTree, accepted_path
+from frspec_jax.tree import DraftTree, accepted_path, within_blocks
+from pallas_kernels.tree_attention import How, seam
 
 
 def turn_of(state: DecodeState) -> Turn:
@@ -98,6 +99,9 @@ def take(
     """Step 5: the right path, and a cache in which its K/V rows stand one after the other."""
     depth = plan.tree.depth
     path, drafts = accepted_path(tree, verdict.chosen, depth, verdict.typical)
+    between = seam(cache[0].capacity, cache[0].keys.dtype, How(steady=plan.kernels.steady))
+    if between is not None:
+        drafts = within_blocks(path, drafts, state.length, between)
     block = verdict.chosen[path]
     if verdict.typical is not None:  # then the drafts need not be what the target chose
         block = jnp.where(jnp.arange(depth + 1) < drafts, jnp.roll(tree.tokens[path], -1), block)

@@ -205,6 +205,19 @@ def _kept(tree: TreeConfig, candidates: Candidates, root: Array, stays: Array, p
     return DraftTree(tokens, parent, depth, ancestors), kept
 
 
+def within_blocks(path: Array, drafts: Array, start: Array, block: int) -> Array:
+    """How many drafts of a path may stay, int32: those that stand in the block of rows to which they will move.
+
+    Where sums over a cache's rows begin anew at every block, a node rounds as in decoding token by token only if each
+    node above it, and itself, is in the same block before and after it moves to its place in the text.
+
+    path: [D+1] node indices by depth, the root first. drafts: how many after it are accepted. start: the root's row.
+    """
+    depth = jnp.arange(path.shape[0], dtype=jnp.int32)
+    alike = (start + path) // block == (start + depth) // block
+    return jnp.minimum(drafts, jnp.cumprod(alike, dtype=jnp.int32).sum(dtype=jnp.int32) - 1)
+
+
 def accepted_path(draft: DraftTree, chosen: Array, max_depth: int, besides: Array | None = None) -> tuple[Array, Array]:
     """The longest path from the root whose every token is the one that the target chose above it.
 

@@ -17,10 +17,10 @@ from pallas_kernels.device import current
 from pallas_kernels.dispatch import Implementation, choose, resolve
 from pallas_kernels.tree_attention import mosaic_config, triton, xla
 from pallas_kernels.tree_attention.triton import Config
-from pallas_kernels.tree_attention.xla import BLOCK, How
+from pallas_kernels.tree_attention.xla import BLOCK, How, seam
 from pallas_kernels.visibility import Sees
 
-__all__ = ["BLOCK", "Config", "How", "attention_rows", "tree_attention"]
+__all__ = ["BLOCK", "Config", "How", "attention_rows", "seam", "tree_attention"]
 
 
 def tree_attention(

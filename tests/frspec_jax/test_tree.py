@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frspec_jax.config import TreeConfig
-from frspec_jax.tree import Beam, DraftTree, accepted_path, rerank
+from frspec_jax.tree import Beam, DraftTree, accepted_path, rerank, within_blocks
 from pallas_kernels.visibility import bit_words, causal
 
 SHAPES = [
@@ -224,3 +224,18 @@ def test_causal_words(tokens):
     words = causal(tokens)
     assert words.dtype == jnp.int32 and words.shape == (tokens, -(-tokens // 32))
     assert bits(words) == [set(range(t + 1)) for t in range(tokens)]
+
+
+def test_within_blocks_keeps_what_stands_in_its_block():
+    """Rows of 8: a path whose nodes move from the block that they stand in ends above the first that does."""
+    path = jnp.array([0, 2, 5, 9], jnp.int32)
+
+    def kept(start, drafts):
+        return int(within_blocks(path, jnp.int32(drafts), jnp.int32(start), 8))
+
+    assert [kept(0, drafts) for drafts in (0, 1, 2, 3)] == [0, 1, 2, 2]  # row 9 would move to row 3
+    assert kept(6, 3) == 0  # the first draft is at row 8 and would move to row 7
+    assert kept(5, 3) == 1
+    assert kept(3, 3) == 1  # row 8 would move to row 5
+    assert kept(8, 2) == 2  # rows 8, 10, 13: all in one block
+    assert kept(7, 3) == 2  # behind the seam already: rows 9 and 12 to 8 and 9, row 16 to 10

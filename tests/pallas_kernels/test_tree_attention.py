@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.device import H100, compiling_for
-from pallas_kernels.tree_attention import BLOCK, How, attention_rows, tree_attention, xla
+from pallas_kernels.tree_attention import BLOCK, How, attention_rows, seam, tree_attention, xla
 from pallas_kernels.tree_attention.xla import DENSE_LIMIT
 from pallas_kernels.visibility import Sees, bit_words, has_bit
 from tests import conftest
@@ -251,7 +251,12 @@ def test_words_keep_leading_axes():
 @pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8)])
 @pytest.mark.parametrize("capacity", [BLOCK, 4 * BLOCK])
 def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
-    """On a CPU in bfloat16: `steady_mix`. The path's keys stand with gaps in the tree, and without alone."""
+    """On a CPU in bfloat16: `steady_mix`. The path's keys stand with gaps in the tree, and without alone.
+
+    Where `seam` says that sums begin anew, every key has to be in its block already (`tree.within_blocks`).
+    """
+    between = seam(capacity, jnp.dtype(jnp.uint16), How())
+    assert between == (BLOCK if capacity > BLOCK else None)
     kv_heads, group, head_dim = shape
     rng = np.random.default_rng(0)
 
@@ -259,8 +264,11 @@ def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
         return jax.lax.bitcast_convert_type(jnp.asarray(rows, jnp.bfloat16), jnp.uint16)
 
     for tokens in 8 * (4, 8, 60):
-        committed, depth = int(rng.integers(1, 150)), int(rng.integers(1, 4))
+        last = 150 if between is None else BLOCK + 20  # trees across the first seam, and behind it
+        committed, depth = int(rng.integers(1 if tokens == 60 else last - 40, last)), int(rng.integers(1, 4))
         path = np.sort(rng.choice(tokens, depth, replace=False))
+        if between and ((committed + path) // between != (committed + np.arange(depth)) // between).any():
+            continue
         q = jnp.asarray(rng.normal(size=(tokens, kv_heads * group, head_dim)), jnp.bfloat16)
         cache = rng.normal(size=(2, kv_heads, capacity, head_dim))
         line = np.eye(tokens, dtype=bool) | (rng.random((tokens, tokens)) < 0.5)

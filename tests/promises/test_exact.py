@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frspec_jax import engine, kv_cache, llama, prefill, sampling
+from frspec_jax import engine, kv_cache, llama, prefill, sampling, stages
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.drafters.base import NO_WEIGHTS
 from frspec_jax.placement import Placement
 from frspec_jax.prefill import Chunks
 from frspec_jax.sampling import Draw
 from frspec_jax.state import FULL, STOPPED, Asked, Weights, new_caches
+from frspec_jax.tree import DraftTree
 from pallas_kernels.device import H100, compiling_for
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.visibility import constant_words
 from tests import conftest
 from tests.support import toy
 
@@ -224,3 +227,28 @@ def test_decoding_goes_on_rightly_after_a_draft_that_went_wrong():
     for wrong_from in range(len(PROMPT) + 1, len(PROMPT) + 8):
         answer, plan, known = oracle(Sampling(), wrong_from=wrong_from)
         assert toy.decode(plan, known, PROMPT, 20)[0] == answer[:20]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "drafts"), [("bfloat16", 253, 1), ("bfloat16", 254, 3), ("float32", 253, 3)]
+)
+def test_bfloat16_takes_no_draft_across_a_seam_of_the_cache(dtype, length, drafts):
+    """A chain of the nodes 0, 1, 3 and 6, all right. Below row 253 node 3 stands at 256, and would move to 255.
+
+    Sums over the cache begin anew at 256: token by token, node 3 would round otherwise. With one row more it stands
+    behind the seam and stays there. Float32 makes no such promise, and takes all.
+    """
+    nodes = {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 3, 7: 3}  # and the parent of each
+    depth, sees = np.zeros(8, np.int32), np.eye(8, dtype=bool)
+    for node, parent in list(nodes.items())[1:]:
+        depth[node], sees[node] = depth[parent] + 1, sees[node] | sees[parent]
+    parent = jnp.asarray(list(nodes.values()), jnp.int32)
+    tree = DraftTree(jnp.arange(8, dtype=jnp.int32), parent, jnp.asarray(depth), constant_words(sees))
+    plan = toy.plan(CFG, toy.weights(CFG)[1], TREE)
+    chosen = jnp.asarray([1, 3, 9, 6, 9, 9, 9, 9], jnp.int32)
+    verdict = stages.Verdict(jnp.zeros((8, CFG.hidden_size)), chosen, None, None)
+    cache = kv_cache.empty(CFG, 768, jnp.dtype(dtype))
+    state = SimpleNamespace(length=jnp.int32(length))
+    taken, _ = jax.jit(lambda cache: stages.take(plan, tree, verdict, cache, state))(cache)
+    assert int(taken.drafts) == drafts
+    assert taken.block[: drafts + 1].tolist() == [1, 3, 6, 9][: drafts + 1]
