@@ -248,7 +248,7 @@ def test_words_keep_leading_axes():
 
 @pytest.mark.sweep(quick=["256-*", "1024-shape0"])
 @pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
-@pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8)])
+@pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8), (1, 4, 256)])
 @pytest.mark.parametrize("capacity", [BLOCK, 4 * BLOCK])
 def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
     """On a CPU in bfloat16: `steady_mix`. The path's keys stand with gaps in the tree, and without alone.
