@@ -18,7 +18,7 @@ from frspec_jax.kv_cache import LayerKV
 from frspec_jax.placement import Placement
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.fused_linear import Norm, fused_linear, gated
-from pallas_kernels.products import linear, take_rows
+from pallas_kernels.products import in_rows, linear, take_rows
 from pallas_kernels.rotary_append import HeadNorms, Rotation, rotate
 from pallas_kernels.tree_attention import How, tree_attention
 
@@ -161,7 +161,7 @@ def decoder_layer(
         else:
             y = lax.psum(product(y, weight), kernels.axis)
             y = y if bias is None else y + bias
-        return x + (y if out_norm is None else here.norm(out_norm)(y))
+        return x + (y if out_norm is None else here.norm(out_norm)(in_rows(y)))
 
     with jax.named_scope("attention"):
         norm = None

@@ -34,6 +34,21 @@ def turned(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=lambda x: with_layout_constraint(x.T, Layout((0, 1))), default=jnp.transpose)
 
 
+def in_rows(x: Array) -> Array:
+    """x [T, H]; in bfloat16 on a CPU laid out row by row, whatever made it.
+
+    A product may leave its columns side by side (`_weight_on_the_left`). The sum of a row's squares would then be taken
+    in another order, and a tree of many tokens round otherwise than one.
+    """
+    if x.dtype != jnp.bfloat16:
+        return x
+
+    def laid(x: Array, _: None) -> Array:
+        return lax.optimization_barrier(with_layout_constraint(x, Layout((0, 1))))
+
+    return lax.platform_dependent(x, cpu=lambda x: by_rows(laid, x, None), default=lambda x: x)
+
+
 FEW_ROWS = 16  # up to so many rows a CPU multiplies sooner with the weight on the left
 
 

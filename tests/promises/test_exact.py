@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +15,7 @@ from frspec_jax import engine, kv_cache, llama, prefill, sampling, stages
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.drafters.base import NO_WEIGHTS
 from frspec_jax.placement import Placement
+from frspec_jax.plan import EXACT
 from frspec_jax.prefill import Chunks
 from frspec_jax.sampling import Draw
 from frspec_jax.state import FULL, STOPPED, Asked, Weights, new_caches
@@ -252,3 +254,34 @@ def test_bfloat16_takes_no_draft_across_a_seam_of_the_cache(dtype, length, draft
     taken, _ = jax.jit(lambda cache: stages.take(plan, tree, verdict, cache, state))(cache)
     assert int(taken.drafts) == drafts
     assert taken.block[: drafts + 1].tolist() == [1, 3, 6, 9][: drafts + 1]
+
+
+@pytest.mark.as_shipped
+@pytest.mark.sweep(quick=["like Gemma 3"])
+@pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
+@pytest.mark.parametrize("family", ["llama", "like Gemma 3"])
+def test_a_token_has_the_same_bits_alone_and_among_others_in_bfloat16(family):
+    """Features of sixteen tokens run together, and one by one: widths and heads are those of Gemma 3 270M."""
+    around = {
+        "norms": "around",
+        "head_norms": True,
+        "norm_offset": 1.0,
+        "windows": (40, 40, 0) * 2,
+        "activation": "gelu",
+    }
+    sizes = {"hidden_size": 640, "intermediate_size": 2048, "num_heads": 4, "num_kv_heads": 1, "head_dim": 256}
+    cfg = toy.config(**sizes, num_layers=6, vocab_size=30, **(around if family != "llama" else {}))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), toy.weights(cfg)[0].target)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 30, 104), jnp.int32)
+
+    @functools.partial(jax.jit, static_argnames="count", compiler_options=EXACT)
+    def run(first, cache, count):
+        tokens = jax.lax.dynamic_slice(ids, (first,), (count,))
+        return llama.forward(params, cfg, tokens, Placement.chain(first, count), cache)
+
+    _, alone = run(jnp.int32(0), kv_cache.empty(cfg, 256, jnp.dtype(jnp.bfloat16)), 40)
+    for first in range(40, 104, 16):
+        together, _ = run(jnp.int32(first), alone, 16)
+        for place in range(16):
+            one, alone = run(jnp.int32(first + place), alone, 1)
+            np.testing.assert_array_equal(together[place], one[0])
