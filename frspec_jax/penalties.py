@@ -69,7 +69,7 @@ class Bearing:
         if self.slot is None:
             return dataclasses.replace(self, counts=self.counts.at[tokens].add(new))
 
-        def each(counts: Array, own: tuple[Array, Array, Array]) -> tuple[tuple[()], Array]:
+        def each(counts: Array, own: tuple[Array, Array, Array], _: None) -> tuple[tuple[()], Array]:
             slot, tokens, new = own
             return (), counts.at[slot[:, None], tokens].add(new)
 

@@ -56,28 +56,32 @@ def by_rows(f: Callable[[Rows, Any], Out], rows: Rows, shared: Any) -> Out:
     return run(rows, shared)
 
 
-def in_pool(each: Callable[[Pool, Own], tuple[Out, Pool]], pool: Pool, own: Own) -> tuple[Out, Pool]:
+def in_pool(
+    each: Callable[[Pool, Own, Any], tuple[Out, Pool]], pool: Pool, own: Own, shared: Any = None
+) -> tuple[Out, Pool]:
     """What a sequence does to its part of a pool, and what it gives beside it; under vmap the pool stays one.
 
     Args:
       each: from the pool and the arguments of B sequences to what each gives, and the pool: every array but the pool's
         is [B, ...].
       pool: arrays that hold the parts of all sequences. own: arguments of this one, which say what its part is.
+      shared: a pytree of arrays that every sequence reads alike, such as a weight. (What `each` would take from around
+        it instead, JAX could not trace within a loop.)
     """
 
     @custom_vmap
-    def run(pool: Pool, own: Own) -> tuple[Out, Pool]:
-        out, pool = each(pool, jax.tree.map(lambda x: x[None], own))
+    def run(pool: Pool, own: Own, shared: Any) -> tuple[Out, Pool]:
+        out, pool = each(pool, jax.tree.map(lambda x: x[None], own), shared)
         return jax.tree.map(lambda x: x[0], out), pool
 
     @run.def_vmap
-    def of_all(size: int, batched: Any, pool: Pool, own: Own) -> tuple[tuple[Out, Pool], Any]:
-        if any(jax.tree.leaves(batched[0])):
+    def of_all(size: int, batched: Any, pool: Pool, own: Own, shared: Any) -> tuple[tuple[Out, Pool], Any]:
+        if any(jax.tree.leaves((batched[0], batched[2]))):
             raise ValueError("a pool is shared by the sequences of a batch, and may not have an axis for them")
-        out, pool = each(pool, _each_own(size, batched[1], own))
+        out, pool = each(pool, _each_own(size, batched[1], own), shared)
         return (out, pool), (_whether(out, True), _whether(pool, False))
 
-    return run(pool, own)
+    return run(pool, own, shared)
 
 
 def from_pool(each: Callable[[Pool, Own], Out], pool: Pool, own: Own) -> Out:

@@ -40,13 +40,14 @@ def in_rows(x: Array) -> Array:
     A product may leave its columns side by side (`_weight_on_the_left`). The sum of a row's squares would then be taken
     in another order, and a tree of many tokens round otherwise than one.
     """
-    if x.dtype != jnp.bfloat16:
-        return x
+    return by_rows(_in_rows, x, None) if x.dtype == jnp.bfloat16 else x
 
-    def laid(x: Array, _: None) -> Array:
+
+def _in_rows(x: Array, _: None) -> Array:
+    def laid(x: Array) -> Array:
         return lax.optimization_barrier(with_layout_constraint(x, Layout((0, 1))))
 
-    return lax.platform_dependent(x, cpu=lambda x: by_rows(laid, x, None), default=lambda x: x)
+    return lax.platform_dependent(x, cpu=laid, default=lambda x: x)
 
 
 FEW_ROWS = 16  # up to so many rows a CPU multiplies sooner with the weight on the left

@@ -43,7 +43,7 @@ def compact(
             after = in_triton([rows[None] for rows in arrays], start[None], path[None], None)
             return jax.tree.unflatten(tree, [rows[0] for rows in after])
 
-        def each(pool: list[Array], own: tuple[Array, Array, Array]) -> tuple[tuple[()], list[Array]]:
+        def each(pool: list[Array], own: tuple[Array, Array, Array], _: None) -> tuple[tuple[()], list[Array]]:
             return (), in_slots(pool, *own)
 
         return jax.tree.unflatten(tree, in_pool(each, arrays, (start, path, slot))[1])

@@ -51,10 +51,12 @@ def rotary_append(
 
     in_slots = xla.in_slots if implementation == "xla" else run
 
-    def each(pool: tuple[Array, Array], own: tuple[Array, Rotation, Place]) -> tuple[Array, tuple[Array, Array]]:
+    def each(
+        pool: tuple[Array, Array], own: tuple[Array, Rotation, Place], norms: HeadNorms | None
+    ) -> tuple[Array, tuple[Array, Array]]:
         qkv, by, place = own
         q, keys, values = in_slots(qkv, by, *pool, place, norms)
         return q, (keys, values)
 
-    q, (keys, values) = in_pool(each, (keys, values), (qkv, by, place))
+    q, (keys, values) = in_pool(each, (keys, values), (qkv, by, place), norms)
     return q, keys, values

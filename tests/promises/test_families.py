@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
+from frspec_jax import api
+from frspec_jax.api import Draft, Request
 from frspec_jax.config import Sampling, TreeConfig
 from tests.support import toy
+from tests.support.folders import checkpoint_folder
 
 PROMPT = np.random.default_rng(3).integers(0, 24, 19)
 MEMBERS = {
@@ -30,6 +33,17 @@ def test_drafting_changes_nothing(member, settings):
     tokens, state = toy.decode(plan, w, PROMPT, 40, settings, seed=1)
     assert tokens == expected and len(set(tokens)) > 3
     assert int(state.rounds) < 39, "no draft was ever right: nothing was tried"
+
+
+@pytest.mark.sweep(quick=["gemma3"])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_text_in_a_batch_is_what_it_is_alone(member, tmp_path):
+    checkpoint = checkpoint_folder(tmp_path / "toy", **MEMBERS[member])
+    model = api.load(checkpoint, Draft(tree=TreeConfig(4, 2, 2)), dtype="float32", context=256)
+    prompts, request = ["the end", "hello world, a b c", "the"], Request(16, sampling=Sampling(0.9), seed=2)
+    together = [result.tokens for result in model.generate(prompts, request)]
+    assert together == [model.generate(prompt, request).tokens for prompt in prompts]
+    assert len({tuple(tokens) for tokens in together}) == 3
 
 
 def test_a_window_changes_the_text():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -38,10 +39,10 @@ def tokenizer(flavour: str = "") -> PreTrainedTokenizerFast:
 
 
 def checkpoint_folder(
-    path: Path, *, seed: int = 0, draft: bool = True, ranking: bool = True, layers: int = 2
+    path: Path, *, seed: int = 0, draft: bool = True, ranking: bool = True, layers: int = 2, **changes: Any
 ) -> Checkpoint:
-    """Write a checkpoint to `path`, and open it."""
-    cfg: ModelConfig = toy.config(vocab_size=VOCAB_SIZE, max_context=1024, num_layers=layers)
+    """Write a checkpoint to `path`, and open it; changes: of the target's config."""
+    cfg: ModelConfig = toy.config(vocab_size=VOCAB_SIZE, max_context=1024, num_layers=layers, **changes)
     params = toy.target(cfg, seed)
     with new_folder(path) as folder:
         write_model(folder, cfg, params)
