@@ -18,7 +18,7 @@ from frspec_jax.plan import Plan
 from frspec_jax.state import COPIED, DRAFTED, FULL, OWN, RUNNING, STOPPED, Caches, DecodeState, Weights
 from frspec_jax.together import ALONE, Together
 from frspec_jax.tree import DraftTree, accepted_path, within_blocks
-from pallas_kernels.tree_attention import How, seam
+from pallas_kernels.tree_attention import seam
 
 
 def turn_of(state: DecodeState) -> Turn:
@@ -99,7 +99,7 @@ def take(
     """Step 5: the right path, and a cache in which its K/V rows stand one after the other."""
     depth = plan.tree.depth
     path, drafts = accepted_path(tree, verdict.chosen, depth, verdict.typical)
-    between = seam(cache[0].capacity, cache[0].keys.dtype, How(steady=plan.kernels.steady))
+    between = seam(cache[0].capacity, cache[0].keys.dtype, plan.kernels.steady)
     if between is not None:
         drafts = within_blocks(path, drafts, state.length, between)
     block = verdict.chosen[path]

@@ -128,6 +128,8 @@ class Worker:
         desk = self._desk
         try:
             with desk.building:
+                if desk.state in OVER:  # closed, or another batch could not be made
+                    return
                 batch = self._build(desk.say)
             with desk.lock:
                 self.batch = batch

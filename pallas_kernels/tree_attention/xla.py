@@ -195,13 +195,13 @@ def _least_columns(kv_heads: int) -> int:
     return max(4, -(-16 // kv_heads))
 
 
-def seam(capacity: int, dtype: jnp.dtype, how: How) -> int | None:
-    """Every how many rows of a cache of `dtype` a sum that is to be steady begins anew; None: it is in one piece.
+def seam(capacity: int, dtype: jnp.dtype, steady: bool) -> int | None:
+    """Every how many rows of a cache of `dtype` a `steady_mix` begins anew; None: it does not, or there is none.
 
     Rows of two blocks are added up apart. So a token rounds as it will when all before it have moved to where they
     stay, if each of them stands in that block already.
     """
-    return BLOCK if how.steady and dtype == jnp.uint16 and capacity > DENSE_LIMIT else None
+    return BLOCK if steady and dtype == jnp.uint16 and capacity > DENSE_LIMIT else None
 
 
 # Online softmax over the blocks that hold live rows, so that free capacity costs nothing: of each query the largest

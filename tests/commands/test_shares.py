@@ -25,7 +25,7 @@ def test_no_flag_wants_a_whole_number():
 
 
 def test_a_ranking_is_exported_at_a_share(toy_folder, tmp_path):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="torch is not there: pip install -e '.[test]'")
     out = tmp_path / "out"
     convert(["export", "--ckpt", str(toy_folder.path), "--draft", "none", "--draft-vocab", "1/4", "--out", str(out)])
     assert (out / "freq_68.pt").is_file()

@@ -290,9 +290,11 @@ def test_python_runs(name, desk, capsys, monkeypatch):
 
 
 def test_the_site_builds_without_a_warning(tmp_path, monkeypatch):
-    pytest.importorskip("mkdocs")
-    pytest.importorskip("mkdocstrings_handlers.python")
-    pytest.importorskip("material")
+    pytest.importorskip("mkdocs", reason="what builds the site is not there: pip install -e '.[docs]'")
+    pytest.importorskip(
+        "mkdocstrings_handlers.python", reason="what builds the site is not there: pip install -e '.[docs]'"
+    )
+    pytest.importorskip("material", reason="what builds the site is not there: pip install -e '.[docs]'")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 

@@ -26,7 +26,7 @@ WARPS = [
 
 
 def transformers_warp(logits: np.ndarray, how: Sampling) -> np.ndarray:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch is not there: pip install -e '.[test]'")
     scores = transformers.TemperatureLogitsWarper(how.temperature)(None, torch.tensor(logits))
     if how.top_k:
         scores = transformers.TopKLogitsWarper(how.top_k)(None, scores)

@@ -14,6 +14,12 @@ from frspec_jax.scheduler import Ended, Engine, Overloaded
 from tests.support.scripted import Scripted, asked, engine_over, run, text_of, until
 
 
+def hold(*batches):
+    """From now on each waits before a step until its gate is released."""
+    for batch in batches:
+        batch.gate = threading.Semaphore(0)
+
+
 def test_many_at_once():
     async def check(engine, batch):
         texts = await asyncio.gather(*(text_of(engine, n) for n in range(1, 40)))
@@ -38,7 +44,7 @@ def test_figures():
 
 def test_first_come_first_served():
     async def check(engine, batch):
-        batch.gate = threading.Semaphore(0)
+        hold(batch)
         tasks = []
         for n in range(9):
             tasks.append(asyncio.create_task(text_of(engine, 5 + n % 3, seed=n)))
@@ -56,8 +62,7 @@ def test_the_batch_with_the_fewest_requests_takes_the_next():
     async def main():
         async with asyncio.timeout(20), engine_over(*batches, queue=4) as engine:
             assert engine.slots == 6 and engine.most == 10
-            for batch in batches:
-                batch.gate = threading.Semaphore(0)
+            hold(*batches)
             tickets = engine.submit([asked(60, seed=n) for n in range(10)])
             for least in (2, 4, 6):
                 await until(lambda least=least: engine.running >= least)
@@ -80,8 +85,7 @@ def test_who_leaves_frees_its_slot_whichever_batch_has_it():
 
     async def main():
         async with asyncio.timeout(20), engine_over(*batches) as engine:
-            for batch in batches:
-                batch.gate = threading.Semaphore(0)
+            hold(*batches)
             tickets = engine.submit([asked(150, seed=n) for n in range(2)])
             await until(lambda: engine.running == 2)
             for ticket in tickets:
@@ -99,8 +103,7 @@ def test_one_thread_that_dies_ends_the_engine():
 
     async def main():
         async with asyncio.timeout(20), engine_over(*batches) as engine:
-            for batch in batches:
-                batch.gate = threading.Semaphore(0)
+            hold(*batches)
             tickets = engine.submit([asked(seed=n) for n in range(3)])
             await until(lambda: engine.running == 2)
             batches[1].fault = RuntimeError("broken")
@@ -116,7 +119,7 @@ def test_one_thread_that_dies_ends_the_engine():
 
 def test_a_full_queue_refuses_at_once_and_all_or_nothing():
     async def check(engine, batch):
-        batch.gate = threading.Semaphore(0)
+        hold(batch)
         tickets = engine.submit([asked(), asked(), asked()])
         assert engine.most == 5
         with pytest.raises(Overloaded):
@@ -138,7 +141,7 @@ def test_a_leaver_frees_its_slot_within_a_step_and_disturbs_nobody():
         stays = asyncio.create_task(text_of(engine, 150))
         leaver = engine.stream(*asked(200, seed=1))
         await anext(leaver)
-        batch.gate = threading.Semaphore(0)
+        hold(batch)
         await asyncio.sleep(0.02)  # the step that runs is the last of the old gate
         queued = engine.submit([asked(seed=2), asked(seed=3)])
         queued[0].close()
@@ -168,7 +171,7 @@ def test_a_stop_text_ends_it_before_the_limit():
 
 def test_its_time_is_over():
     async def check(engine, batch):
-        batch.gate = threading.Semaphore(0)
+        hold(batch)
         tickets = engine.submit([asked(), asked(), asked()], seconds=0.05)
         for ticket in tickets:
             with pytest.raises(Ended, match=r"more than 0\.05 s") as error:
@@ -183,7 +186,7 @@ def test_its_time_is_over():
 
 def test_a_fault_reaches_one_request():
     async def check(engine, batch):
-        batch.gate = threading.Semaphore(0)
+        hold(batch)
         tickets = engine.submit([asked(seed=666), asked(50), asked(50)])
         with pytest.raises(Ended) as error:
             await anext(tickets[0])

@@ -128,3 +128,20 @@ def test_a_client_whose_event_loop_is_gone():
         assert await text_of(engine) == "abcdef"
 
     run(check)
+
+
+def test_where_one_batch_cannot_be_made_no_other_is():
+    made = []
+
+    def build(say):
+        made.append(say)
+        raise UserError("no weights")
+
+    async def main():
+        engine = Engine([build, build, build], lambda request: Writer(TOKENIZER)).start()
+        with pytest.raises(UserError, match="no weights"):
+            await engine.ready()
+        engine.close()
+        assert engine.state == "dead" and len(made) == 1
+
+    asyncio.run(main())

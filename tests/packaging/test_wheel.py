@@ -41,7 +41,7 @@ def test_pyproject_names_every_package():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built from what a wheel is made of, in a folder of its own: nothing is left in the repository."""
-    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("setuptools", minversion="77", reason="the wheel is built by setuptools 77 or newer")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -255,7 +255,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
 
     Where `seam` says that sums begin anew, every key has to be in its block already (`tree.within_blocks`).
     """
-    between = seam(capacity, jnp.dtype(jnp.uint16), How())
+    between = seam(capacity, jnp.dtype(jnp.uint16), steady=True)
     assert between == (BLOCK if capacity > BLOCK else None)
     kv_heads, group, head_dim = shape
     rng = np.random.default_rng(0)
