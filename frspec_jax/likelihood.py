@@ -10,6 +10,8 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from pallas_kernels import largest
+
 MOST = 20  # likeliest tokens that can be shown beside each
 
 
@@ -32,7 +34,7 @@ class Likelihood:
         """Of tokens [T] that were chosen from logits [T, V], float32."""
         with jax.named_scope("likelihood"):
             logs = jax.nn.log_softmax(logits, axis=-1)
-            best, ids = lax.top_k(logs, min(MOST, logits.shape[-1]))
+            best, ids = largest.top_k(logs, min(MOST, logits.shape[-1]))
             spare = ((0, 0), (0, MOST - ids.shape[1]))
             mine = jnp.take_along_axis(logs, tokens[:, None], axis=-1)[:, 0]
             return cls(mine, jnp.pad(ids, spare), jnp.pad(best, spare, constant_values=-jnp.inf))

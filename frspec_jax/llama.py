@@ -11,6 +11,7 @@ from frspec_jax.config import ModelConfig
 from frspec_jax.kv_cache import KVCache
 from frspec_jax.layers import LayerParams, Pass, decoder_layer, embedded
 from frspec_jax.placement import Placement
+from pallas_kernels import largest
 from pallas_kernels.dispatch import AUTO, Kernels
 from pallas_kernels.products import capped, rms_norm, rows_f32
 
@@ -87,7 +88,7 @@ def likeliest(params: LlamaParams, config: ModelConfig, features: Array, axis: s
         first = lax.axis_index(axis) * scores.shape[1]
         real = first + jnp.arange(scores.shape[1], dtype=jnp.int32) < config.vocab_size
         scores = jnp.where(real, scores, -jnp.inf)
-        best = lax.argmax(scores, 1, jnp.int32)
+        best = largest.argmax(scores)
         mine = jnp.take_along_axis(scores, best[:, None], 1)[:, 0]
         values, ids = lax.all_gather((mine, first.astype(jnp.int32) + best), axis)
         return jnp.take_along_axis(ids, lax.argmax(values, 0, jnp.int32)[None], 0)[0]

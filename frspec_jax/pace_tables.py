@@ -116,6 +116,7 @@ def write_odds(folder: Path, fitted: Fitted) -> Path:
 # Costs -------------------------------------------------------------------------------------------
 
 ROUNDS, REPEATS = 4, 5  # of one kind in a row, and how often: the best of the repeats counts
+ROUND = 2  # one more whenever a round's program has become quicker: what was measured before is measured anew
 NEVER, VANILLA_MS, FREE = 1e12, 1e6, 1e-9  # a table in which one choice alone pays
 
 
@@ -182,10 +183,16 @@ START = 64  # tokens of the text that costs are measured in
 
 
 def begun_anew(state: DecodeState) -> DecodeState:
-    """The state with all of its room before it again, whether a text, or those of a batch, had ended or not."""
+    """The state with all of its room before it again, whether a text, or those of a batch, had ended or not.
+
+    Nothing is penalised in it: what an earlier request asked for would be part of what is measured.
+    """
     length, pulse = _restarted(state.length, state.pulse)
     zero = state.emitted * 0
     accepted = dataclasses.replace(state.accepted, count=zero + 1)
+    penalties = state.penalties
+    if penalties is not None:
+        penalties = dataclasses.replace(penalties, active=penalties.active & False)
     return dataclasses.replace(
         state,
         length=length,
@@ -194,6 +201,7 @@ def begun_anew(state: DecodeState) -> DecodeState:
         emitted=zero + 1,
         finished=zero + RUNNING,
         accepted=accepted,
+        penalties=penalties,
     )
 
 
@@ -214,8 +222,8 @@ def name_of(plan: Plan, dtype: Any, vocab: int | None, texts: int | None = None)
 
     texts: in a batch; None: for a text by itself.
     """
-    facts: tuple[Any, ...]
-    facts = (tuned.key(dtype), device.current(), plan.config, plan.drafter, plan.tree, plan.pace, plan.kernels, vocab)
+    facts: tuple[Any, ...] = (ROUND, tuned.key(dtype), device.current(), vocab)
+    facts = (*facts, plan.config, plan.drafter, plan.tree, plan.pace, plan.kernels)
     facts = facts if texts is None else (*facts, texts)
     facts = facts if plan.mesh is None else (*facts, plan.mesh.devices.size)
     return hashlib.sha256(repr((*facts, jax.__version__)).encode()).hexdigest()[:20]

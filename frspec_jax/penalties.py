@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import Array, lax
+from jax import Array
 
 from frspec_jax.config import Sampling
 from frspec_jax.errors import UserError
-from frspec_jax.sampling import argument
+from frspec_jax.sampling import Adjusting, argument
 from frspec_jax.together import ALONE, Together
 from frspec_jax.tree import DraftTree
 from pallas_kernels.batching import from_pool, in_pool
@@ -101,13 +101,13 @@ class Penalties:
         assert self.bearing is not None
         return dataclasses.replace(self, bearing=self.bearing.after(tokens, count))
 
-    def on(self, logits: Array, tree: DraftTree, together: Together = ALONE) -> Array:
-        """Penalised logits [N, V], where the request asks for it; looked at only if some text's does."""
+    def on(self, tree: DraftTree, together: Together = ALONE) -> Adjusting:
+        """What becomes of the logits [N, V] after each node of a tree, where a request asks for it."""
 
         def each(logits: Array) -> Array:
             return jnp.where(self.active, adjusted(logits, self, tree), logits)
 
-        return lax.cond(together.any(self.active), each, lambda logits: logits, logits)
+        return Adjusting(together.any(self.active), each)
 
 
 def adjusted(logits: Array, by: Penalties, tree: DraftTree) -> Array:

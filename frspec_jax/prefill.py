@@ -95,11 +95,10 @@ def prefill_chunk(
     def first_token(feature: Array) -> tuple[Array, Likelihood | None]:
         if plan.kernels.axis is not None and plan.only_best:
             return llama.likeliest(weights.target, plan.config, feature[None], plan.kernels.axis)[0], None
-        logits = scores = llama.logits(weights.target, plan.config, feature[None], plan.kernels.axis)
-        if penalties is not None:
-            scores = penalties.on(logits, DraftTree.of_root(jnp.int32(0)))
-        token = sampling.choose(scores, plan.rule, asked.draw, length[None], jnp.zeros(1, jnp.int32))
+        logits = llama.logits(weights.target, plan.config, feature[None], plan.kernels.axis)
+        adjusting = None if penalties is None else penalties.on(DraftTree.of_root(jnp.int32(0)))
         at = jnp.zeros(1, jnp.int32)
+        token = sampling.choose(logits, plan.rule, asked.draw, length[None], at, adjusting=adjusting)
         return token[0], Likelihood.if_wanted(asked.likelihood, logits, token, at) if plan.logprobs else None
 
     def none_yet(_: Array) -> tuple[Array, Likelihood | None]:

@@ -9,6 +9,8 @@ Every figure is an array, so another temperature is the same program. Static is 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -19,6 +21,7 @@ from jax import Array, lax
 
 from frspec_jax.config import Sampling
 from frspec_jax.together import ALONE, Together
+from pallas_kernels import largest
 
 MASKED = -jnp.inf
 FEW = 256  # best logits that filters look at before they sort all: 1.4 ms instead of 250 on a CPU, for 8 rows of 49k
@@ -104,7 +107,7 @@ def least_kept(logits: Array, by: SamplingArrays, together: Together = ALONE) ->
     all are sorted, for the rows that need it: what a row keeps may not depend on the rows beside it.
     """
     few = min(FEW, logits.shape[-1])
-    best = lax.top_k(logits, few)[0]
+    best = largest.top_k(logits, few)[0]
     limited = (by.top_k > 0) & (by.top_k <= few)
     among = ~limited | (jnp.arange(few, dtype=jnp.int32) < by.top_k)
     # Shares among what top-k leaves, which are then all here, or among all.
@@ -178,7 +181,23 @@ def scored(logits: Array, draw: Draw, positions: Array, row: Array, together: To
     return jnp.where(draw.by.temperature > 0, warp(logits, draw.by, together) + noise[row], logits)
 
 
-def choose(logits: Array, rule: Rule, draw: Draw, positions: Array, row: Array, together: Together = ALONE) -> Array:
+@dataclasses.dataclass(frozen=True)
+class Adjusting:
+    """What a request does to logits [N, V] before one of each row is chosen."""
+
+    wanted: Array  # bool, whether it changes anything, for any of the texts that are chosen for together
+    apply: Callable[[Array], Array]
+
+
+def choose(
+    logits: Array,
+    rule: Rule,
+    draw: Draw,
+    positions: Array,
+    row: Array,
+    together: Together = ALONE,
+    adjusting: Adjusting | None = None,
+) -> Array:
     """The token that the target says after each of N nodes: int32 [N].
 
     Args:
@@ -187,14 +206,20 @@ def choose(logits: Array, rule: Rule, draw: Draw, positions: Array, row: Array, 
       row: [N] int32, which of `positions` each node's next token has. Nodes of one depth share
         their noise: only one of them can be on the emitted path, and drafting never sees it.
     """
-    with jax.named_scope("choose"):
+
+    def chosen(logits: Array) -> Array:
+        if adjusting is not None:
+            logits = lax.cond(adjusting.wanted, adjusting.apply, lambda logits: logits, logits)
         if rule == "mixed":
-            logits = lax.cond(
-                together.any(draw.by.temperature > 0),
-                lambda logits: scored(logits, draw, positions, row, together),
-                lambda logits: logits,
-                logits,
-            )
+            logits = lax.cond(draws, lambda x: scored(x, draw, positions, row, together), lambda x: x, logits)
         elif rule != "greedy":
             logits = scored(logits, draw, positions, row, together)
-        return lax.argmax(logits, logits.ndim - 1, jnp.int32)
+        return largest.argmax(logits)
+
+    with jax.named_scope("choose"):
+        draws = together.any(draw.by.temperature > 0) if rule == "mixed" else jnp.bool_(rule != "greedy")
+        special = draws if adjusting is None else draws | adjusting.wanted
+        if rule == "mixed" or (rule == "greedy" and adjusting is not None):
+            # One branch for all of it, which gives back tokens: each branch that gave logits would copy all of them.
+            return lax.cond(special, chosen, largest.argmax, logits)
+        return chosen(logits)

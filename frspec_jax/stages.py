@@ -65,13 +65,14 @@ def verify(
         if plan.kernels.axis is not None and plan.only_best:
             chosen = llama.likeliest(weights.target, plan.config, features, plan.kernels.axis)
             return Verdict(features, chosen, None, None), cache
-        logits = scores = llama.logits(weights.target, plan.config, features, plan.kernels.axis)
-    if state.penalties is not None:
-        scores = state.penalties.on(logits, tree, together)
+        logits = llama.logits(weights.target, plan.config, features, plan.kernels.axis)
+    adjusting = None if state.penalties is None else state.penalties.on(tree, together)
     following = length + 1 + jnp.arange(plan.tree.depth + 1, dtype=jnp.int32)
-    chosen = sampling.choose(scores, plan.rule, draw, following, tree.depth, together)
-    lossy = plan.rule == "typical"
-    typical = sampling.typical(scores, draw.by, tree.tokens, tree.parent) if lossy else None
+    chosen = sampling.choose(logits, plan.rule, draw, following, tree.depth, together, adjusting)
+    typical = None
+    if plan.rule == "typical":
+        scores = logits if adjusting is None else adjusting.apply(logits)
+        typical = sampling.typical(scores, draw.by, tree.tokens, tree.parent)
     return Verdict(features, chosen, typical, logits if plan.logprobs else None), cache
 
 

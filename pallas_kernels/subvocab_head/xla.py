@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import largest
 from pallas_kernels.products import rows_f32
 from pallas_kernels.subvocab_head.heads import Extra, Head, joined_ids
 
@@ -17,7 +18,7 @@ def subvocab_top_k(x: Array, head: Head, k: int, extra: Extra | None) -> tuple[A
     if extra is not None:
         more = jnp.where(extra.ids < 0, -jnp.inf, rows_f32(x, extra.weight.astype(x.dtype)))
         logits, ids = jnp.concatenate([logits, more], axis=-1), joined_ids(head, extra)
-    best, index = lax.top_k(logits, k)
+    best, index = largest.top_k(logits, k)
     log_total = lax.platform_dependent(logits, best, cpu=lambda logits, _: logsumexp(logits), default=_above_the_best)
     return best - log_total, index if ids is None else ids[index]
 

@@ -20,6 +20,10 @@ UNIT = 2.0**22  # of the integers that weights in [0, 1] are added up as: 512 of
 MANY = 64  # tokens from which on the queries, and no longer the keys, are most of what there is to move
 DENSE_LIMIT = 512  # up to this capacity one product over the whole cache beats a loop over its live part
 
+# Numbers of a value that `steady_mix` adds up together: of wider ones XLA's CPU backend splits the sum over the keys,
+# where a masked key more or less moves the border.
+WIDEST = 128
+
 
 def tree_attention(q: Array, keys: Array, values: Array, sees: Sees, how: How) -> Array:
     """`pallas_kernels.tree_attention.tree_attention` as a CPU is quick at it; arguments and result as there."""
@@ -93,8 +97,10 @@ def _of_one(q: Array, rows: Rows, sees: Sees, how: How) -> Array:
     # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
     # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
     columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
-    spare = max(0, _least_columns(kv_heads) - tokens * group) if steady else 0
-    columns = jnp.pad(columns, ((0, 0), (0, 0), (0, spare)))
+    queries = tokens * group
+    alone = 1 if steady and queries == 1 else 0  # what XLA's CPU backend rounds otherwise than the columns of a matrix
+    columns = jnp.pad(columns, ((0, 0), (0, 0), (0, alone)))
+    spare = max(0, _least_queries(kv_heads) - queries) if steady else 0
 
     def scores(first: Array | int, k: Array) -> Array:
         with jax.named_scope("scores"):
@@ -102,6 +108,7 @@ def _of_one(q: Array, rows: Rows, sees: Sees, how: How) -> Array:
             products = lax.optimization_barrier(
                 einsum_f32("hkd,hdq->hkq", floats_of(k).astype(q.dtype), columns)
             ).swapaxes(1, 2)
+            products = jnp.pad(products, ((0, 0), (0, spare - alone), (0, 0)))
             visible = sees.rows(first + jnp.arange(k.shape[1], dtype=jnp.int32))  # [T, k]
             masked = jnp.repeat(visible, group, axis=0)
             masked = jnp.pad(masked, ((0, spare), (0, 0)), constant_values=True)[None]
@@ -116,9 +123,9 @@ def _of_one(q: Array, rows: Rows, sees: Sees, how: How) -> Array:
     else:
         step = functools.partial(_block, scores, mix, rows)
         first, live = _first_block(sees), _live_blocks(capacity, sees)
-        _, total, out = lax.fori_loop(first, live, step, _nothing(rows, columns.shape[2]))
+        _, total, out = lax.fori_loop(first, live, step, _nothing(rows, queries + spare))
         out /= total[..., None]
-    out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
+    out = out[:, :queries].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
@@ -183,11 +190,14 @@ def steady_mix(weights: Array, values: Array) -> tuple[Array, Array]:
     speculative decoding write the same text in bfloat16 too, where rounding would otherwise decide a tie every few
     hundred tokens.
     """
+    values = floats_of(values).astype(jnp.float32)
     sums = jnp.rint(weights * UNIT).astype(jnp.uint32).sum(-1, dtype=jnp.uint32).astype(jnp.float32) / UNIT
-    return sums, lax.optimization_barrier(einsum_f32("hqk,hkd->hqd", weights, floats_of(values).astype(jnp.float32)))
+    parts = [values[..., first : first + WIDEST] for first in range(0, values.shape[-1], WIDEST)]
+    mixed = [lax.optimization_barrier(einsum_f32("hqk,hkd->hqd", weights, part)) for part in parts]
+    return sums, mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, -1)
 
 
-def _least_columns(kv_heads: int) -> int:
+def _least_queries(kv_heads: int) -> int:
     """Queries a KV head below which XLA's CPU backend rounds exponentials with other instructions.
 
     It does so for arrays of fewer than 4,096 numbers: 16 rows of a block of 256 keys, over all KV heads.

@@ -248,7 +248,7 @@ def test_words_keep_leading_axes():
 
 @pytest.mark.sweep(quick=["256-*", "1024-shape0"])
 @pytest.mark.skipif(not conftest.HAS_AMX, reason="other CPUs round otherwise in bfloat16")
-@pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8), (1, 4, 256)])
+@pytest.mark.parametrize("shape", [(3, 3, 64), (2, 7, 64), (8, 4, 128), (1, 1, 8), (1, 4, 256), (1, 8, 256)])
 @pytest.mark.parametrize("capacity", [BLOCK, 4 * BLOCK])
 def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
     """On a CPU in bfloat16: `steady_mix`. The path's keys stand with gaps in the tree, and without alone.
@@ -263,7 +263,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_tree(shape, capacity):
     def bits(rows):
         return jax.lax.bitcast_convert_type(jnp.asarray(rows, jnp.bfloat16), jnp.uint16)
 
-    for tokens in 8 * (4, 8, 60):
+    for tokens in 8 * (4, 8, 16, 60):
         last = 150 if between is None else BLOCK + 20  # trees across the first seam, and behind it
         committed, depth = int(rng.integers(1 if tokens == 60 else last - 40, last)), int(rng.integers(1, 4))
         path = np.sort(rng.choice(tokens, depth, replace=False))
