@@ -46,7 +46,11 @@ DEFAULTS = {
         Chunks(64, 256),
     ),
     "cpu with amx": Defaults(
-        TreeConfig(size=8, depth=3, top_k=4), TreeConfig(size=16, depth=7, top_k=4), AMX_PACE, jnp.bfloat16, Chunks(64)
+        TreeConfig(size=8, depth=3, top_k=4),
+        TreeConfig(size=16, depth=7, top_k=4),
+        AMX_PACE,
+        jnp.bfloat16,
+        Chunks(64, 256),
     ),
     "gpu": Defaults(
         TreeConfig(size=60, depth=6, top_k=10),

@@ -205,11 +205,13 @@ def choose(
       positions: [P] int32, the distinct absolute positions that are being filled.
       row: [N] int32, which of `positions` each node's next token has. Nodes of one depth share
         their noise: only one of them can be on the emitted path, and drafting never sees it.
+      adjusting: penalties and biases of the request; None: it can have none.
     """
+    draws = together.any(draw.by.temperature > 0) if rule == "mixed" else jnp.bool_(rule != "greedy")
 
-    def chosen(logits: Array) -> Array:
+    def with_all(logits: Array) -> Array:
         if adjusting is not None:
-            logits = lax.cond(adjusting.wanted, adjusting.apply, lambda logits: logits, logits)
+            logits = lax.cond(adjusting.wanted, adjusting.apply, lambda x: x, logits)
         if rule == "mixed":
             logits = lax.cond(draws, lambda x: scored(x, draw, positions, row, together), lambda x: x, logits)
         elif rule != "greedy":
@@ -217,9 +219,10 @@ def choose(
         return largest.argmax(logits)
 
     with jax.named_scope("choose"):
-        draws = together.any(draw.by.temperature > 0) if rule == "mixed" else jnp.bool_(rule != "greedy")
-        special = draws if adjusting is None else draws | adjusting.wanted
-        if rule == "mixed" or (rule == "greedy" and adjusting is not None):
-            # One branch for all of it, which gives back tokens: each branch that gave logits would copy all of them.
-            return lax.cond(special, chosen, largest.argmax, logits)
-        return chosen(logits)
+        if rule not in ("greedy", "mixed"):
+            return with_all(logits)
+        if rule == "greedy" and adjusting is None:
+            return largest.argmax(logits)
+        # One branch around all of it, which gives back tokens: each that gives logits copies all of them.
+        anything = draws if adjusting is None else draws | adjusting.wanted
+        return lax.cond(anything, with_all, largest.argmax, logits)

@@ -48,8 +48,18 @@ class How:
     rows: int | None = None
 
     def scores(self, products: Array, head_dim: int) -> Array:
-        """Scores of the products of queries and keys."""
-        return capped(products * head_dim**-0.5, self.cap)
+        """Scores of the products of keys and `scaled` queries."""
+        return capped(products if _has_exact_scale(head_dim) else products * head_dim**-0.5, self.cap)
+
+
+def scaled(q: Array) -> Array:
+    """Queries [..., head_dim], scaled where no score changes by a bit: there are fewer of them than of scores."""
+    return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype) if _has_exact_scale(q.shape[-1]) else q
+
+
+def _has_exact_scale(head_dim: int) -> bool:
+    """Whether 1/sqrt(head_dim) is a power of two."""
+    return head_dim in (4**power for power in range(8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +106,7 @@ def _of_one(q: Array, rows: Rows, sees: Sees, how: How) -> Array:
         return _of_many(q, rows, sees, how)
     # Grouped-query attention: the queries of one KV head are columns of one product. The keys stand on its
     # left, as they lie in the cache; on the right, XLA's CPU backend would transpose all of them each time.
-    columns = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
+    columns = scaled(q).reshape(tokens, kv_heads, group, head_dim).transpose(1, 3, 0, 2).reshape(kv_heads, head_dim, -1)
     queries = tokens * group
     alone = 1 if steady and queries == 1 else 0  # what XLA's CPU backend rounds otherwise than the columns of a matrix
     columns = jnp.pad(columns, ((0, 0), (0, 0), (0, alone)))
@@ -137,7 +147,7 @@ def _of_many(q: Array, rows: Rows, sees: Sees, how: How) -> Array:
     """
     (tokens, heads, head_dim), kv_heads = q.shape, rows.shape[0]
     group = heads // kv_heads
-    queries = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+    queries = scaled(q).reshape(tokens, kv_heads, group, head_dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
 
     def scores(first: Array, k: Array) -> Array:
         return how.scores(einsum_f32("hqd,hkd->hqk", queries, floats_of(k).astype(q.dtype)), head_dim)
@@ -168,7 +178,7 @@ def straight(q: Array, keys: Array, values: Array, sees: Sees, cap: float = 0.0)
     """
     (tokens, heads, head_dim), kv_heads = q.shape, keys.shape[0]
     group = heads // kv_heads
-    rows = q.reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
+    rows = scaled(q).reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
     visible = jnp.repeat(sees.dense(keys.shape[1]), group, axis=0)[None]
     scores = How(cap).scores(einsum_f32("hqd,hkd->hqk", rows, keys.astype(q.dtype)), head_dim)
     scores = jnp.where(visible, scores, MASKED)

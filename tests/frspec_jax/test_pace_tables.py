@@ -10,12 +10,14 @@ import pytest
 
 from frspec_jax import api, pace_tables
 from frspec_jax.api import Draft, Request
+from frspec_jax.batch import Batch
 from frspec_jax.config import Sampling, TreeConfig
 from frspec_jax.defaults import CPU_PACE, DEFAULTS
 from frspec_jax.errors import UserError
 from frspec_jax.method import Method
 from frspec_jax.pace import GRID
 from frspec_jax.pace_tables import DEFAULT, FILE, Fitted
+from frspec_jax.state import RUNNING
 from pallas_kernels.measured import CACHE_VARIABLE
 
 PROMPT = np.arange(3, 40)
@@ -75,6 +77,15 @@ def test_costs_are_measured_once_and_kept(toy_folder, tmp_path, monkeypatch):
     file.write_text('{"verify_ms": [1, "two"')  # what is damaged is measured again
     api.load(toy_folder, dtype="float32").warm_up()
     assert len(times) == 4 and json.loads(file.read_text())["verify_ms"]
+
+
+def test_what_an_earlier_request_asked_for_is_not_measured(toy_folder):
+    batch = Batch(api.load(toy_folder, dtype="float32"), 2)
+    batch.admit(np.arange(5), Request(4, Sampling(logit_bias=((3, 0.5),))))
+    batch.step()
+    assert batch.state.penalties.active.any()
+    anew = pace_tables.begun_anew(batch.state)
+    assert not anew.penalties.active.any() and (anew.finished == RUNNING).all()
 
 
 def test_a_context_without_room_goes_by_the_guess(toy_folder):
