@@ -207,22 +207,23 @@ def choose(
         their noise: only one of them can be on the emitted path, and drafting never sees it.
       adjusting: penalties and biases of the request; None: it can have none.
     """
-    draws = together.any(draw.by.temperature > 0) if rule == "mixed" else jnp.bool_(rule != "greedy")
 
-    def with_all(logits: Array) -> Array:
-        if adjusting is not None:
-            logits = lax.cond(adjusting.wanted, adjusting.apply, lambda x: x, logits)
-        if rule == "mixed":
-            logits = lax.cond(draws, lambda x: scored(x, draw, positions, row, together), lambda x: x, logits)
-        elif rule != "greedy":
-            logits = scored(logits, draw, positions, row, together)
-        return largest.argmax(logits)
+    def way(adjusts: bool, draws: bool) -> Callable[[Array], Array]:
+        def choice(logits: Array) -> Array:
+            if adjusts and adjusting is not None:
+                logits = adjusting.apply(logits)
+            if draws:
+                logits = scored(logits, draw, positions, row, together)
+            return largest.argmax(logits)
+
+        return choice
 
     with jax.named_scope("choose"):
-        if rule not in ("greedy", "mixed"):
-            return with_all(logits)
-        if rule == "greedy" and adjusting is None:
-            return largest.argmax(logits)
-        # One branch around all of it, which gives back tokens: each that gives logits copies all of them.
-        anything = draws if adjusting is None else draws | adjusting.wanted
-        return lax.cond(anything, with_all, largest.argmax, logits)
+        may_adjust = [False] if adjusting is None else [False, True]
+        may_draw = [rule != "greedy"] if rule != "mixed" else [False, True]
+        ways = [way(adjusts, draws) for adjusts in may_adjust for draws in may_draw]
+        index = jnp.int32(0) if adjusting is None else adjusting.wanted.astype(jnp.int32) * len(may_draw)
+        if rule == "mixed":
+            index += together.any(draw.by.temperature > 0).astype(jnp.int32)
+        # One branch that gives back tokens: one that gives logits copies all of them, and a GPU's host waits for each.
+        return ways[0](logits) if len(ways) == 1 else lax.switch(index, ways, logits)
