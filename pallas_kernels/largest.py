@@ -15,7 +15,10 @@ LONG = 64 * BLOCK  # rows that are shorter are not worth two steps
 
 
 def argmax(x: Array) -> Array:
-    """The place of the largest number of each row of x [..., V]: int32 [...]. Of equal ones the first."""
+    """The place of the largest number of each row of x [..., V]: int32 [...]. Of equal ones the first.
+
+    Of a row with NaN in it any place may come: XLA's CPU backend takes maxima without looking for them.
+    """
     axis = x.ndim - 1
     if x.shape[axis] < LONG:
         return lax.argmax(x, axis, jnp.int32)

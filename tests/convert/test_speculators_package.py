@@ -11,7 +11,9 @@ from convert.__main__ import main
 from tests.support.drafts import imported, published_speculators
 from tests.support.tiny_hf import converted, model_of, same, save
 
-speculators = pytest.importorskip("speculators", reason="speculators (vLLM's trainers) is not installed")
+speculators = pytest.importorskip(
+    "speculators", reason="speculators (vLLM's trainers) is not there: pip install speculators"
+)
 
 IDS = np.arange(3, 160, 4)
 

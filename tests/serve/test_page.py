@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.server import also
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not there: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None:
     pytest.skip("there is no Chromium on this machine (apt install chromium)", allow_module_level=True)
