@@ -12,7 +12,7 @@ from tests.support.drafts import imported, published_speculators
 from tests.support.tiny_hf import converted, model_of, same, save
 
 speculators = pytest.importorskip(
-    "speculators", reason="speculators (vLLM's trainers) is not there: pip install speculators"
+    "speculators", reason="speculators is not there: pip install speculators"
 )
 
 IDS = np.arange(3, 160, 4)
