@@ -11,9 +11,7 @@ from convert.__main__ import main
 from tests.support.drafts import imported, published_speculators
 from tests.support.tiny_hf import converted, model_of, same, save
 
-speculators = pytest.importorskip(
-    "speculators", reason="speculators is not there: pip install speculators"
-)
+speculators = pytest.importorskip("speculators", reason="speculators is not there: pip install speculators")
 
 IDS = np.arange(3, 160, 4)
 
